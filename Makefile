@@ -1,0 +1,27 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make the environment first.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(BIN)/rfclip segment rfclip/tiny/scene.png --classes "cat, bus, tree, banana, grass, sky" --out demo --overwrite
+	@echo "The picture, under its labels: demo/scene.overlay.png"
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# torch and torchvision as one pinned pair first: another torch lacks Triton or does not fit torchvision.
+$(READY): pyproject.toml Makefile
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv demo build *.egg-info

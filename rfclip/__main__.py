@@ -1,0 +1,3 @@
+from rfclip.cli import app
+
+app()

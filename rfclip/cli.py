@@ -1,0 +1,372 @@
+"""The `rfclip` command. Heavy imports happen inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from rfclip import __version__
+
+app = typer.Typer(
+    help="RF-CLIP: training-free open-vocabulary segmentation with CLIP.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+evaluation = typer.Typer(help="Score the methods on a benchmark.", no_args_is_help=True)
+app.add_typer(evaluation, name="evaluate")
+
+out_console = Console()
+console = Console(stderr=True)
+
+TINY = "rfclip-tiny"  # as rfclip.models.TINY, which is slow to import
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+OUTPUTS = (".mask.png", ".overlay.png", ".json")
+
+Images = Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files, folders, or quoted globs.")]
+Model = Annotated[str, typer.Option(help="An open_clip model; `rfclip models` lists them.")]
+Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag for its weights, or a path to safetensors.")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
+Config = Annotated[Path | None, typer.Option(help="A refocusing config in JSON, as `rfclip calibrate` writes it.")]
+Backend = Annotated[str, typer.Option(help="auto or reference.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out_console.print(f"rfclip {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Print what went wrong instead of a traceback where the cause is outside the program, and exit with 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+@contextlib.contextmanager
+def _warnings_to(show: Callable[[str], None]) -> Iterator[None]:
+    """Print each of the package's own warnings once, as a line."""
+    shown: set[str] = set()
+
+    def line(message: Warning | str, category: type[Warning], *rest: object) -> None:
+        if category is UserWarning and str(message) not in shown:
+            shown.add(str(message))
+            show(f"[yellow]warning:[/] {escape(str(message))}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = line
+        yield
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+def _find_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[str, str]]]:
+    """Pictures as (file, path of the result below the output folder, without suffix), and what was not found."""
+    found: dict[Path, Path] = {}
+    missing = []
+    for item in given:
+        path = Path(item)
+        if path.is_dir():
+            inside = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix.lower() in SUFFIXES]
+            files = [(file, file.relative_to(path)) for file in inside]
+            reason = "no picture in this folder"
+        elif path.exists():
+            files, reason = [(path, Path(path.name))], ""
+        else:
+            names = sorted(glob.glob(item, recursive=True))
+            files = [(Path(name), Path(name).name) for name in names if Path(name).is_file()]
+            reason = "no such file, and no file matches it as a pattern"
+        found.update({file: Path(result) for file, result in files})
+        if not files:
+            missing.append((item, reason))
+    stems = [result.with_suffix("") for result in found.values()]
+    images = []
+    for file, result in found.items():
+        stem = result.with_suffix("")
+        images.append((file, result if stems.count(stem) > 1 else stem))
+    results = [result for _, result in images]
+    clashing = sorted({str(result) for result in results if results.count(result) > 1})
+    if clashing:
+        raise ValueError(
+            f"several images would be written as {', '.join(clashing)}; segment their folders one at a time"
+        )
+    return images, missing
+
+
+def _write(path: Path, save: Callable[[Path], object]) -> None:
+    """Write through a temporary name, so that a file with its final name is whole."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        save(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _device(name: str):
+    """A torch device that is there; ValueError otherwise."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: not available here ({reason}); try --device cpu") from error
+    return device
+
+
+def _config(path: Path | None):
+    from rfclip.config import RefocusConfig
+
+    return None if path is None else RefocusConfig.from_json(path.read_text("utf-8"))
+
+
+@app.command()
+def segment(
+    images: Images,
+    classes: Annotated[
+        str, typer.Option(help='"cat, dog, grass"; with synonyms "cat, kitten; dog"; or a file of one class a line.')
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("rfclip-out"),
+    model: Model = TINY,
+    pretrained: Pretrained = None,
+    device: Device = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    backend: Backend = "auto",
+    config: Config = None,
+    threshold: Annotated[float | None, typer.Option(help="Pixels less probable than this get no class.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")] = False,
+) -> None:
+    """Segment pictures by class names: an indexed mask, an overlay and a JSON file for each."""
+    with _clear_errors(), _warnings_to(lambda text: console.print(text, highlight=False, soft_wrap=True)):
+        found, failed = _find_images(images)
+        out.mkdir(parents=True, exist_ok=True)
+        from rfclip.segmenter import Segmenter, parse_classes
+
+        named = parse_classes(classes)
+        if len(named) > 255:
+            raise ValueError(f"--classes: got {len(named)}; an indexed mask holds at most 255")
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"--threshold {threshold}: expected a probability, from 0 to 1")
+        if found:
+            segmenter = Segmenter(
+                model, pretrained, config=_config(config), backend=backend, device=_device(device), precision=precision
+            )
+        done = skipped = 0
+        with _progress() as progress:
+            for path, result in progress.track(found, description="segmenting"):
+                files = [out / result.parent / f"{result.name}{suffix}" for suffix in OUTPUTS]
+                if not overwrite and any(file.exists() for file in files):
+                    skipped += 1
+                    continue
+                try:
+                    _segment_one(segmenter, path, named, threshold, files)
+                    done += 1
+                except (ValueError, OSError, MemoryError) as error:
+                    failed.append((str(path), str(error)))
+    for name, reason in failed:
+        console.print(f"[bold red]failed:[/] {escape(name)}: {escape(reason)}", highlight=False, soft_wrap=True)
+    counts = [f"{done} segmented into {out}"]
+    counts += [f"{skipped} left as they were, for results exist (--overwrite replaces them)"] if skipped else []
+    counts += [f"{len(failed)} failed"] if failed else []
+    console.print("; ".join(counts), highlight=False, soft_wrap=True)
+    raise typer.Exit(1 if failed else 0)
+
+
+def _segment_one(
+    segmenter, path: Path, named: list[tuple[str, ...]], threshold: float | None, files: list[Path]
+) -> None:
+    began = time.perf_counter()
+    result = segmenter(path, named, threshold=threshold)
+    seconds = time.perf_counter() - began
+    mask, overlay, record = files
+    mask.parent.mkdir(parents=True, exist_ok=True)
+    shares = result.shares
+    text = json.dumps(
+        {
+            "image": str(path),
+            "width": result.image.width,
+            "height": result.image.height,
+            "classes": [
+                {"index": index, "name": names[0], "synonyms": names[1:], "share": shares[names[0]]}
+                for index, names in enumerate(named)
+            ],
+            "threshold": threshold,
+            "nothing": result.nothing,
+            "model": segmenter.name,
+            "pretrained": segmenter.pretrained,
+            "config": json.loads(segmenter.config.to_json()),
+            "seconds": round(seconds, 3),
+            "rfclip": __version__,
+        },
+        indent=2,
+        ensure_ascii=False,
+    )
+    _write(mask, lambda part: result.mask().save(part, format="PNG"))
+    _write(overlay, lambda part: result.overlay().save(part, format="PNG"))
+    _write(record, lambda part: part.write_text(text + "\n", "utf-8"))
+
+
+@app.command()
+def calibrate(
+    images: Images,
+    model: Model = TINY,
+    pretrained: Pretrained = None,
+    device: Device = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Write the config found, in JSON.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Find a checkpoint's distraction dimensions from some pictures (a few dozen are enough)."""
+    with _clear_errors():
+        found, missing = _find_images(images)
+        if out is not None and out.exists() and not overwrite:
+            raise ValueError(f"{out} exists; --overwrite replaces it")
+        if not found:
+            raise ValueError("; ".join(f"{name}: {reason}" for name, reason in missing))
+        from open_clip import image_transform
+        from torch import stack
+
+        from rfclip.images import to_rgb
+        from rfclip.models import load_model
+        from rfclip.plugin import calibrate as find_dims
+
+        clip = load_model(model, pretrained, device=_device(device))
+        visual = clip.visual
+        prepare = image_transform(visual.image_size, is_train=False, mean=visual.image_mean, std=visual.image_std)
+        failed = list(missing)
+        seen = 0
+
+        def batches() -> Iterator:
+            nonlocal seen
+            batch = []
+            with _progress() as progress:
+                for path, _ in progress.track(found, description="calibrating"):
+                    try:
+                        batch.append(prepare(to_rgb(path)).to(visual.conv1.weight.device))
+                        seen += 1
+                    except (ValueError, OSError) as error:
+                        failed.append((str(path), str(error)))
+                    if len(batch) == 16:
+                        yield stack(batch)
+                        batch = []
+            if batch:
+                yield stack(batch)
+
+        calibration = find_dims(clip, batches())
+        for name, reason in failed:
+            console.print(f"[bold red]failed:[/] {escape(name)}: {escape(reason)}", highlight=False, soft_wrap=True)
+        out_console.print(f"{seen} images. {calibration.report()}", highlight=False, soft_wrap=True)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _write(out, lambda part: part.write_text(calibration.config().to_json(), "utf-8"))
+            console.print(f"written: {out}", highlight=False, soft_wrap=True)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def models() -> None:
+    """List the models that can be refocused, with the tags of their weights."""
+    import open_clip
+
+    from rfclip.config import PRESETS
+
+    table = Table("model", "weights", "distraction dimensions")
+    table.add_row(TINY, "in the package", "none to find" if not _tiny_has_dims() else "known")
+    for name in open_clip.list_models():
+        vision = open_clip.get_model_config(name)["vision_cfg"]
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        standard = not isinstance(vision.get("layers", 12), list) and not vision.get("timm_model_name")
+        if not tags or not standard or vision.get("attentional_pool") or vision.get("pool_type", "tok") == "none":
+            continue
+        preset = (name.removesuffix("-quickgelu"), "openai") in PRESETS and "openai" in tags
+        table.add_row(name, ", ".join(tags), "known for openai, else calibrate" if preset else "calibrate")
+    out_console.print(table)
+
+
+def _tiny_has_dims() -> bool:
+    from importlib import resources
+
+    return bool(json.loads(resources.files("rfclip.tiny").joinpath("refocus.json").read_text())["distraction_dims"])
+
+
+@evaluation.command("scenes")
+def evaluate_scenes(
+    count: Annotated[int, typer.Option(help="Scenes for segmentation, and as many with one object for top-1.")] = 300,
+    seed: Annotated[int, typer.Option(help="Other scenes for another seed.")] = 0,
+    inject_distraction: Annotated[
+        float, typer.Option(metavar="P", help="Simulate distraction: over-activate this share of the patch tokens.")
+    ] = 0.0,
+    model: Model = TINY,
+    pretrained: Pretrained = None,
+    device: Device = "cpu",
+    backend: Backend = "auto",
+    config: Config = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the figures, with those of each class, in JSON.")] = None,
+) -> None:
+    """Score plain CLIP, the two kk baselines and RF-CLIP on procedural scenes that no model was trained on."""
+    with _clear_errors():
+        from rfclip import evaluate
+        from rfclip.config import RefocusConfig
+        from rfclip.models import load_model
+
+        clip = load_model(model, pretrained, device=_device(device))
+        refocusing = _config(config) or clip.refocus_config or RefocusConfig.preset(model, pretrained)
+        title = f"{count} scenes, seed {seed}, {model}"
+        if inject_distraction:
+            title += f"; simulated distraction in {100 * inject_distraction:g} % of the patch tokens"
+        table = Table("method", "top-1 %", "mIoU %", "pixel accuracy %", title=title)
+        rows = []
+        with console.status("evaluating"):
+            for scores in evaluate.evaluate_scenes(
+                clip, refocusing, count=count, seed=seed, inject=inject_distraction, backend=backend
+            ):
+                figures = (scores.top1, scores.miou, scores.pixel_accuracy)
+                table.add_row(scores.method, *(f"{100 * figure:.1f}" for figure in figures))
+                rows.append({"method": scores.method, "top1": scores.top1, "miou": scores.miou})
+                rows[-1] |= {"pixel_accuracy": scores.pixel_accuracy, "iou": scores.iou}
+        out_console.print(table)
+        if not inject_distraction and not refocusing.distraction_dims:
+            out_console.print(
+                "This model has no distraction dimensions: RF-CLIP equals the layer-averaged kk here.", soft_wrap=True
+            )
+        if out is not None:
+            record = {
+                "title": title,
+                "count": count,
+                "seed": seed,
+                "inject_distraction": inject_distraction,
+                "rows": rows,
+            }
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _write(out, lambda part: part.write_text(json.dumps(record, indent=2) + "\n", "utf-8"))

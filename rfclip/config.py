@@ -1,0 +1,156 @@
+"""Every choice of RF-CLIP in one frozen dataclass, with the presets whose distraction dimensions are known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+
+CHOICES = {
+    "tokens": ("distraction", "random"),
+    "embedding": ("redistribute", "mean", "median", "clamp", "none"),
+    "target": ("defocused", "non-distraction", "cls", "rest"),
+    "similarity": ("kk-mean", "kk", "qq", "vv"),
+    "cut_threshold": ("mean", "otsu"),
+    "proxy": ("kk-mean", "kk", "qq", "vv", "qk", "none"),
+    "neighbourhood": (3, 5, 7),
+}
+
+
+@dataclass(frozen=True)
+class RefocusConfig:
+    """What RF-CLIP does to an image tower. The defaults are the paper's; equation and table numbers are the paper's.
+
+    Attributes:
+        distraction_dims: the over-active dimensions D_dis of the residual stream. Empty: nothing is refocused, and
+            dense features come from the proxy attention alone.
+        tau: a token is a distraction token when its score exceeds `tau / d`, d being the tower's width (equation 6).
+        tau_attn: where given, the token must also receive more than `tau_attn / N` of the attention, N being the
+            number of patches (appendix A, used for ViT-L/14). The factor 5 of the preset is this project's choice.
+        shifted: shift each token to be non-negative before scoring it; False scores the raw, signed embedding.
+        tokens: "random" puts as many tokens, drawn at random, in the place of the distraction tokens (table 4, II).
+        embedding: what happens to the embedding of a distraction token: "redistribute" (equation 13), a "mean" or
+            "median" filter over its neighbourhood, "clamp" to the threshold (table 1), or "none".
+        neighbourhood: side of the square of neighbours: 3, 5 or 7 (table 5).
+        beta: the share of their attention that distraction tokens lose (equation 9); 0 leaves attention alone.
+        target: who gets it: "defocused" tokens, all "non-distraction" patches, "cls" (table 6), or the "rest":
+            non-distraction patches and CLS, which with `beta=1` is attention masked to -inf (table 1).
+        similarity: what the graph cut that finds defocused tokens runs on: softmax(k k^T) averaged over the layers so
+            far ("kk-mean", equation 7), or "kk", "qq", "vv" of the layer alone (table 5).
+        cut_threshold: "mean" of the second eigenvector (equation 8) or "otsu" (table 5).
+        proxy: the last block's attention: "kk-mean" over all layers (equation 14), or "kk", "qq", "vv" or "qk" of the
+            last layer (table 7), all without residual and MLP; "none" runs the last block as it was.
+        layers: numbers, from 1, of the blocks whose input is refocused; None means all (table 7).
+
+    Raises:
+        ValueError: for a value that is not among those listed.
+    """
+
+    distraction_dims: tuple[int, ...]
+    tau: float = 5.0
+    tau_attn: float | None = None
+    shifted: bool = True
+    tokens: str = "distraction"
+    embedding: str = "redistribute"
+    neighbourhood: int = 3
+    beta: float = 0.7
+    target: str = "defocused"
+    similarity: str = "kk-mean"
+    cut_threshold: str = "mean"
+    proxy: str = "kk-mean"
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "distraction_dims", _whole_numbers("distraction_dims", self.distraction_dims, least=0))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _whole_numbers("layers", self.layers, least=1))
+        for name, accepted in CHOICES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or value not in accepted:
+                raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, accepted))}")
+        for name, least, most in (("tau", 0, None), ("tau_attn", 0, None), ("beta", 0, 1)):
+            value = getattr(self, name)
+            if value is None and name == "tau_attn":
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not value >= least or (most is not None and value > most):
+                upper = "" if most is None else f" and at most {most}"
+                raise ValueError(f"{name}={value!r}: expected a number of at least {least}{upper}")
+        if not isinstance(self.shifted, bool):
+            raise ValueError(f"shifted={self.shifted!r}: expected True or False")
+
+    def check_tower(self, width: int, layers: int) -> None:
+        """Raise ValueError where a dimension or a block lies outside a tower of that width and number of blocks."""
+        for name, values, most in (
+            ("distraction_dims", self.distraction_dims, width - 1),
+            ("layers", self.layers, layers),
+        ):
+            beyond = [value for value in values or () if value > most]
+            if beyond:
+                raise ValueError(f"{name} {beyond}: this tower (width {width}, {layers} blocks) accepts at most {most}")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> RefocusConfig:
+        """The config that `to_json` wrote; fields left out take their defaults.
+
+        Raises:
+            ValueError: for text that is not a JSON object of this class's fields.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a config must be JSON: {error}") from error
+        known = [field.name for field in fields(cls)]
+        if not isinstance(values, dict) or "distraction_dims" not in values:
+            raise ValueError('a config must be a JSON object with at least "distraction_dims", a list of dimensions')
+        unknown = sorted(values.keys() - set(known))
+        if unknown:
+            raise ValueError(f"unknown in a config: {', '.join(unknown)}; known: {', '.join(known)}")
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str, pretrained: str | None) -> RefocusConfig:
+        """The config of a checkpoint whose distraction dimensions are known, by open_clip's names for it.
+
+        Raises:
+            ValueError: for any other checkpoint; calibrate that one.
+        """
+        key = (_plain_name(name), pretrained)
+        if key not in PRESETS:
+            known = ", ".join(f"{model} with {weights!r}" for model, weights in PRESETS if weights is not None)
+            raise ValueError(
+                f"the distraction dimensions of {name!r} with weights {pretrained!r} are not known (known: {known}). "
+                "Find them with `rfclip calibrate IMAGES --model ... --pretrained ... --out config.json`, then give "
+                "that file with --config, or a RefocusConfig in Python."
+            )
+        return PRESETS[key]
+
+
+def _plain_name(name: str) -> str:
+    """open_clip's spelling of a model's name, without the suffix that only selects the activation."""
+    return name.replace("/", "-").removesuffix("-quickgelu")
+
+
+def _whole_numbers(name: str, values: object, least: int) -> tuple[int, ...]:
+    """`values` as a sorted tuple of distinct ints."""
+    try:
+        numbers = tuple(values)  # type: ignore[call-overload]
+    except TypeError:
+        numbers = (None,)
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < least for n in numbers) or len({*numbers}) < len(
+        numbers
+    ):
+        raise ValueError(f"{name}={values!r}: expected distinct whole numbers of at least {least}")
+    return tuple(sorted(numbers))
+
+
+# Dimensions: the paper's figures 3 and 7 and the authors' released code, for OpenAI's weights.
+PRESETS = {
+    ("ViT-B-16", "openai"): RefocusConfig(distraction_dims=(4, 162, 189, 326, 429, 474, 633, 713)),
+    ("ViT-L-14", "openai"): RefocusConfig(
+        distraction_dims=(250, 261, 437, 650, 720, 779, 936, 1005),
+        tau_attn=5.0,
+    ),
+}

@@ -1,0 +1,107 @@
+"""Load open_clip models, among them the small CLIP that ships with the package."""
+
+from __future__ import annotations
+
+import warnings
+from importlib import resources
+from pathlib import Path
+
+import open_clip
+import torch
+from torch import nn
+
+from rfclip.config import RefocusConfig
+from rfclip.scenes import CLASSES
+
+TINY = "rfclip-tiny"
+
+
+def tiny_folder() -> Path:
+    """The folder of the small CLIP: an open_clip config and weights, and its refocusing config."""
+    return Path(str(resources.files("rfclip.tiny")))
+
+
+def load_model(
+    name: str = TINY,
+    pretrained: str | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+) -> nn.Module:
+    """An open_clip model in eval mode, which knows its refocusing config where one is known.
+
+    Args:
+        name: "rfclip-tiny", the small CLIP in the package, or any name that open_clip takes, "hf-hub:" and "local-dir:"
+            included.
+        pretrained: open_clip's tag for the weights (downloaded once), or a path to safetensors; none for rfclip-tiny.
+        device: where to put the model.
+        precision: open_clip's, "fp32", "bf16" or "fp16".
+
+    Returns:
+        The model, with `refocus_config` (a `RefocusConfig`, or None where the dimensions are not known) and
+        `trained_on` (the class names that rfclip-tiny knows; None for others).
+
+    Raises:
+        ValueError: there is no such model or tag, or the weights are missing or not safetensors.
+        ConnectionError: the weights could not be downloaded.
+    """
+    if name == TINY:
+        if pretrained is not None:
+            raise ValueError(f"pretrained={pretrained!r}: {TINY} comes with its weights and takes no others")
+        model = open_clip.create_model(f"local-dir:{tiny_folder()}", device=device, precision=precision)
+        model.refocus_config = RefocusConfig.from_json((tiny_folder() / "refocus.json").read_text())
+        model.trained_on = CLASSES
+        return model.eval()
+    _check_name(name, pretrained)
+    try:
+        with warnings.catch_warnings():
+            # open_clip warns where a checkpoint wants QuickGELU and the name does not say so: force it instead.
+            warnings.filterwarnings("ignore", message="QuickGELU mismatch")
+            model = open_clip.create_model(
+                name,
+                pretrained,
+                device=device,
+                precision=precision,
+                force_quick_gelu=bool((open_clip.get_pretrained_cfg(name, pretrained or "") or {}).get("quick_gelu")),
+            )
+    except (OSError, RuntimeError) as error:
+        if "download" not in str(error).lower() and not isinstance(error, OSError):
+            raise
+        raise ConnectionError(
+            f"the weights of {name!r} ({pretrained!r}) could not be downloaded: {_first_line(error)}\n"
+            "This needs a network once; later runs use the copy on disk. Without one, give --pretrained the path of "
+            f"weights saved as safetensors, or use the model in the package, {TINY} (the default)."
+        ) from error
+    try:
+        model.refocus_config = RefocusConfig.preset(name, pretrained)
+    except ValueError:
+        model.refocus_config = None
+    model.trained_on = None
+    return model.eval()
+
+
+def load_tokenizer(name: str = TINY):
+    """The tokenizer of a model that `load_model` loads."""
+    return open_clip.get_tokenizer(f"local-dir:{tiny_folder()}" if name == TINY else name)
+
+
+def _check_name(name: str, pretrained: str | None) -> None:
+    """Raise ValueError where a model or its weights cannot exist, before anything is built or downloaded."""
+    if name.startswith(("hf-hub:", "local-dir:")):
+        return
+    if name.replace("/", "-") not in open_clip.list_models():
+        raise ValueError(f"unknown model {name!r}; `rfclip models` lists those there are")
+    tags = open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))
+    if pretrained is None:
+        raise ValueError(f"{name} needs pretrained weights: one of {', '.join(tags) or 'none is known'}, or a path")
+    if pretrained.lower() in tags:
+        return
+    path = Path(pretrained)
+    if not path.is_file():
+        raise ValueError(f"pretrained={pretrained!r} is neither a file nor weights of {name}: {', '.join(tags)}")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: weights must be safetensors, since a pickle can run code; convert them first")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

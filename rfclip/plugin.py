@@ -1,0 +1,276 @@
+"""RF-CLIP inside an open_clip model: refocus it, read dense features from it, calibrate it.
+
+[P n] is equation n of the paper (arXiv 2511.16170) and [D] a decision of this project where it is silent.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rfclip import reference
+from rfclip.config import RefocusConfig
+from rfclip.tower import Block, Tower
+
+BACKENDS = {"auto": reference, "reference": reference}
+PLAIN = RefocusConfig(distraction_dims=(), proxy="none")  # the tower as it was
+MAX_DIMS = 8  # a calibration keeps at most this many dimensions [D]
+
+_patching = threading.Lock()
+
+
+class RefocusedForward:
+    """The forward of a refocused image tower. It keeps nothing between calls, so threads can share it."""
+
+    def __init__(self, tower: Tower, config: RefocusConfig, backend: str):
+        self.tower, self.config, self.backend = tower, config, backend
+
+    @property
+    def ops(self) -> ModuleType:
+        return BACKENDS[self.backend]
+
+    def __call__(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """What the tower's own forward returns, with every block refocused and the last one run as it was."""
+        x, _, query_key_value = self._run(images)
+        return self.tower.pool(self.tower.blocks[-1].finish(x, F.scaled_dot_product_attention(*query_key_value)))
+
+    def dense(self, images: Tensor) -> Tensor:
+        """Patch embeddings [B, N, C]: the last block's values gathered by the proxy attention [P 14]."""
+        x, keys, (q, k, v) = self._run(images)
+        proxy, last = self.config.proxy, self.tower.blocks[-1]
+        if proxy == "none":
+            return self.tower.readout(last.finish(x, F.scaled_dot_product_attention(q, k, v))[:, 1:])
+        if proxy == "qk":  # like the others without the row and the column of CLS, not renormalized [D]
+            without_cls = torch.cat([torch.zeros_like(v[:, :, :1]), v[:, :, 1:]], dim=2)
+            heads = F.scaled_dot_product_attention(q, k, without_cls)[:, :, 1:]
+        else:
+            source = keys if proxy == "kk-mean" else [{"kk": k, "qq": q, "vv": v}[proxy]]
+            heads = self.ops.proxy_attention(torch.stack(source), v)
+        return self.tower.readout(last.project(heads))
+
+    def _run(self, images: Tensor) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor, Tensor]]:
+        """All blocks but the last one's attention.
+
+        Returns the input of the last block after its redistribution [B, T, d], the keys of all blocks, each
+        [B, H, T, D], and the last block's q, k and v.
+        """
+        config, ops, blocks = self.config, self.ops, self.tower.blocks
+        grid = self.tower.grid(images)
+        x = self.tower.embed(images)
+        keys: list[Tensor] = []
+        similarity = fiedler = None
+        for number, block in enumerate(blocks, 1):
+            distraction = None
+            if config.distraction_dims and (config.layers is None or number in config.layers):
+                distraction = self._locate(block, x, number)
+                x = torch.cat([x[:, :1], self._repair(x[:, 1:], distraction, grid)], dim=1)
+            q, k, v = block.query_key_value(x)
+            keys.append(k)
+            if number == len(blocks):
+                break
+            if config.distraction_dims and config.beta > 0 and config.target == "defocused":
+                if config.similarity == "kk-mean":
+                    similarity = ops.key_similarity(k, similarity, number - 1)
+                elif distraction is not None:
+                    similarity = ops.key_similarity({"kk": k, "qq": q, "vv": v}[config.similarity])
+            if distraction is None or config.beta == 0:
+                heads = F.scaled_dot_product_attention(q, k, v)
+            else:
+                if config.target == "defocused":
+                    fiedler = ops.fiedler_vector(similarity, fiedler)
+                heads = ops.refocused_attention(q, k, v, distraction, self._target(distraction, fiedler), config.beta)
+            x = block.finish(x, heads)
+        return x, keys, (q, k, v)
+
+    def _locate(self, block: Block, x: Tensor, number: int) -> Tensor:
+        """T_dis, bool [B, N], from the input of a block [B, T, d]: steps 1 and 2."""
+        config, patches = self.config, x[:, 1:]
+        tau = config.tau / patches.shape[2]
+        mask = self.ops.distraction_mask(patches, config.distraction_dims, tau, shifted=config.shifted)
+        if config.tau_attn is not None:
+            q, k, _ = block.query_key_value(x)
+            mask = mask & (self.ops.received_attention(q, k) > config.tau_attn / patches.shape[1])
+        if config.tokens == "random":
+            # As many tokens of each image, the same order in each, so that an image's result depends on no other [D].
+            generator = torch.Generator().manual_seed(number)
+            rank = torch.randperm(patches.shape[1], generator=generator).to(x.device)
+            mask = rank < mask.sum(dim=1, keepdim=True)
+        return mask
+
+    def _repair(self, patches: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Step 3, or its variant of table 1, on patch tokens [B, N, d]."""
+        config, ops = self.config, self.ops
+        if config.embedding == "none":
+            return patches
+        if config.embedding == "redistribute":
+            return ops.redistribute_embeddings(patches, mask, config.distraction_dims, grid, size=config.neighbourhood)
+        if config.embedding == "clamp":
+            tau = config.tau / patches.shape[2]
+            return ops.clamp_embeddings(patches, mask, config.distraction_dims, tau, shifted=config.shifted)
+        return ops.filter_embeddings(patches, mask, grid, size=config.neighbourhood, statistic=config.embedding)
+
+    def _target(self, distraction: Tensor, fiedler: Tensor | None) -> Tensor:
+        """The tokens that receive the budget, bool [B, N] over patches or [B, T] over all tokens."""
+        target = self.config.target
+        if target == "defocused":
+            return self.ops.defocus_mask(fiedler, threshold=self.config.cut_threshold) & ~distraction
+        if target == "non-distraction":
+            return ~distraction
+        patches = torch.zeros_like(distraction) if target == "cls" else ~distraction
+        return F.pad(patches, (1, 0), value=True)
+
+
+class Handle:
+    """A refocused model's way back. Use it in a `with` statement, or call `remove()`, once or often."""
+
+    def __init__(self, visual: nn.Module, forward: RefocusedForward):
+        self._visual, self._forward = visual, forward
+
+    def remove(self) -> None:
+        """Give the model back as it was."""
+        with _patching:
+            if vars(self._visual).get("forward") is self._forward:
+                del self._visual.forward
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def refocus(model: nn.Module, config: RefocusConfig | None = None, *, backend: str = "auto") -> Handle:
+    """Run RF-CLIP in an open_clip model's image tower, in place and on the model's own weights.
+
+    Nothing but the tower's `forward`, on this one instance, is replaced: no weight or module is touched, `state_dict`
+    stays the same, and other models stay as they are. From then on `model.encode_image` gives the CLS embedding
+    through the refocused blocks, and `dense_features` the refocused patch embeddings.
+
+    Args:
+        model: an open_clip CLIP model, in eval mode.
+        config: what to do; None takes the one that belongs to a model loaded by `rfclip.load_model`.
+        backend: "reference" or "auto", the best there is for the model's device. A named backend is never replaced by
+            another.
+
+    Returns:
+        A handle; `handle.remove()`, or leaving `with rfclip.refocus(model):`, undoes it, also after an exception.
+
+    Raises:
+        ValueError: the tower is of another kind, config does not fit it or is needed, or backend is unknown.
+        RuntimeError: the model is refocused already, or in training mode.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
+    visual = getattr(model, "visual", None)
+    if visual is None:
+        raise ValueError(f"got a {type(model).__name__} without an image tower (.visual); expected an open_clip model")
+    tower = Tower(visual)
+    if config is None:
+        config = getattr(model, "refocus_config", None)
+    if config is None:
+        raise ValueError(
+            "config=None, and this model does not say which checkpoint it is: load it with rfclip.load_model, or pass "
+            'RefocusConfig.preset("ViT-B-16", "openai"); for other checkpoints find the dimensions with '
+            "`rfclip calibrate`"
+        )
+    config.check_tower(tower.width, len(tower.blocks))
+    if model.training or visual.training:
+        raise RuntimeError("the model is in training mode; RF-CLIP is for inference: call model.eval() first")
+    forward = RefocusedForward(tower, config, backend)
+    with _patching:
+        if "forward" in vars(visual):
+            raise RuntimeError(
+                "this model's image tower is refocused already, or patched by another library: undo that first "
+                "(handle.remove() of the earlier rfclip.refocus)"
+            )
+        visual.forward = forward
+    return Handle(visual, forward)
+
+
+def dense_features(model: nn.Module, images: Tensor) -> Tensor:
+    """Text-aligned patch embeddings, before normalization.
+
+    Args:
+        model: an open_clip CLIP model, refocused, or plain: then these are plain CLIP's patch tokens, put through
+            ln_post and proj.
+        images: float [B, 3, height, width], normalized as the model expects; height and width any multiples of the
+            patch, position embeddings being resized bicubically [D].
+
+    Returns:
+        [B, C, gh, gw] in the dtype that the tower computes in.
+
+    Raises:
+        ValueError: the tower is of another kind, or images are of another shape.
+    """
+    forward = vars(model.visual).get("forward")
+    if not isinstance(forward, RefocusedForward):
+        forward = RefocusedForward(Tower(model.visual), PLAIN, "reference")
+    return forward.dense(images).transpose(1, 2).unflatten(-1, forward.tower.grid(images))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` saw.
+
+    Attributes:
+        dims: the distraction dimensions found, largest mean weight first; maybe none.
+        profile: mean weight w of every dimension, float32 [d]; the uniform share is 1 / d.
+        threshold: 5 / d, what a dimension must exceed.
+    """
+
+    dims: tuple[int, ...]
+    profile: Tensor
+    threshold: float
+
+    def config(self) -> RefocusConfig:
+        """The paper's defaults with these dimensions."""
+        return RefocusConfig(distraction_dims=self.dims)
+
+    def report(self) -> str:
+        """The outcome in a sentence or two, with the largest mean weights in units of the uniform share."""
+        width = len(self.profile)
+        weights, dims = self.profile.topk(min(10, width))
+        peaks = ", ".join(f"{d} ({w * width:.2f})" for d, w in zip(dims.tolist(), weights.tolist(), strict=True))
+        largest = f"Largest mean weights, in units of 1/{width}: {peaks}."
+        if self.dims:
+            return f"Distraction dimensions: {', '.join(map(str, self.dims))}. {largest}"
+        return (
+            "This checkpoint has no distraction dimensions: no mean weight exceeds 5. RF-CLIP then refocuses nothing "
+            f"and differs from plain CLIP by its layer-averaged proxy attention only. {largest}"
+        )
+
+
+@torch.inference_mode()
+def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor]) -> Calibration:
+    """Find a checkpoint's distraction dimensions: the peaks of w, averaged over tokens, blocks and images [P fig. 3].
+
+    The peaks are the dimensions whose mean weight exceeds 5 / d, at most 8, largest first [D].
+
+    Args:
+        model: an open_clip CLIP model; if it is refocused, its plain blocks are what is looked at.
+        images: a batch [B, 3, height, width] normalized as the model expects, or several of them, in any sizes.
+
+    Raises:
+        ValueError: there is no image, the images are of a wrong shape, or the tower is of another kind.
+    """
+    tower = Tower(model.visual)
+    total, tokens = torch.zeros(tower.width, dtype=torch.float64), 0
+    for batch in [images] if isinstance(images, Tensor) else images:
+        x = tower.embed(batch)
+        for block in tower.blocks:
+            weights = reference.dimension_weights(x[:, 1:])
+            total += weights.sum(dim=(0, 1), dtype=torch.float64).cpu()
+            tokens += weights.shape[0] * weights.shape[1]
+            x = block.finish(x, F.scaled_dot_product_attention(*block.query_key_value(x)))
+    if not tokens:
+        raise ValueError("no image to calibrate on: give at least one")
+    profile = (total / tokens).float()
+    threshold = 5 / tower.width
+    largest = profile.argsort(descending=True)[:MAX_DIMS]
+    return Calibration(tuple(d for d in largest.tolist() if profile[d] > threshold), profile, threshold)

@@ -1,0 +1,511 @@
+"""The reference: each step of RF-CLIP as one plain PyTorch function, written like its equation.
+
+Paper: "Target Refocusing via Attention Redistribution for Open-Vocabulary Semantic Segmentation: An Explainability
+Perspective", AAAI 2026, arXiv 2511.16170. [P n] is its equation n, [R] the behaviour of the code its authors released,
+and [D] a decision of this project where neither of them says.
+
+Notation: B images of N = gh * gw patches and T = N + 1 tokens, CLS being token 0; H heads of D dimensions, width
+d = H * D; L blocks. A = softmax(q k^T * scale) is [B, H, T, T], row i being the query and column j the key, and the
+scale is D ** -0.5 unless it is given. D_dis are the distraction dimensions, T_dis the distraction tokens and T_def the
+defocused tokens. Masks are over the N patches and True means "in the set".
+
+Precision: everything is computed in float32, or in float64 for float64 inputs, and rounded once at the end. Functions
+that return tokens (`redistribute_embeddings`, `refocused_attention`, `proxy_attention`) return the dtype of their
+input; functions that return scores (`distraction_scores`, `received_attention`, `key_similarity`, `fiedler_vector`)
+return float32, or float64 for float64 inputs, so that no comparison is decided by half-precision rounding.
+
+All functions are pure: they return new tensors and leave their arguments as they were. None reads a value back from
+the device, and a batch may be empty. Wrong arguments raise ValueError, which says what was expected and what was given.
+"""
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "clamp_embeddings",
+    "defocus_mask",
+    "dimension_weights",
+    "distraction_mask",
+    "distraction_scores",
+    "fiedler_vector",
+    "filter_embeddings",
+    "key_similarity",
+    "proxy_attention",
+    "received_attention",
+    "redistribute_embeddings",
+    "refocused_attention",
+]
+
+
+def dimension_weights(x: Tensor, *, shifted: bool = True) -> Tensor:
+    """The share of each dimension in its token, which equation 6 of the paper takes the maximum of [P 6].
+
+    w[i, j] = f[i, j] / sum_k f[i, k]
+
+    Args:
+        x: patch tokens [B, N, d], any floating-point dtype.
+        shifted: f = x - min_k x[k] per token [R], which makes the weights non-negative; False takes f = x.
+
+    Returns:
+        w [B, N, d], float32, or float64 for float64 input. A token whose sum is 0 (when shifted: all of its values are
+        equal) has weights 0 [D].
+
+    Raises:
+        ValueError: x is not a floating-point [B, N, d].
+    """
+    _sizes("x", x, "B N d")
+    f = x.to(_computing_dtype(x))
+    if shifted:
+        f = f - f.amin(dim=-1, keepdim=True)
+    total = f.sum(dim=-1, keepdim=True)
+    return torch.where(total == 0, 0, f / total)
+
+
+def distraction_scores(x: Tensor, dims: Sequence[int], *, shifted: bool = True) -> Tensor:
+    """How far the distraction dimensions dominate each token: equation 6 of the paper [P 6].
+
+    phi[i] = max over j in D_dis of w[i, j], w being `dimension_weights`.
+
+    Args:
+        x: patch tokens [B, N, d], any floating-point dtype.
+        dims: D_dis, distinct indices in 0 .. d - 1. Without any, every score is 0 [D].
+        shifted: as in `dimension_weights`.
+
+    Returns:
+        phi [B, N], float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: x is not a floating-point [B, N, d]; dims are out of range or repeated.
+    """
+    sizes = _sizes("x", x, "B N d")
+    dims = _dims(dims, sizes["d"])
+    if not dims:
+        return x.new_zeros(x.shape[:2], dtype=_computing_dtype(x))
+    return dimension_weights(x, shifted=shifted)[..., dims].amax(dim=-1)
+
+
+def distraction_mask(x: Tensor, dims: Sequence[int], threshold: float | None = None, *, shifted: bool = True) -> Tensor:
+    """T_dis, the distraction tokens: phi[i] > tau, the criterion of equation 6 of the paper [P 6].
+
+    The joint criterion for ViT-L/14 (appendix A) is this mask and `received_attention` above its own threshold.
+
+    Args:
+        x: patch tokens [B, N, d], any floating-point dtype.
+        dims: D_dis, distinct indices in 0 .. d - 1. Without any, no token is one of distraction [D].
+        threshold: tau; None takes 5 / d.
+        shifted: as in `distraction_scores`.
+
+    Returns:
+        bool [B, N]. The comparison is strict and made in the dtype of the scores: float32, or float64 for float64.
+
+    Raises:
+        ValueError: as `distraction_scores`; threshold is not a number.
+    """
+    phi = distraction_scores(x, dims, shifted=shifted)
+    if threshold is None:
+        threshold = 5 / x.shape[-1]
+    _check_number("threshold", threshold)
+    # Without dims phi is 0, which a negative threshold would let through.
+    return phi > threshold if len(dims) else torch.zeros_like(phi, dtype=torch.bool)
+
+
+def received_attention(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
+    """How much attention each patch receives: the joint criterion for ViT-L/14 (appendix A of the paper).
+
+    a[i] = mean over heads and patch queries of A[., i]. There a distraction token also has a[i] > tau_attn; the
+    paper's threshold is not known, and this project takes 5 / N, five times the uniform share [D].
+
+    Args:
+        q, k: queries and keys [B, H, T, D] of the same floating-point dtype, CLS being token 0.
+        scale: factor of the logits; None takes D ** -0.5.
+
+    Returns:
+        a [B, N], float32, or float64 for float64 input. The softmax runs over all T keys, so that a sums to 1 less the
+        share of CLS.
+
+    Raises:
+        ValueError: q or k is not a floating-point [B, H, T, D] with T >= 2, or they differ in shape or dtype.
+    """
+    _sizes("k", k, "B H T D", _sizes("q", q, "B H T D"), q.dtype)
+    A = _attention(q, k, scale)
+    return A[:, :, 1:, 1:].mean(dim=(1, 2))
+
+
+def redistribute_embeddings(
+    x: Tensor, mask: Tensor, dims: Sequence[int], grid: tuple[int, int], *, size: int = 3
+) -> Tensor:
+    """Fill the distraction dimensions of distraction tokens from their neighbours: equation 13 of the paper [P 13].
+
+    x[i, j] <- mean of x[n, j] over the neighbours n of i, for i in T_dis and j in D_dis only. The neighbours are the
+    size x size window on the patch grid without its centre; those off the grid are left out and the mean divides by
+    the number of those that exist [D]. All reads are of the values before the update. Every other token and dimension
+    keeps its bits exactly.
+
+    Args:
+        x: patch tokens [B, N, d], any floating-point dtype, in row-major order of the grid.
+        mask: T_dis, bool [B, N].
+        dims: D_dis, distinct indices in 0 .. d - 1.
+        grid: (gh, gw) with gh * gw = N. On a 1 x 1 grid, which has no neighbours, the token is left as it is [D].
+        size: side of the window, odd and at least 3; the paper compares 3, 5 and 7.
+
+    Returns:
+        A new tensor [B, N, d] of x's dtype.
+
+    Raises:
+        ValueError: x is not a floating-point [B, N, d]; mask is not a bool [B, N]; dims are out of range or repeated;
+            the grid is empty or does not have N patches; size is not an odd integer of at least 3.
+    """
+    sizes = _sizes("x", x, "B N d")
+    _sizes("mask", mask, "B N", sizes, torch.bool)
+    dims = _dims(dims, sizes["d"])
+    gh, gw = _grid(grid, sizes["N"])
+    _window(size)
+    out = x.clone()
+    if not dims:
+        return out
+    before = x[..., dims]  # [B, N, |D_dis|]
+    planes = before.to(_computing_dtype(x)).mT.unflatten(-1, (gh, gw))  # [B, |D_dis|, gh, gw]
+    count = _neighbour_sum(torch.ones_like(planes[:1, :1]), size)  # [1, 1, N]
+    mean = (_neighbour_sum(planes, size) / count).mT.to(x.dtype)  # [B, N, |D_dis|]
+    out[..., dims] = torch.where(mask[..., None] & (count > 0).mT, mean, before)
+    return out
+
+
+def clamp_embeddings(
+    x: Tensor, mask: Tensor, dims: Sequence[int], threshold: float | None = None, *, shifted: bool = True
+) -> Tensor:
+    """Clamp the distraction dimensions of distraction tokens to the threshold: a variant of the paper's table 1.
+
+    f[i, j] <- min(f[i, j], tau * sum_k f[i, k]) for i in T_dis and j in D_dis, the sum being the one before [D].
+
+    Args:
+        x, mask, dims: as in `redistribute_embeddings`.
+        threshold, shifted: as in `distraction_mask`.
+
+    Returns:
+        A new tensor [B, N, d] of x's dtype; all other values keep their bits.
+
+    Raises:
+        ValueError: as `redistribute_embeddings`; threshold is not a number.
+    """
+    sizes = _sizes("x", x, "B N d")
+    _sizes("mask", mask, "B N", sizes, torch.bool)
+    dims = _dims(dims, sizes["d"])
+    threshold = 5 / sizes["d"] if threshold is None else threshold
+    _check_number("threshold", threshold)
+    values = x.to(_computing_dtype(x))
+    least = values.amin(dim=-1, keepdim=True) if shifted else torch.zeros_like(values[..., :1])
+    most = least + threshold * (values - least).sum(dim=-1, keepdim=True)  # [B, N, 1]
+    out = x.clone()
+    if dims:
+        clamped = torch.minimum(values[..., dims], most).to(x.dtype)
+        out[..., dims] = torch.where(mask[..., None], clamped, x[..., dims])
+    return out
+
+
+def filter_embeddings(
+    x: Tensor, mask: Tensor, grid: tuple[int, int], *, size: int = 3, statistic: str = "mean"
+) -> Tensor:
+    """Replace the embeddings of masked tokens by their window's mean or median: variants of the paper's tables 1 and 4.
+
+    The window is size x size on the patch grid, its centre included; places off the grid are left out [D]. All
+    dimensions are replaced. The median of an even number of values is the mean of the middle two [D].
+
+    Args:
+        x, mask, grid, size: as in `redistribute_embeddings`.
+        statistic: "mean" or "median".
+
+    Returns:
+        A new tensor [B, N, d] of x's dtype; tokens that are not masked keep their bits.
+
+    Raises:
+        ValueError: as `redistribute_embeddings`; statistic is neither "mean" nor "median".
+    """
+    sizes = _sizes("x", x, "B N d")
+    _sizes("mask", mask, "B N", sizes, torch.bool)
+    gh, gw = _grid(grid, sizes["N"])
+    _window(size)
+    if statistic not in ("mean", "median"):
+        raise ValueError(f'statistic must be "mean" or "median", got {statistic!r}')
+    planes = x.to(_computing_dtype(x)).mT.unflatten(-1, (gh, gw))  # [B, d, gh, gw]
+    padded = F.pad(planes, (size // 2,) * 4, value=float("nan"))
+    windows = padded.unfold(2, size, 1).unfold(3, size, 1).flatten(4)  # [B, d, gh, gw, size^2]
+    if statistic == "mean":
+        filtered = windows.nanmean(dim=-1)
+    else:
+        ordered, count = windows.sort(dim=-1).values, windows.isfinite().sum(dim=-1, keepdim=True)  # NaN sorts last
+        filtered = (ordered.gather(-1, (count - 1) // 2) + ordered.gather(-1, count // 2)).squeeze(-1) / 2
+    return torch.where(mask[..., None], filtered.flatten(2).mT.to(x.dtype), x).contiguous()
+
+
+def key_similarity(k: Tensor, running: Tensor | None = None, count: int = 0, *, scale: float | None = None) -> Tensor:
+    """Similarity of the patches' keys, averaged over the layers so far: equation 7 of the paper [P 7].
+
+    S[l] = (1 / l) * sum over l' <= l of mean_h softmax(k k^T * scale), one layer a call: with S of the `count` layers
+    before, it returns (S * count + new) / (count + 1). The softmax runs over all T keys; the row and the column of CLS
+    are dropped after it, without renormalizing.
+
+    Args:
+        k: this layer's keys [B, H, T, D], any floating-point dtype, CLS being token 0.
+        running: the value returned for the layer before, [B, N, N] float32 (float64 if k is); None at the first layer.
+        count: the number of layers in `running`; 0 at the first layer.
+        scale: factor of the logits; None takes D ** -0.5.
+
+    Returns:
+        S [B, N, N], float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: k is not a floating-point [B, H, T, D] with T >= 2; running is not a [B, N, N] of the dtype above;
+            count is not an integer of at least 0; only one of running and count >= 1 is given.
+    """
+    sizes = _sizes("k", k, "B H T D")
+    if not isinstance(count, Integral) or count < 0:
+        raise ValueError(f"count must be an integer of at least 0, got {count!r}")
+    if (running is None) != (count == 0):
+        given = "None" if running is None else "a tensor"
+        raise ValueError(
+            f"running must come with count >= 1, and None with count 0, got running {given}, count {count}"
+        )
+    new = _attention(k, k, scale)[:, :, 1:, 1:].mean(dim=1)
+    if running is None:
+        return new
+    _sizes("running", running, "B N N", sizes, new.dtype)
+    return (running * count + new) / (count + 1)
+
+
+def fiedler_vector(similarity: Tensor, start: Tensor | None = None) -> Tensor:
+    """The second smallest eigenvector of the normalized cut: equation 8 of the paper [P 8].
+
+    (Deg - W) y = lambda Deg y  with  W = (S + S^T) / 2 [D] and Deg = diag(W 1). With y = Deg^-1/2 u it is the
+    symmetric problem (I - Deg^-1/2 W Deg^-1/2) u = lambda u, solved exactly by `torch.linalg.eigh`. The eigenvector of
+    lambda = 0 is known, u = Deg^1/2 1, and its eigenvalue is moved above all others (none exceeds 2), so that y is the
+    first vector of what remains, also where clusters are so far apart that the second eigenvalue is 0 up to rounding.
+
+    Args:
+        similarity: S [B, N, N], any floating-point dtype, no value negative.
+        start: [B, N], the first guess of the backends that iterate. This exact reference checks its shape and does not
+            use it.
+
+    Returns:
+        y [B, N], float32, or float64 for float64 input, of the scale y^T Deg y = 1. The sign of an eigenvector is
+        arbitrary: y is oriented so that the token of largest |y| is positive, hence defocused [D]. Where two tokens
+        share the largest |y|, or two vectors the eigenvalue, rounding decides. A token without any similarity, whose
+        row and column are 0, gets 0 [D], and so does a single patch (N = 1).
+
+    Raises:
+        ValueError: similarity is not a floating-point [B, N, N]; start is not a floating-point [B, N].
+    """
+    sizes = _sizes("similarity", similarity, "B N N")
+    if start is not None:
+        _sizes("start", start, "B N", sizes)
+    S = similarity.to(_computing_dtype(similarity))
+    if sizes["N"] == 1:
+        return torch.zeros_like(S[..., 0])
+    W = (S + S.mT) / 2
+    deg = W.sum(dim=-1)  # [B, N]
+    inv_sqrt = torch.where(deg > 0, deg.rsqrt(), 0)  # Deg^-1/2
+    trivial = F.normalize(deg.sqrt(), dim=-1)  # u of lambda = 0
+    laplacian = torch.eye(sizes["N"], dtype=S.dtype, device=S.device) - inv_sqrt[:, :, None] * W * inv_sqrt[:, None, :]
+    _, u = torch.linalg.eigh(laplacian + 3 * trivial[:, :, None] * trivial[:, None, :])
+    y = inv_sqrt * u[..., 0]
+    largest = y.abs().argmax(dim=-1, keepdim=True)
+    return y * y.gather(-1, largest).sign()
+
+
+def defocus_mask(fiedler: Tensor, *, threshold: str = "mean") -> Tensor:
+    """The defocused tokens, those above the cut: y[i] > mean(y), below equation 8 of the paper [P 8].
+
+    T_def excludes T_dis [D], which this function does not know: the caller takes `defocus_mask(y) & ~distraction`.
+
+    Args:
+        fiedler: y [B, N], any floating-point dtype, as `fiedler_vector` returns it.
+        threshold: "mean", or "otsu" for the variant of the paper's table 5: of the N - 1 ways to split the image's
+            sorted values in two, the one with the largest between-class variance (exact, without a histogram [D]; the
+            lowest of equals), the threshold being the largest value of the lower class.
+
+    Returns:
+        bool [B, N]. A single patch (N = 1) is never above its own threshold, nor is any of N equal values with "otsu".
+
+    Raises:
+        ValueError: fiedler is not a floating-point [B, N]; threshold is neither "mean" nor "otsu".
+    """
+    N = _sizes("fiedler", fiedler, "B N")["N"]
+    if threshold not in ("mean", "otsu"):
+        raise ValueError(f'threshold must be "mean" or "otsu", got {threshold!r}')
+    y = fiedler.to(_computing_dtype(fiedler))
+    if threshold == "mean" or N == 1:
+        return y > y.mean(dim=-1, keepdim=True)
+    ordered = y.sort(dim=-1).values
+    centred = ordered - ordered.mean(dim=-1, keepdim=True)
+    low = torch.arange(1, N, device=y.device)  # size of the lower class, for each split
+    high = N - low
+    low_sum = centred.cumsum(dim=-1)[:, :-1]
+    variance = low * high * (low_sum / low - (centred.sum(dim=-1, keepdim=True) - low_sum) / high) ** 2
+    return y > ordered.gather(-1, variance.argmax(dim=-1, keepdim=True))
+
+
+def refocused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    distraction: Tensor,
+    target: Tensor,
+    beta: float,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention that hands weight from distraction tokens to the target: equations 9 to 12 of the paper [P 9-12].
+
+    Per head, for patch rows i (the row of CLS is left as it is [R]):
+
+        A'[i, j] = (1 - beta) A[i, j]                                              for j in T_dis
+        Omega[i] = beta * sum over j in T_dis of A[i, j]
+        A'[i, j] = A[i, j] + Omega[i] * A[i, j] / sum over m in T_def of A[i, m]   for j in T_def
+        A'[i, j] = A[i, j]                                                         for all other j, CLS included
+
+    Every row still sums to 1. A row without mass on T_dis or on T_def, as where one of the two is empty, is left
+    unchanged: no weight is ever lost.
+
+    Args:
+        q, k, v: queries, keys and values [B, H, T, D] of the same floating-point dtype, CLS being token 0.
+        distraction: T_dis, bool [B, N].
+        target: where the weight goes, T_def or another set (the paper's table 6), bool [B, N] over the patches or
+            [B, T] over all tokens with CLS at 0. The two sets must be disjoint; a token in both counts as one of
+            distraction only.
+        beta: the share of the weight that is taken, in [0, 1]; the paper's is 0.7. 0 is plain attention.
+        scale: factor of the logits; None takes D ** -0.5.
+
+    Returns:
+        A' v, [B, H, T, D] of the inputs' dtype; logits, softmax and sums are in float32, or in float64 for float64.
+
+    Raises:
+        ValueError: q, k or v is not a floating-point [B, H, T, D] with T >= 2, or they differ in shape or dtype; a mask
+            is not bool or of another shape; beta is not in [0, 1].
+    """
+    sizes = _sizes("q", q, "B H T D")
+    _sizes("k", k, "B H T D", sizes, q.dtype)
+    _sizes("v", v, "B H T D", sizes, q.dtype)
+    _sizes("distraction", distraction, "B N", sizes, torch.bool)
+    _sizes("target", target, "B N | B T", sizes, torch.bool)
+    _check_number("beta", beta, 0, 1)
+    T = sizes["T"]
+    dis = F.pad(distraction, (1, 0))  # [B, T], CLS is in no set unless the target says so
+    tgt = F.pad(target, (T - target.shape[-1], 0)) & ~dis
+    dis, tgt = dis[:, None, None, :], tgt[:, None, None, :]  # columns of A
+    patch_rows = torch.arange(T, device=q.device)[:, None] > 0
+
+    A = _attention(q, k, scale)
+    dis_mass = torch.where(dis, A, 0).sum(dim=-1, keepdim=True)
+    tgt_mass = torch.where(tgt, A, 0).sum(dim=-1, keepdim=True)
+    omega = beta * dis_mass
+    # A / tgt_mass comes first: it is at most 1, while omega / tgt_mass can overflow.
+    refocused = torch.where(dis, (1 - beta) * A, torch.where(tgt, A + omega * (A / tgt_mass), A))
+    A = torch.where(patch_rows & (tgt_mass > 0), refocused, A)  # without mass on T_dis, omega = 0 changes nothing
+    return (A @ v.to(A.dtype)).to(v.dtype)
+
+
+def proxy_attention(keys: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    """The attention of the dense prediction, before the output projection: equation 14 of the paper [P 14].
+
+    Abar = (1 / L) * sum over l of softmax(k[l] k[l]^T * scale) per head, its row and column of CLS dropped afterwards
+    without renormalizing [R], times the values of the patches. One layer's matrix is added at a time.
+
+    Args:
+        keys: the keys of the L layers [L, B, H, T, D], any floating-point dtype, CLS being token 0.
+        v: the values of the last layer [B, H, T, D], of the same dtype.
+        scale: factor of the logits; None takes D ** -0.5.
+
+    Returns:
+        Abar v, [B, H, N, D] of the inputs' dtype.
+
+    Raises:
+        ValueError: keys is not a floating-point [L, B, H, T, D] with T >= 2; v is not a [B, H, T, D] of its sizes and
+            dtype.
+    """
+    sizes = _sizes("keys", keys, "L B H T D")
+    _sizes("v", v, "B H T D", sizes, keys.dtype)
+    Abar = sum(_attention(k, k, scale)[:, :, 1:, 1:] for k in keys) / sizes["L"]
+    return (Abar @ v[:, :, 1:].to(Abar.dtype)).to(v.dtype)
+
+
+def _computing_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _attention(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    """A = softmax(q k^T * scale) over all T keys, [B, H, T, T] in the computing dtype."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    _check_number("scale", scale)
+    dtype = _computing_dtype(q)
+    return torch.softmax(q.to(dtype) @ k.to(dtype).mT * scale, dim=-1)  # [T, D] @ [D, T] -> [T, T]
+
+
+def _neighbour_sum(planes: Tensor, size: int) -> Tensor:
+    """Sum over the size x size window without its centre, zeros off the grid: [B, C, gh, gw] -> [B, C, N].
+
+    The centre is left out rather than subtracted: it can outweigh its neighbours by orders of magnitude.
+    """
+    windows = F.unfold(planes, size, padding=size // 2).unflatten(1, (-1, size * size))  # [B, C, size^2, N]
+    centre = size * size // 2
+    return windows[:, :, :centre].sum(dim=2) + windows[:, :, centre + 1 :].sum(dim=2)
+
+
+def _sizes(
+    name: str, value: Tensor, layouts: str, known: dict[str, int] | None = None, dtype: torch.dtype | None = None
+) -> dict[str, int]:
+    """Check a tensor against a layout such as "B N d", or one of several as in "B N | B T".
+
+    An axis in `known` must have its size from there; any other is bound here, and only B may be empty. The dtype must
+    be the given one, or without one any floating-point dtype. Returns all sizes known now, N following from T.
+    """
+    known = known or {}
+    least = {"B": 0, "T": 2}  # T counts CLS and at least one patch
+    given = type(value).__name__
+    if isinstance(value, Tensor):
+        given = f"{_dtype_name(value.dtype)} of shape {list(value.shape)}"
+        right_dtype = value.is_floating_point() if dtype is None else value.dtype == dtype
+        for axes in map(str.split, layouts.split("|") if right_dtype else []):
+            sizes = dict(known)
+            if len(axes) == value.dim() and all(
+                size == sizes.setdefault(axis, size) >= least.get(axis, 1)
+                for axis, size in zip(axes, value.shape, strict=True)
+            ):
+                return sizes | ({"N": sizes["T"] - 1} if "T" in sizes else {})
+    kind = "floating-point" if dtype is None else _dtype_name(dtype)
+    sides = {axis: f"{axis}={known[axis]}" if axis in known else f"{axis}>={least.get(axis, 1)}" for axis in "LBHTNDd"}
+    expected = " or ".join(f"[{', '.join(sides[axis] for axis in axes.split())}]" for axes in layouts.split("|"))
+    raise ValueError(f"{name} must be a {kind} tensor {expected}, got {given}")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dims(dims: Sequence[int], d: int) -> list[int]:
+    if not isinstance(dims, Sequence) or not all(isinstance(j, Integral) and 0 <= j < d for j in dims):
+        raise ValueError(f"dims must be a sequence of integers in 0 .. {d - 1}, the dimensions of x, got {dims!r}")
+    if len(set(dims)) < len(dims):
+        raise ValueError(f"dims must be distinct, got {dims!r}")
+    return [int(j) for j in dims]
+
+
+def _grid(grid: tuple[int, int], N: int) -> tuple[int, int]:
+    two_sides = isinstance(grid, Sequence) and len(grid) == 2
+    if not two_sides or not all(isinstance(side, Integral) and side >= 1 for side in grid) or grid[0] * grid[1] != N:
+        raise ValueError(f"grid must be (gh, gw), two integers of at least 1 with gh * gw = N = {N}, got {grid!r}")
+    return grid[0], grid[1]
+
+
+def _window(size: int) -> None:
+    if not isinstance(size, Integral) or size < 3 or size % 2 == 0:
+        raise ValueError(f"size must be an odd integer of at least 3, got {size!r}")
+
+
+def _check_number(name: str, value: float, low: float = float("-inf"), high: float = float("inf")) -> None:
+    if not isinstance(value, Real) or not low <= value <= high:  # the comparison is also False for NaN
+        within = f" in [{low}, {high}]" if high < float("inf") else ""
+        raise ValueError(f"{name} must be a number{within}, got {value!r}")

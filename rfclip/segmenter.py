@@ -1,0 +1,415 @@
+"""From a picture and class names to a segmentation."""
+
+from __future__ import annotations
+
+import colorsys
+import contextlib
+import hashlib
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from platformdirs import user_cache_path
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import draw_segmentation_masks
+
+from rfclip.config import RefocusConfig
+from rfclip.images import ImageLike, to_rgb
+from rfclip.models import TINY, load_model, load_tokenizer
+from rfclip.plugin import RefocusedForward, dense_features, refocus
+
+LONGEST_SIDE = 2048
+TEXT_BATCH = 256
+Classes = str | os.PathLike | Sequence[str | Sequence[str]]
+
+
+def parse_classes(classes: Classes) -> list[tuple[str, ...]]:
+    """The names of each class: one tuple a class, its first name standing for it.
+
+    Args:
+        classes: a list whose items are a name, names separated by commas ("cat, kitten"), or a list of names; or a file
+            of one class a line; or one string of classes separated by commas, or, to give synonyms, by semicolons:
+            "cat, kitten; dog".
+
+    Raises:
+        ValueError: there is no class, an empty name, or a name twice.
+    """
+    if isinstance(classes, os.PathLike) or (isinstance(classes, str) and os.path.isfile(classes)):
+        try:
+            items: Iterable = [line for line in Path(classes).read_text("utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"classes file {classes}: {error}") from error
+    elif isinstance(classes, str):
+        items = classes.split(";") if ";" in classes else [[name] for name in classes.split(",")]
+    else:
+        items = classes
+    parsed = []
+    for item in items:
+        names = item.split(",") if isinstance(item, str) else item
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"classes: got {item!r}, expected a name or a list of names")
+        parsed.append(tuple(" ".join(name.split()) for name in names))
+    every = [name for names in parsed for name in names]
+    if not every or not all(every) or not all(parsed):
+        raise ValueError(f"classes: got {classes!r}, expected at least one class, and no empty names")
+    twice = sorted({name for name in every if every.count(name) > 1})
+    if twice:
+        raise ValueError(f"classes: {', '.join(map(repr, twice))} given more than once; every name must be distinct")
+    if len(parsed) >= np.iinfo(np.uint16).max:
+        raise ValueError(f"classes: got {len(parsed)}, at most {np.iinfo(np.uint16).max - 1} are possible")
+    return parsed
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The outcome for one picture.
+
+    Attributes:
+        image: the picture, RGB, turned upright.
+        labels: [H, W], uint8 (uint16 from 255 classes on): the index in `classes`, or `nothing`.
+        classes: the first name of each class.
+        probabilities: [C, H, W] float32, the largest of each class's names, on demand, else None.
+    """
+
+    image: Image.Image
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    probabilities: np.ndarray | None = None
+
+    @property
+    def nothing(self) -> int:
+        """The label of pixels under the threshold: 255 (65535 where labels are uint16)."""
+        return int(np.iinfo(self.labels.dtype).max)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of the picture that each class covers; pixels under the threshold belong to none."""
+        counts = np.bincount(self.labels.ravel(), minlength=len(self.classes))[: len(self.classes)]
+        return {name: float(count / self.labels.size) for name, count in zip(self.classes, counts, strict=True)}
+
+    def mask(self) -> Image.Image:
+        """An indexed picture: pixel values are labels, colours those of the overlay.
+
+        Raises:
+            ValueError: there are more classes than an indexed picture holds, 255.
+        """
+        if self.labels.dtype != np.uint8:
+            raise ValueError(f"{len(self.classes)} classes: an indexed picture holds at most 255; use .labels")
+        mask = Image.fromarray(self.labels, mode=None).convert("L")
+        mask.putpalette([channel for colour in palette(255) for channel in colour] + [0, 0, 0])
+        return mask
+
+    def overlay(self, alpha: float = 0.55) -> Image.Image:
+        """The picture under its labels' colours, and a legend below: the classes seen, largest first."""
+        colours = palette(len(self.classes))
+        seen = [index for index in np.argsort(-np.bincount(self.labels.ravel())) if np.any(self.labels == index)]
+        seen = [int(index) for index in seen if index < len(self.classes)]
+        picture = TF.pil_to_tensor(self.image)
+        if seen:
+            masks = torch.from_numpy(np.stack([self.labels == index for index in seen]))
+            picture = draw_segmentation_masks(picture, masks, alpha=alpha, colors=[colours[index] for index in seen])
+        shares = self.shares
+        entries = [(f"{self.classes[i]} {100 * shares[self.classes[i]]:.0f} %", colours[i]) for i in seen]
+        return _with_legend(TF.to_pil_image(picture), entries)
+
+
+def palette(count: int) -> list[tuple[int, int, int]]:
+    """`count` colours that differ: hues a golden angle apart, in three rounds of saturation and brightness."""
+    colours = []
+    for index in range(count):
+        saturation, value = ((0.85, 0.95), (0.55, 1.0), (0.9, 0.6))[index % 3]
+        colours.append(tuple(round(255 * c) for c in colorsys.hsv_to_rgb(index * 0.618034 % 1, saturation, value)))
+    return colours
+
+
+def _with_legend(picture: Image.Image, entries: list[tuple[str, tuple[int, int, int]]]) -> Image.Image:
+    """The picture (at least 240 pixels wide on the canvas) above rows of colour swatches with their names."""
+    size = max(12, min(picture.size) // 28)
+    font = ImageFont.load_default(size)
+    width, line = max(picture.width, 240), round(size * 1.7)
+    rows, x, y = [], size // 2, size // 2
+    for text, colour in entries:
+        wide = round(font.getlength(text)) + 2 * size + size // 2
+        if x + wide > width and x > size:
+            x, y = size // 2, y + line
+        rows.append((x, y, text, colour))
+        x += wide
+    canvas = Image.new("RGB", (width, picture.height + (y + line if entries else 0)), "white")
+    canvas.paste(picture, ((width - picture.width) // 2, 0))
+    draw = ImageDraw.Draw(canvas)
+    for x, y, text, colour in rows:
+        top = picture.height + y
+        draw.rectangle((x, top, x + size, top + size), fill=colour, outline="black")
+        draw.text((x + round(1.4 * size), top + size / 2), text, fill="black", font=font, anchor="lm")
+    return canvas
+
+
+class Segmenter:
+    """Segments pictures by class names with RF-CLIP.
+
+    A picture is resized to a short side of one and a half windows, seen through overlapping windows of the model's own
+    size, whose logits are averaged, resized to the picture and turned into labels (steps 8 and 9 of the method).
+
+    Args:
+        model: an open_clip name, or an open_clip model. A model that is not refocused yet is refocused until `close()`.
+        pretrained: open_clip's tag or a path to safetensors, where model is a name.
+        config: a `RefocusConfig`; None takes the model's own where it is known. Not for a model refocused already.
+        backend: as for `rfclip.refocus`.
+        device, precision: where model is a name.
+        tokenizer: where model is a ready model with another tokenizer than CLIP's.
+        templates: functions from a name to a prompt; open_clip's 80 for ImageNet.
+        short_side, window, stride: in pixels, the window a multiple of the patch; None: 3/2, 1 and 1/2 of the size
+            that the model was trained at (336, 224 and 112 for ViT-B/16).
+        logit_scale: factor of the cosines before the softmax.
+        memory_limit: bytes that a batch of windows, or a band of the final softmax, may take.
+        cache: folder for text embeddings; None: the user's cache folder; False: no cache on disk.
+
+    Raises:
+        ValueError: an argument is not as above, or as `rfclip.load_model` and `rfclip.refocus`.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module = TINY,
+        pretrained: str | None = None,
+        *,
+        config: RefocusConfig | None = None,
+        backend: str = "auto",
+        device: str | torch.device = "cpu",
+        precision: str = "fp32",
+        tokenizer: Callable[[list[str]], Tensor] | None = None,
+        templates: Sequence[Callable[[str], str]] = open_clip.OPENAI_IMAGENET_TEMPLATES,
+        short_side: int | None = None,
+        window: int | None = None,
+        stride: int | None = None,
+        logit_scale: float = 40.0,
+        memory_limit: int = 1 << 30,
+        cache: str | os.PathLike | bool | None = None,
+    ):
+        if isinstance(model, str):
+            self.name, self.pretrained = model, pretrained
+            self.model = load_model(model, pretrained, device=device, precision=precision)
+            if config is None and self.model.refocus_config is None:
+                RefocusConfig.preset(model, pretrained)  # raises, and says how to calibrate
+            tokenizer = tokenizer or load_tokenizer(model)
+        else:
+            if pretrained is not None:
+                raise ValueError(f"pretrained={pretrained!r} goes with a model's name; this model has its weights")
+            self.name, self.pretrained, self.model = type(model).__name__, None, model
+            if tokenizer is None:
+                if getattr(model, "vocab_size", None) != 49408:
+                    raise ValueError(
+                        "this model does not use CLIP's vocabulary: pass tokenizer=open_clip.get_tokenizer(name)"
+                    )
+                tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
+        self.tokenizer, self.templates = tokenizer, tuple(templates)
+        if not self.templates:
+            raise ValueError("templates: expected at least one function from a name to a prompt")
+        native = int(np.max(self.model.visual.image_size))
+        self.window, self.stride = window or native, stride or (window or native) // 2
+        self.short_side = short_side or self.window * 3 // 2
+        patch = int(np.max(self.model.visual.patch_size))
+        if self.window < patch or self.window % patch or not 1 <= self.stride <= self.window <= self.short_side:
+            raise ValueError(
+                f"window {self.window}, stride {self.stride}, short side {self.short_side}: expected a window that is "
+                f"a multiple of the patch, {patch}, a stride of at most the window, and a short side of no less"
+            )
+        self.logit_scale, self.memory_limit = logit_scale, memory_limit
+        self._cache = {None: user_cache_path("rfclip") / "text", True: user_cache_path("rfclip") / "text"}.get(
+            cache, cache
+        )
+        self._embeddings: dict[str, Tensor] = {}
+        self._text_weights: str | None = None
+        self._handle = None
+        if isinstance(vars(self.model.visual).get("forward"), RefocusedForward):
+            if config is not None:
+                raise ValueError("config: this model is refocused already, with the config it was given then")
+        else:
+            self._handle = refocus(self.model, config, backend=backend)
+
+    @property
+    def config(self) -> RefocusConfig:
+        """The refocusing config in use."""
+        return vars(self.model.visual)["forward"].config
+
+    def close(self) -> None:
+        """Give a model that this segmenter refocused back as it was."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def __enter__(self) -> Segmenter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @torch.inference_mode()
+    def __call__(
+        self, image: ImageLike, classes: Classes, *, threshold: float | None = None, probabilities: bool = False
+    ) -> Segmentation:
+        """Segment one picture.
+
+        Args:
+            image: as `rfclip.images.to_rgb` takes it.
+            classes: as `parse_classes` takes them.
+            threshold: pixels whose largest class probability is below it get the class called "background", or where
+                there is none the label `Segmentation.nothing`.
+            probabilities: also return every class's probability.
+
+        Raises:
+            ValueError: the image, the classes or the threshold is not as described.
+        """
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"threshold={threshold!r}: expected a probability, from 0 to 1")
+        named = parse_classes(classes)
+        rgb = to_rgb(image)
+        text = self.text_embeddings(tuple(name for names in named for name in names))
+        labels, dense = self._labels(self.window_logits(rgb, text), rgb.size[::-1], named, threshold, probabilities)
+        return Segmentation(rgb, labels, tuple(names[0] for names in named), dense)
+
+    @torch.inference_mode()
+    def text_embeddings(self, names: tuple[str, ...]) -> Tensor:
+        """One normalized embedding a name, [K, C] float32: the mean of its prompts' normalized embeddings, normalized.
+
+        They are kept in memory and on disk, under a key of the text tower's weights and the prompts.
+        """
+        known = getattr(self.model, "trained_on", None)
+        strange = [name for name in names if known and name not in known]
+        if strange:
+            warnings.warn(
+                f"{TINY} was never trained on {', '.join(map(repr, strange))}; it knows: {', '.join(known)}",
+                stacklevel=3,
+            )
+        prompts = [[template(name) for template in self.templates] for name in names]
+        key = self._key(prompts)
+        if key not in self._embeddings:
+            self._embeddings[key] = self._cached(key, lambda: self._encode(prompts))
+        return self._embeddings[key]
+
+    def _encode(self, prompts: list[list[str]]) -> Tensor:
+        tokens = self.tokenizer([prompt for row in prompts for prompt in row])
+        device = self.model.visual.conv1.weight.device
+        encoded = torch.cat([self.model.encode_text(part.to(device)).float() for part in tokens.split(TEXT_BATCH)])
+        mean = F.normalize(encoded, dim=-1).unflatten(0, (len(prompts), -1)).mean(dim=1)
+        return F.normalize(mean, dim=-1).cpu()
+
+    def _key(self, prompts: list[list[str]]) -> str:
+        if self._text_weights is None:
+            digest = hashlib.blake2b()
+            for name, value in sorted(self.model.state_dict().items()):
+                if not name.startswith("visual."):
+                    digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                    digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            self._text_weights = digest.hexdigest()
+        return hashlib.blake2b(repr((self._text_weights, prompts)).encode(), digest_size=20).hexdigest()
+
+    def _cached(self, key: str, make: Callable[[], Tensor]) -> Tensor:
+        if self._cache is False:
+            return make()
+        path = Path(self._cache) / f"{key}.safetensors"
+        with contextlib.suppress(OSError, SafetensorError, KeyError):
+            return load_file(path)["embeddings"]
+        embeddings = make()
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the result
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{key}.{os.getpid()}.part")
+            save_file({"embeddings": embeddings}, part)
+            os.replace(part, path)
+        return embeddings
+
+    @torch.inference_mode()
+    def window_logits(self, rgb: Image.Image, text: Tensor) -> Tensor:
+        """Cosines of every pixel of the resized picture with every name, averaged over windows: [K, h, w] float32."""
+        weight = self.model.visual.conv1.weight
+        x = TF.to_dtype(TF.pil_to_tensor(rgb).to(weight.device), torch.float32, scale=True)
+        height, width = _resized(rgb.height, rgb.width, self.short_side)
+        x = TF.resize(x, [height, width], TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+        x = TF.normalize(x, list(self.model.visual.image_mean), list(self.model.visual.image_std))
+        corners = [(top, left) for top in self._starts(height) for left in self._starts(width)]
+        text = text.to(weight.device)
+        total = x.new_zeros(len(text), height, width)
+        seen = x.new_zeros(height, width)
+        side = self.window
+        batch = max(1, self.memory_limit // self._bytes_per_window(len(text)))
+        for start in range(0, len(corners), batch):
+            part = corners[start : start + batch]
+            windows = torch.stack([x[:, top : top + side, left : left + side] for top, left in part])
+            features = F.normalize(dense_features(self.model, windows).float(), dim=1)
+            logits = torch.einsum("bchw,kc->bkhw", features, text)
+            logits = F.interpolate(logits, size=(side, side), mode="bilinear", align_corners=False)
+            for (top, left), window in zip(part, logits, strict=True):
+                total[:, top : top + side, left : left + side] += window
+                seen[top : top + side, left : left + side] += 1
+        return total / seen
+
+    def _starts(self, length: int) -> list[int]:
+        """Where windows begin along one axis: every stride, the last one flush with the border."""
+        last = length - self.window
+        return [*range(0, last, self.stride), last]
+
+    def _bytes_per_window(self, names: int) -> int:
+        """About what a window takes: the last block's matrices over heads, and the logits before and after resizing."""
+        visual = self.model.visual
+        tokens = (self.window // int(np.max(visual.patch_size))) ** 2 + 1
+        attention = 4 * visual.transformer.resblocks[0].attn.num_heads * tokens**2
+        stream = (visual.transformer.layers + 16) * tokens * visual.transformer.width
+        return 4 * (attention + stream + 2 * names * self.window**2)
+
+    def _labels(
+        self,
+        logits: Tensor,
+        size: tuple[int, int],
+        named: list[tuple[str, ...]],
+        threshold: float | None,
+        keep: bool,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Labels [H, W] from logits [K, h, w], and on demand probabilities [C, H, W], band of rows by band of rows."""
+        height, width = size
+        first_names = [names[0] for names in named]
+        dtype = np.dtype(np.uint8 if len(named) < 256 else np.uint16)
+        below = first_names.index("background") if "background" in first_names else np.iinfo(dtype).max
+        labels = np.empty(size, dtype)
+        dense = np.empty((len(named), *size), np.float32) if keep else None
+        class_of_name = torch.tensor([c for c, names in enumerate(named) for _ in names], device=logits.device)
+        band = max(1, self.memory_limit // (4 * 4 * len(logits) * width))
+        for top in range(0, height, band):
+            rows = torch.arange(top, min(top + band, height), device=logits.device)
+            probability = (self.logit_scale * _resize_rows(logits, rows, size)).softmax(dim=0)
+            index = class_of_name[:, None, None].expand_as(probability)
+            best = probability.new_zeros(len(named), *probability.shape[1:]).scatter_reduce(
+                0, index, probability, "amax"
+            )
+            value, label = best.max(dim=0)
+            if threshold is not None:
+                label = torch.where(value < threshold, below, label)
+            labels[top : top + len(rows)] = label.cpu().numpy().astype(dtype)
+            if dense is not None:
+                dense[:, top : top + len(rows)] = best.cpu().numpy()
+        return labels, dense
+
+
+def _resize_rows(x: Tensor, rows: Tensor, size: tuple[int, int]) -> Tensor:
+    """The given rows of x [K, h, w] resized bilinearly to `size`: [K, len(rows), W], as F.interpolate has them."""
+    at = ((rows + 0.5) * (x.shape[1] / size[0]) - 0.5).clamp(0, x.shape[1] - 1)
+    low = at.floor().long()
+    high = (low + 1).clamp(max=x.shape[1] - 1)
+    mixed = torch.lerp(x[:, low], x[:, high], (at - low).to(x.dtype)[:, None])
+    return F.interpolate(mixed, size=size[1], mode="linear", align_corners=False)
+
+
+def _resized(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Height and width with the short side as given, aspect kept, the long side at most 2048."""
+    scale = short_side / min(height, width)
+    longest = max(LONGEST_SIDE, short_side)
+    return tuple(min(longest, max(short_side, math.floor(side * scale + 0.5))) for side in (height, width))
