@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
+import logging
 import os
 import time
 import warnings
@@ -26,9 +27,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-evaluation = typer.Typer(help="Score the methods on a benchmark.", no_args_is_help=True)
-app.add_typer(evaluation, name="evaluate")
-
 out_console = Console()
 console = Console(stderr=True)
 
@@ -56,7 +54,8 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    # What the libraries log on a failed download, this command says once and in a sentence.
+    logging.disable(logging.ERROR)
 
 
 @contextlib.contextmanager
@@ -83,6 +82,12 @@ def _warnings_to(show: Callable[[str], None]) -> Iterator[None]:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = line
         yield
+
+
+def _loading(model: str):
+    return console.status(
+        f"loading {model} (the first time, its weights are downloaded)" if model != TINY else "loading"
+    )
 
 
 def _progress() -> Progress:
@@ -180,9 +185,15 @@ def segment(
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"--threshold {threshold}: expected a probability, from 0 to 1")
         if found:
-            segmenter = Segmenter(
-                model, pretrained, config=_config(config), backend=backend, device=_device(device), precision=precision
-            )
+            with _loading(model):
+                segmenter = Segmenter(
+                    model,
+                    pretrained,
+                    config=_config(config),
+                    backend=backend,
+                    device=_device(device),
+                    precision=precision,
+                )
         done = skipped = 0
         with _progress() as progress:
             for path, result in progress.track(found, description="segmenting"):
@@ -261,7 +272,8 @@ def calibrate(
         from rfclip.models import load_model
         from rfclip.plugin import calibrate as find_dims
 
-        clip = load_model(model, pretrained, device=_device(device))
+        with _loading(model):
+            clip = load_model(model, pretrained, device=_device(device))
         visual = clip.visual
         prepare = image_transform(visual.image_size, is_train=False, mean=visual.image_mean, std=visual.image_std)
         failed = list(missing)
@@ -320,8 +332,9 @@ def _tiny_has_dims() -> bool:
     return bool(json.loads(resources.files("rfclip.tiny").joinpath("refocus.json").read_text())["distraction_dims"])
 
 
-@evaluation.command("scenes")
-def evaluate_scenes(
+@app.command()
+def evaluate(
+    benchmark: Annotated[str, typer.Argument(metavar="NAME", help="The benchmark: scenes.")],
     count: Annotated[int, typer.Option(help="Scenes for segmentation, and as many with one object for top-1.")] = 300,
     seed: Annotated[int, typer.Option(help="Other scenes for another seed.")] = 0,
     inject_distraction: Annotated[
@@ -334,13 +347,19 @@ def evaluate_scenes(
     config: Config = None,
     out: Annotated[Path | None, typer.Option(help="Also write the figures, with those of each class, in JSON.")] = None,
 ) -> None:
-    """Score plain CLIP, the two kk baselines and RF-CLIP on procedural scenes that no model was trained on."""
+    """Score plain CLIP, the two kk baselines and RF-CLIP on a benchmark.
+
+    The scenes are procedural ones that no model was trained on.
+    """
     with _clear_errors():
-        from rfclip import evaluate
+        if benchmark != "scenes":
+            raise ValueError(f"benchmark {benchmark!r}: expected scenes")
         from rfclip.config import RefocusConfig
+        from rfclip.evaluate import evaluate_scenes
         from rfclip.models import load_model
 
-        clip = load_model(model, pretrained, device=_device(device))
+        with _loading(model):
+            clip = load_model(model, pretrained, device=_device(device))
         refocusing = _config(config) or clip.refocus_config or RefocusConfig.preset(model, pretrained)
         title = f"{count} scenes, seed {seed}, {model}"
         if inject_distraction:
@@ -348,7 +367,7 @@ def evaluate_scenes(
         table = Table("method", "top-1 %", "mIoU %", "pixel accuracy %", title=title)
         rows = []
         with console.status("evaluating"):
-            for scores in evaluate.evaluate_scenes(
+            for scores in evaluate_scenes(
                 clip, refocusing, count=count, seed=seed, inject=inject_distraction, backend=backend
             ):
                 figures = (scores.top1, scores.miou, scores.pixel_accuracy)

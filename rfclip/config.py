@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
 CHOICES = {
@@ -65,13 +67,13 @@ class RefocusConfig:
             object.__setattr__(self, "layers", _whole_numbers("layers", self.layers, least=1))
         for name, accepted in CHOICES.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or value not in accepted:
+            if isinstance(value, bool) or not isinstance(value, type(accepted[0])) or value not in accepted:
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, accepted))}")
         for name, least, most in (("tau", 0, None), ("tau_attn", 0, None), ("beta", 0, 1)):
             value = getattr(self, name)
             if value is None and name == "tau_attn":
                 continue
-            number = isinstance(value, int | float) and not isinstance(value, bool)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not value >= least or (most is not None and value > most):
                 upper = "" if most is None else f" and at most {most}"
                 raise ValueError(f"{name}={value!r}: expected a number of at least {least}{upper}")
@@ -117,9 +119,9 @@ class RefocusConfig:
         Raises:
             ValueError: for any other checkpoint; calibrate that one.
         """
-        key = (_plain_name(name), pretrained)
+        key = (_plain_name(name), pretrained.lower() if pretrained else None)
         if key not in PRESETS:
-            known = ", ".join(f"{model} with {weights!r}" for model, weights in PRESETS if weights is not None)
+            known = ", ".join(f"{model} with {weights!r}" for model, weights in PRESETS)
             raise ValueError(
                 f"the distraction dimensions of {name!r} with weights {pretrained!r} are not known (known: {known}). "
                 "Find them with `rfclip calibrate IMAGES --model ... --pretrained ... --out config.json`, then give "
@@ -135,10 +137,7 @@ def _plain_name(name: str) -> str:
 
 def _whole_numbers(name: str, values: object, least: int) -> tuple[int, ...]:
     """`values` as a sorted tuple of distinct ints."""
-    try:
-        numbers = tuple(values)  # type: ignore[call-overload]
-    except TypeError:
-        numbers = (None,)
+    numbers = tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else (None,)
     if any(isinstance(n, bool) or not isinstance(n, int) or n < least for n in numbers) or len({*numbers}) < len(
         numbers
     ):

@@ -167,10 +167,8 @@ def refocus(model: nn.Module, config: RefocusConfig | None = None, *, backend: s
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
-    visual = getattr(model, "visual", None)
-    if visual is None:
-        raise ValueError(f"got a {type(model).__name__} without an image tower (.visual); expected an open_clip model")
-    tower = Tower(visual)
+    tower = _tower(model)
+    visual = tower.visual
     if config is None:
         config = getattr(model, "refocus_config", None)
     if config is None:
@@ -178,6 +176,10 @@ def refocus(model: nn.Module, config: RefocusConfig | None = None, *, backend: s
             "config=None, and this model does not say which checkpoint it is: load it with rfclip.load_model, or pass "
             'RefocusConfig.preset("ViT-B-16", "openai"); for other checkpoints find the dimensions with '
             "`rfclip calibrate`"
+        )
+    if not isinstance(config, RefocusConfig):
+        raise ValueError(
+            f"config: got {type(config).__name__}, expected a RefocusConfig; RefocusConfig.from_json reads JSON"
         )
     config.check_tower(tower.width, len(tower.blocks))
     if model.training or visual.training:
@@ -208,9 +210,10 @@ def dense_features(model: nn.Module, images: Tensor) -> Tensor:
     Raises:
         ValueError: the tower is of another kind, or images are of another shape.
     """
-    forward = vars(model.visual).get("forward")
+    tower = _tower(model)
+    forward = vars(tower.visual).get("forward")
     if not isinstance(forward, RefocusedForward):
-        forward = RefocusedForward(Tower(model.visual), PLAIN, "reference")
+        forward = RefocusedForward(tower, PLAIN, "reference")
     return forward.dense(images).transpose(1, 2).unflatten(-1, forward.tower.grid(images))
 
 
@@ -259,7 +262,7 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor]) -> Calibratio
     Raises:
         ValueError: there is no image, the images are of a wrong shape, or the tower is of another kind.
     """
-    tower = Tower(model.visual)
+    tower = _tower(model)
     total, tokens = torch.zeros(tower.width, dtype=torch.float64), 0
     for batch in [images] if isinstance(images, Tensor) else images:
         x = tower.embed(batch)
@@ -274,3 +277,10 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor]) -> Calibratio
     threshold = 5 / tower.width
     largest = profile.argsort(descending=True)[:MAX_DIMS]
     return Calibration(tuple(d for d in largest.tolist() if profile[d] > threshold), profile, threshold)
+
+
+def _tower(model: nn.Module) -> Tower:
+    visual = getattr(model, "visual", None)
+    if visual is None:
+        raise ValueError(f"got a {type(model).__name__} without an image tower (.visual); expected an open_clip model")
+    return Tower(visual)

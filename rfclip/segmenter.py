@@ -106,7 +106,7 @@ class Segmentation:
         """
         if self.labels.dtype != np.uint8:
             raise ValueError(f"{len(self.classes)} classes: an indexed picture holds at most 255; use .labels")
-        mask = Image.fromarray(self.labels, mode=None).convert("L")
+        mask = Image.fromarray(self.labels)
         mask.putpalette([channel for colour in palette(255) for channel in colour] + [0, 0, 0])
         return mask
 

@@ -83,7 +83,8 @@ class Tower:
         x = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         position = visual.positional_embedding
         if (height, width) != tuple(visual.grid_size):
-            trained = position[1:].unflatten(0, tuple(visual.grid_size)).permute(2, 0, 1)[None].float()
+            trained = position[1:].unflatten(0, tuple(visual.grid_size)).permute(2, 0, 1)[None]
+            trained = trained.to(torch.promote_types(position.dtype, torch.float32))
             resized = F.interpolate(trained, size=(height, width), mode="bicubic", align_corners=False)
             position = torch.cat([position[:1], resized[0].flatten(1).T.to(position.dtype)])
         cls = visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)

@@ -1,4 +1,6 @@
-"""Draw the sprite sheet of `rfclip.scenes` from Noto Color Emoji (Debian: fonts-noto-color-emoji, Apache-2.0).
+"""Draw the sprite sheet of `rfclip.scenes` and the demo's scene.
+
+The sprites are Noto Color Emoji (Debian: fonts-noto-color-emoji, Apache-2.0).
 
 python tools/make_sprites.py [FONT]
 """
@@ -10,10 +12,11 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from rfclip.scenes import OBJECTS, SPRITE_COLUMNS, SPRITE_SIDE  # noqa: E402
+from rfclip.scenes import OBJECTS, SPRITE_COLUMNS, SPRITE_SIDE, make_scene  # noqa: E402
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
-OUT = Path(__file__).parent.parent / "rfclip" / "tiny" / "sprites.png"
+OUT = Path(__file__).parent.parent / "rfclip" / "tiny"
+DEMO_SEED = (3, 20)  # in none of the streams that train or score the model
 
 
 def main(font_path: str = FONT) -> None:
@@ -30,10 +33,15 @@ def main(font_path: str = FONT) -> None:
         glyph.thumbnail((SPRITE_SIDE, SPRITE_SIDE), Image.Resampling.LANCZOS)
         row, column = divmod(index, SPRITE_COLUMNS)
         sheet.paste(glyph, (column * SPRITE_SIDE, row * SPRITE_SIDE))
-    part = OUT.with_suffix(".part.png")
-    sheet.save(part, optimize=True)
-    os.replace(part, OUT)
-    print(f"{OUT}: {len(OBJECTS)} sprites, {OUT.stat().st_size / 1024:.0f} KB")
+    save(sheet, "sprites.png")
+    save(Image.fromarray(make_scene(DEMO_SEED, 320, objects=(3, 4), object_size=(62, 125)).image), "scene.png")
+
+
+def save(picture: Image.Image, name: str) -> None:
+    part = OUT / f"{name}.part"
+    picture.save(part, format="PNG", optimize=True)
+    os.replace(part, OUT / name)
+    print(f"{OUT / name}: {(OUT / name).stat().st_size / 1024:.0f} KB")
 
 
 if __name__ == "__main__":

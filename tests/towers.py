@@ -1,0 +1,108 @@
+"""Small random CLIPs with the phenomenon that RF-CLIP is about, and images that set it off in patches of their choice.
+
+A patch that is bright in one colour over-activates the dimensions DIMS of its token, in the plain tower and in a
+refocused one: blue at the input of block 1, red from block 2 on and green from block 3 on. The patches without
+bright colours have no over-active dimension.
+"""
+
+import torch
+from open_clip.model import CLIP
+from open_clip.transformer import Attention, ResidualAttentionBlock
+
+DIMS = (5, 17, 30)
+BLUE_DIM, RED_DIM, GREEN_DIM = DIMS[0], 40, 41  # where the colours enter the residual stream
+PATCH = 8
+
+
+class NextResidualAttentionBlock(ResidualAttentionBlock):
+    """A stand-in for the default block of open_clip's next release, whose attention is open_clip's own class."""
+
+    def attention(self, q_x, k_x=None, v_x=None, attn_mask=None):
+        assert k_x is None and v_x is None
+        return self.attn(q_x, attn_mask=attn_mask)
+
+
+def small_clip(
+    *,
+    seed=0,
+    planted=True,
+    dtype=torch.float64,
+    quick_gelu=False,
+    batch_first=True,
+    next_release=False,
+    lp_norms=False,
+    **vision,
+):
+    """An open_clip CLIP of 4 blocks of width 48, in eval mode, its image tower for 32 x 32 pixels in 4 x 4 patches.
+
+    Weights depend on `seed` and the names and shapes of the parameters only. `vision` goes into open_clip's vision
+    config, `lp_norms` asks for the layer norms that open_clip builds for its fp16 and bf16 models.
+    """
+    config = {"image_size": 32, "patch_size": PATCH, "width": 48, "head_width": 16, "layers": 4, "mlp_ratio": 2.0}
+    text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
+    cast_dtype = torch.bfloat16 if lp_norms else None
+    model = CLIP(20, config | vision, text, quick_gelu=quick_gelu, cast_dtype=cast_dtype)
+    visual = model.visual
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(visual.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("gamma") or (".ln" in f".{name}" and name.endswith("weight")):
+                parameter.copy_(0.8 + 0.1 * noise)
+            elif noise.ndim == 1 or name == "positional_embedding":
+                parameter.copy_(0.1 * noise)
+            else:
+                fan_in = noise.shape[0] if name == "proj" else noise[0].numel()
+                gain = 1.5 if name.endswith("in_proj_weight") else 1.0  # attention that is far from uniform
+                parameter.copy_(gain * fan_in**-0.5 * noise)
+        if planted:
+            _plant(visual)
+    for block in visual.transformer.resblocks:
+        if next_release:
+            _to_next_release(block)
+        elif not batch_first:
+            block.attn.batch_first = False
+    visual.transformer.batch_first = batch_first
+    return model.eval().to(dtype)
+
+
+def _plant(visual):
+    blocks = visual.transformer.resblocks
+    for channel, dim, gain in ((0, RED_DIM, 5.0), (1, GREEN_DIM, 5.0), (2, BLUE_DIM, 20.0)):
+        visual.conv1.weight[dim] = 0
+        visual.conv1.weight[dim, channel] = gain / PATCH**2  # the patch's mean in that colour
+        visual.positional_embedding[:, dim] = 0
+        visual.class_embedding[dim] = 0
+    for number, block in enumerate(blocks):
+        for unit, dim in enumerate((RED_DIM, GREEN_DIM)):
+            block.attn.out_proj.weight[dim] = block.mlp.c_proj.weight[dim] = 0  # the colour stays in the stream
+            if number >= unit:  # this unit fires on the colour and writes to DIMS
+                block.mlp.c_fc.weight[unit], block.mlp.c_fc.bias[unit] = 0, -8.0
+                block.mlp.c_fc.weight[unit, dim] = 6.0
+                block.mlp.c_proj.weight[DIMS, unit] = torch.tensor([15.0, 20.0, 10.0])
+
+
+def _to_next_release(block):
+    attn = Attention(block.attn.embed_dim, block.attn.num_heads)
+    attn.load_state_dict(block.attn.state_dict())
+    block.attn = attn
+    block.__class__ = NextResidualAttentionBlock
+
+
+def pictures(*, count=3, height=32, width=32, seed=0, bright=0.5, colours=(0, 1, 2), dtype=torch.float64):
+    """Images [count, 3, height, width]: noise on a ground of two textures, and each patch, with the probability
+    `bright`, bright in one of the colours: the first is (unless that is 0) and the last is not (unless that is 1).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = height // PATCH, width // PATCH
+    textures = torch.randn(2, 3, PATCH, PATCH, generator=generator)
+    textures -= textures.mean(dim=(-1, -2), keepdim=True)
+    right = (torch.arange(columns) >= columns / 2).long()
+    ground = textures[right].permute(1, 2, 0, 3).flatten(2).repeat(1, rows, 1)  # [3, height, width]
+    chance = torch.rand(count, rows * columns, generator=generator)
+    if 0 < bright < 1 and rows * columns > 1:
+        chance[:, 0], chance[:, -1] = 0, 1
+    colour = torch.tensor(colours)[torch.randint(len(colours), chance.shape, generator=generator)]
+    lit = torch.stack([(chance < bright) & (colour == channel) for channel in range(3)], dim=1)
+    lit = lit.unflatten(-1, (rows, columns)).repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
+    return (0.5 * torch.randn(count, 3, height, width, generator=generator) + ground + 2.5 * lit).to(dtype)
