@@ -6,7 +6,7 @@ READY := .venv/ready
 .PHONY: demo test lint clean
 
 demo: $(READY)
-	$(BIN)/rfclip segment rfclip/tiny/scene.png --classes "tree, sunflower, cow, sky, sand, grass, dog, bus" --out demo --overwrite
+	$(BIN)/rfclip segment rfclip/tiny/scene.png --classes "dog, cactus, octopus, sailboat, cat, bus, grass, sky" --out demo --overwrite
 	@echo "The picture, under its labels: demo/scene.overlay.png"
 
 test: lint

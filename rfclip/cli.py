@@ -6,6 +6,7 @@ import contextlib
 import glob
 import json
 import logging
+import math
 import os
 import time
 import warnings
@@ -17,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from rfclip import __version__
 
@@ -34,7 +35,12 @@ TINY = "rfclip-tiny"  # as rfclip.models.TINY, which is slow to import
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 OUTPUTS = (".mask.png", ".overlay.png", ".json")
 
-Images = Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files, folders, or quoted globs.")]
+Images = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="IMAGE...", help="Files, folders, or quoted globs; earlier results in them are passed over."
+    ),
+]
 Model = Annotated[str, typer.Option(help="An open_clip model; `rfclip models` lists them.")]
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag for its weights, or a path to safetensors.")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
@@ -92,7 +98,7 @@ def _loading(model: str):
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _find_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[str, str]]]:
@@ -102,16 +108,18 @@ def _find_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[
     for item in given:
         path = Path(item)
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix.lower() in SUFFIXES]
+            pictures = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES)
+            inside = [file for file in pictures if file.is_file() and not file.name.endswith(OUTPUTS)]
             files = [(file, file.relative_to(path)) for file in inside]
             reason = "no picture in this folder"
         elif path.exists():
             files, reason = [(path, Path(path.name))], ""
         else:
             names = sorted(glob.glob(item, recursive=True))
-            files = [(Path(name), Path(name).name) for name in names if Path(name).is_file()]
+            matched = [Path(name) for name in names if os.path.isfile(name) and not name.endswith(OUTPUTS)]
+            files = [(file, Path(file.name)) for file in matched]
             reason = "no such file, and no file matches it as a pattern"
-        found.update({file: Path(result) for file, result in files})
+        found.update(files)
         if not files:
             missing.append((item, reason))
     stems = [result.with_suffix("") for result in found.values()]
@@ -128,14 +136,23 @@ def _find_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[
     return images, missing
 
 
-def _write(path: Path, save: Callable[[Path], object]) -> None:
-    """Write through a temporary name, so that a file with its final name is whole."""
-    part = path.with_name(f".{path.name}.part")
+def _write(saves: dict[Path, Callable[[Path], object]]) -> None:
+    """Write through temporary names: a file with its final name is whole, and so are those written along with it."""
+    parts = {path: path.with_name(f".{path.name}.part") for path in saves}
     try:
-        save(part)
-        os.replace(part, path)
+        for path, save in saves.items():
+            save(parts[path])
+        for path, part in parts.items():
+            os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def _print_failed(failed: list[tuple[str, str]]) -> None:
+    for name, reason in failed:
+        reason = reason.removeprefix(f"{name} ")
+        console.print(f"[bold red]failed:[/] {escape(name)}: {escape(reason)}", highlight=False, soft_wrap=True)
 
 
 def _device(name: str):
@@ -144,7 +161,7 @@ def _device(name: str):
 
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name}: not available here ({reason}); try --device cpu") from error
@@ -154,7 +171,12 @@ def _device(name: str):
 def _config(path: Path | None):
     from rfclip.config import RefocusConfig
 
-    return None if path is None else RefocusConfig.from_json(path.read_text("utf-8"))
+    if path is None:
+        return None
+    try:
+        return RefocusConfig.from_json(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from error
 
 
 @app.command()
@@ -176,7 +198,6 @@ def segment(
     """Segment pictures by class names: an indexed mask, an overlay and a JSON file for each."""
     with _clear_errors(), _warnings_to(lambda text: console.print(text, highlight=False, soft_wrap=True)):
         found, failed = _find_images(images)
-        out.mkdir(parents=True, exist_ok=True)
         from rfclip.segmenter import Segmenter, parse_classes
 
         named = parse_classes(classes)
@@ -184,6 +205,9 @@ def segment(
             raise ValueError(f"--classes: got {len(named)}; an indexed mask holds at most 255")
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"--threshold {threshold}: expected a probability, from 0 to 1")
+        if precision not in ("fp32", "bf16", "fp16"):
+            raise ValueError(f"--precision {precision}: expected fp32, bf16 or fp16")
+        out.mkdir(parents=True, exist_ok=True)
         if found:
             with _loading(model):
                 segmenter = Segmenter(
@@ -206,8 +230,7 @@ def segment(
                     done += 1
                 except (ValueError, OSError, MemoryError) as error:
                     failed.append((str(path), str(error)))
-    for name, reason in failed:
-        console.print(f"[bold red]failed:[/] {escape(name)}: {escape(reason)}", highlight=False, soft_wrap=True)
+    _print_failed(failed)
     counts = [f"{done} segmented into {out}"]
     counts += [f"{skipped} left as they were, for results exist (--overwrite replaces them)"] if skipped else []
     counts += [f"{len(failed)} failed"] if failed else []
@@ -244,9 +267,13 @@ def _segment_one(
         indent=2,
         ensure_ascii=False,
     )
-    _write(mask, lambda part: result.mask().save(part, format="PNG"))
-    _write(overlay, lambda part: result.overlay().save(part, format="PNG"))
-    _write(record, lambda part: part.write_text(text + "\n", "utf-8"))
+    _write(
+        {
+            mask: lambda part: result.mask().save(part, format="PNG"),
+            overlay: lambda part: result.overlay().save(part, format="PNG"),
+            record: lambda part: part.write_text(text + "\n", "utf-8"),
+        }
+    )
 
 
 @app.command()
@@ -295,13 +322,14 @@ def calibrate(
             if batch:
                 yield stack(batch)
 
-        calibration = find_dims(clip, batches())
-        for name, reason in failed:
-            console.print(f"[bold red]failed:[/] {escape(name)}: {escape(reason)}", highlight=False, soft_wrap=True)
+        try:
+            calibration = find_dims(clip, batches())
+        finally:
+            _print_failed(failed)
         out_console.print(f"{seen} images. {calibration.report()}", highlight=False, soft_wrap=True)
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
-            _write(out, lambda part: part.write_text(calibration.config().to_json(), "utf-8"))
+            _write({out: lambda part: part.write_text(calibration.config().to_json(), "utf-8")})
             console.print(f"written: {out}", highlight=False, soft_wrap=True)
     raise typer.Exit(1 if failed else 0)
 
@@ -313,7 +341,9 @@ def models() -> None:
 
     from rfclip.config import PRESETS
 
-    table = Table("model", "weights", "distraction dimensions")
+    # At 80 columns, names and tags are whole; in a narrower terminal they are folded, not cut.
+    folded = (Column(header, overflow="fold") for header in ("model", "weights"))
+    table = Table(*folded, Column("distraction dimensions", max_width=12))
     table.add_row(TINY, "in the package", "none to find" if not _tiny_has_dims() else "known")
     for name in open_clip.list_models():
         vision = open_clip.get_model_config(name)["vision_cfg"]
@@ -373,7 +403,8 @@ def evaluate(
                 figures = (scores.top1, scores.miou, scores.pixel_accuracy)
                 table.add_row(scores.method, *(f"{100 * figure:.1f}" for figure in figures))
                 rows.append({"method": scores.method, "top1": scores.top1, "miou": scores.miou})
-                rows[-1] |= {"pixel_accuracy": scores.pixel_accuracy, "iou": scores.iou}
+                iou = {name: None if math.isnan(value) else value for name, value in scores.iou.items()}
+                rows[-1] |= {"pixel_accuracy": scores.pixel_accuracy, "iou": iou}
         out_console.print(table)
         if not inject_distraction and not refocusing.distraction_dims:
             out_console.print(
@@ -388,4 +419,4 @@ def evaluate(
                 "rows": rows,
             }
             out.parent.mkdir(parents=True, exist_ok=True)
-            _write(out, lambda part: part.write_text(json.dumps(record, indent=2) + "\n", "utf-8"))
+            _write({out: lambda part: part.write_text(json.dumps(record, indent=2) + "\n", "utf-8")})

@@ -118,26 +118,33 @@ def _top1(segmenter: Segmenter, count: int, seed: int) -> float:
 def inject_distraction(model: nn.Module, share: float, *, strength: float = 40.0, seed: int = 0) -> Iterator[None]:
     """Simulate the paper's phenomenon: over-activate a share of the patch tokens in fixed dimensions in mid-network.
 
-    At the end of the middle block, the chosen tokens (the same places in each image of a size) get `strength` times
-    their standard deviation added in `INJECTED_DIMS`. A simulation, not something the model does by itself.
+    In the middle block, what the MLP adds to the chosen tokens (the same places in each image of a size) grows in
+    `INJECTED_DIMS` by `strength` times the token's standard deviation. A simulation, not something the model does by
+    itself.
     """
     blocks = model.visual.transformer.resblocks
+    middle = blocks[len(blocks) // 2 - 1]
+    stream: list[Tensor] = []
+
+    def remember(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        stream[:] = inputs
 
     def over_activate(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         tokens = output.shape[1] - 1
         order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))
         chosen = 1 + order[: round(share * tokens)].to(output.device)
-        output = output.clone()
-        spread = output[:, chosen].std(dim=-1, keepdim=True)
+        spread = (stream.pop() + output)[:, chosen].std(dim=-1, keepdim=True)
         dims = torch.tensor(INJECTED_DIMS, device=output.device)
+        output = output.clone()
         output[:, chosen[:, None], dims] += strength * spread
         return output
 
     if not share:
         yield
         return
-    hook = blocks[len(blocks) // 2 - 1].ls_2.register_forward_hook(over_activate)
+    hooks = middle.ln_2.register_forward_pre_hook(remember), middle.ls_2.register_forward_hook(over_activate)
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -29,11 +29,13 @@ def to_rgb(image: ImageLike) -> Image.Image:
     """
     if isinstance(image, Tensor):
         array = image.detach().cpu()
-        if array.ndim == 3:
-            if array.shape[0] not in (1, 3, 4):
-                raise ValueError(f"image: got a tensor {tuple(array.shape)}, expected [1, 3 or 4, H, W without batch]")
-            array = array.movedim(0, -1)
-        return _from_array(array.float().numpy() if array.dtype in (torch.float16, torch.bfloat16) else array.numpy())
+        if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[0] not in (1, 3, 4)) or not array.numel():
+            raise ValueError(
+                f"image: got a tensor {tuple(array.shape)}, expected [H, W], [1, H, W], [3, H, W] or [4, H, W], "
+                "not empty and without a batch"
+            )
+        array = array.movedim(0, -1) if array.ndim == 3 else array
+        return _from_array((array.float() if array.is_floating_point() else array).numpy())
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if isinstance(image, Image.Image):
@@ -42,13 +44,23 @@ def to_rgb(image: ImageLike) -> Image.Image:
     if not path.is_file():
         raise FileNotFoundError(f"no such image: {path}")
     try:
-        with Image.open(path) as opened:
-            return _from_pillow(opened)
-    except (UnidentifiedImageError, OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            # About odd metadata, and about many pixels, which is an error below.
+            warnings.filterwarnings("ignore", module="PIL")
+            # Not by its path: Pillow maps that into memory, and then mixes up the rows of a turned grayscale TIFF.
+            with path.open("rb") as file, Image.open(file) as opened:
+                return _from_pillow(opened)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} cannot be read as an image: Pillow does not know its format") from error
+    except Exception as error:  # Pillow raises whatever a damaged file makes it stumble on, struct.error for one
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
 def _from_pillow(image: Image.Image) -> Image.Image:
+    if 0 in image.size:
+        raise ValueError(f"image of {image.width} x {image.height} pixels: expected at least one")
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         raise ValueError(
@@ -60,8 +72,12 @@ def _from_pillow(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if image.mode == "F":
             return _from_array(values)
+        if "transparency" in image.info:
+            values = np.where(values == image.info["transparency"], 65535, values)
         return _from_array(np.clip(values, 0, 65535).astype(np.uint16))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
@@ -73,7 +89,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
         array = array[:, :, 0]
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or 0 in array.shape:
         raise ValueError(f"image: got an array {array.shape}, expected [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]")
-    if array.dtype == np.uint16:
+    if array.dtype.newbyteorder("=") == np.uint16:
         array = (array.astype(np.uint32) * 255 + 32767) // 65535
     elif array.dtype.kind == "f":
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):

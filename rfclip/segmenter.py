@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def parse_classes(classes: Classes) -> list[tuple[str, ...]]:
     every = [name for names in parsed for name in names]
     if not every or not all(every) or not all(parsed):
         raise ValueError(f"classes: got {classes!r}, expected at least one class, and no empty names")
-    twice = sorted({name for name in every if every.count(name) > 1})
+    twice = [name for name, count in Counter(every).items() if count > 1]
     if twice:
         raise ValueError(f"classes: {', '.join(map(repr, twice))} given more than once; every name must be distinct")
     if len(parsed) >= np.iinfo(np.uint16).max:
@@ -401,10 +402,10 @@ class Segmenter:
 
 def _resize_rows(x: Tensor, rows: Tensor, size: tuple[int, int]) -> Tensor:
     """The given rows of x [K, h, w] resized bilinearly to `size`: [K, len(rows), W], as F.interpolate has them."""
-    at = ((rows + 0.5) * (x.shape[1] / size[0]) - 0.5).clamp(0, x.shape[1] - 1)
+    at = ((rows.to(x.dtype) + 0.5) * (x.shape[1] / size[0]) - 0.5).clamp(0, x.shape[1] - 1)
     low = at.floor().long()
     high = (low + 1).clamp(max=x.shape[1] - 1)
-    mixed = torch.lerp(x[:, low], x[:, high], (at - low).to(x.dtype)[:, None])
+    mixed = torch.lerp(x[:, low], x[:, high], (at - low)[:, None])
     return F.interpolate(mixed, size=size[1], mode="linear", align_corners=False)
 
 

@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from rfclip.plugin import calibrate  # noqa: E402
 from rfclip.scenes import CLASSES, GROUNDS, OBJECTS, make_scene  # noqa: E402
 
 PACKAGE = Path(__file__).parent.parent / "rfclip" / "tiny"
@@ -39,7 +40,7 @@ CONFIG = json.loads((PACKAGE / "open_clip_config.json").read_text())["model_cfg"
 SIDE = CONFIG["vision_cfg"]["image_size"]
 PATCH = CONFIG["vision_cfg"]["patch_size"]
 CONTEXT = CONFIG["text_cfg"]["context_length"]
-TRAINING_STREAM = 0  # the first number of every training scene's seed; evaluation uses others
+TRAINING_STREAM, CALIBRATION_STREAM = 0, 5  # first numbers of the scenes' seeds; evaluation uses others
 TEMPLATES = (*open_clip.OPENAI_IMAGENET_TEMPLATES, *open_clip.SIMPLE_IMAGENET_TEMPLATES, lambda name: name)
 PATCH_SCALE = 40.0  # the logit scale at which patches are read out (method: logits times 40)
 
@@ -133,9 +134,7 @@ def image_tower(visual: nn.Module, images: Tensor, keep: Tensor | None) -> tuple
 
 def losses(model: nn.Module, images: Tensor, shares: Tensor, tokens: Tensor, names: Tensor, keep: Tensor | None):
     """The contrastive and the patch-text loss of one batch."""
-    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
-    std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
-    image, patches = image_tower(model.visual, (images.float() / 255 - mean) / std, keep)
+    image, patches = image_tower(model.visual, normalized(images), keep)
     text = F.normalize(model.encode_text(torch.cat([tokens, names])), dim=-1)
     text, names = text[: len(tokens)], text[len(tokens) :]
     logits = model.logit_scale.exp() * F.normalize(image, dim=-1) @ text.T
@@ -145,6 +144,19 @@ def losses(model: nn.Module, images: Tensor, shares: Tensor, tokens: Tensor, nam
         shares = shares.gather(1, keep[..., None].expand(-1, -1, shares.shape[-1]))
     patch_logits = PATCH_SCALE * F.normalize(patches, dim=-1) @ names.T
     return contrastive, F.cross_entropy(patch_logits.flatten(0, 1), shares.flatten(0, 1))
+
+
+def normalized(images: Tensor) -> Tensor:
+    """uint8 [B, 3, S, S] as the image tower expects it."""
+    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
+    std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
+    return (images.float() / 255 - mean) / std
+
+
+def calibration_images() -> Tensor:
+    """64 scenes that were not trained on, [64, 3, S, S]."""
+    scenes = [make_scene((CALIBRATION_STREAM, number), SIDE).image for number in range(64)]
+    return normalized(torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2))
 
 
 def save(path: Path, state: dict) -> None:
@@ -215,6 +227,9 @@ def main() -> None:
     save_file(weights, part)
     os.replace(part, weights_file)
     print(f"{weights_file}: {weights_file.stat().st_size / 1e6:.1f} MB")
+    calibration = calibrate(model.eval(), calibration_images())
+    (args.out / "refocus.json").write_text(calibration.config().to_json())
+    print(calibration.report())
 
 
 if __name__ == "__main__":

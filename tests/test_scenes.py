@@ -1,0 +1,120 @@
+"""The procedural scenes, and the evaluation on them."""
+
+import numpy as np
+import pytest
+import torch
+
+import rfclip
+from rfclip import RefocusConfig, Segmenter
+from rfclip.evaluate import INJECTED_DIMS, evaluate_scenes, inject_distraction, methods
+from rfclip.scenes import CLASSES, GROUNDS, OBJECTS, make_scene, sprites
+
+
+def test_fifty_objects_on_six_grounds():
+    assert len(OBJECTS) == 50
+    assert CLASSES[50:] == GROUNDS
+    assert len(sprites()) == 50
+    assert all(sprite.mode == "RGBA" and max(sprite.size) >= 80 for sprite in sprites())
+
+
+def test_a_seed_is_a_scene():
+    one, same, other = make_scene((1, 0, 5)), make_scene((1, 0, 5)), make_scene((1, 0, 6))
+    assert np.array_equal(one.image, same.image)
+    assert np.array_equal(one.labels, same.labels)
+    assert not np.array_equal(one.image, other.image)
+
+
+@pytest.mark.parametrize("size", [64, 112, 200])
+def test_shapes_and_labels(size):
+    for seed in range(10):
+        scene = make_scene(seed, size, objects=(2, 3), object_size=(20, 40))
+        assert scene.image.shape == (size, size, 3)
+        assert scene.image.dtype == scene.labels.dtype == np.uint8
+        assert scene.labels.max() < len(CLASSES)
+        present = scene.present()
+        assert len([c for c in present if c < 50]) in (1, 2, 3)  # one may hide another
+        assert len([c for c in present if c >= 50]) in (1, 2)
+
+
+def test_labels_follow_the_cut_outs():
+    """With and without its object, a scene of one object differs where the label says so, up to the soft edge."""
+    for seed in range(5):
+        with_object = make_scene(seed, 112, objects=(1, 1))
+        kind = min(with_object.present())
+        covered = with_object.labels == kind
+        ground = with_object.image[~covered].astype(int)
+        assert 0 < covered.sum() < 112 * 112 / 2
+        assert len(ground) + covered.sum() == 112 * 112
+        rows, columns = np.nonzero(covered)
+        assert max(np.ptp(rows), np.ptp(columns)) + 1 >= 0.8 * 32
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"objects": (3, 2)}, {"objects": (0, 51)}, {"object_size": (10, 300)}, {"object_size": (0, 10)}],
+    ids=str,
+)
+def test_impossible_scenes(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        make_scene(0, 112, **options)
+
+
+def test_the_small_clip_reaches_its_figures():
+    """On a few scenes, with room for their spread; the README gives the figures of 300."""
+    scores = {s.method: s for s in evaluate_scenes(rfclip.load_model(), RefocusConfig(distraction_dims=()), count=24)}
+    assert list(scores) == list(methods(RefocusConfig(distraction_dims=())))
+    averaged = scores["kk, averaged over layers"]
+    assert averaged.top1 >= 0.85
+    assert averaged.miou >= 0.40
+    assert averaged.pixel_accuracy >= 0.88
+    assert scores["plain CLIP"].miou < 0.5 * averaged.miou
+    assert set(averaged.iou) == set(CLASSES)
+
+
+def test_without_dimensions_rf_clip_is_the_averaged_kk():
+    model = rfclip.load_model()
+    rows = list(evaluate_scenes(model, model.refocus_config, count=2))
+    if not model.refocus_config.distraction_dims:
+        assert rows[3].iou == pytest.approx(rows[2].iou, abs=0, nan_ok=True)
+        assert rows[3].top1 == rows[2].top1
+    assert "forward" not in vars(model.visual)
+
+
+def test_injection_makes_distraction_tokens_and_leaves_no_trace():
+    model = rfclip.load_model()
+    images = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    plain = RefocusConfig(distraction_dims=())
+    with torch.inference_mode(), rfclip.refocus(model, plain):
+        before = rfclip.dense_features(model, images)
+        seen = []
+        block = model.visual.transformer.resblocks[3]
+        hook = block.ln_1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        with inject_distraction(model, 0.1):
+            during = rfclip.dense_features(model, images)
+        hook.remove()
+        after = rfclip.dense_features(model, images)
+    masks = rfclip.plugin.reference.distraction_mask(seen[0][:, 1:], INJECTED_DIMS)
+    assert masks.sum(1).tolist() == [20, 20]
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(before, after)
+    assert not torch.allclose(before, during, atol=1e-2)
+
+
+def test_refocusing_wins_back_what_injection_costs():
+    model = rfclip.load_model()
+    scenes = [make_scene((1, 0, number)) for number in range(6)]
+
+    def accuracy(config, share):
+        with inject_distraction(model, share), Segmenter(model, config=config) as segmenter:
+            return np.mean([segmenter(scene.image, CLASSES).labels == scene.labels for scene in scenes])
+
+    averaged, refocused = RefocusConfig(distraction_dims=()), RefocusConfig(distraction_dims=INJECTED_DIMS)
+    clean, hurt, repaired = accuracy(averaged, 0), accuracy(averaged, 0.2), accuracy(refocused, 0.2)
+    assert hurt < clean - 0.01
+    assert repaired > (hurt + clean) / 2
+
+
+@pytest.mark.parametrize("options", [{"count": 0}, {"count": 1, "inject": 1.5}], ids=str)
+def test_wrong_evaluations(options):
+    with pytest.raises(ValueError, match="at least one scene"):
+        list(evaluate_scenes(rfclip.load_model(), RefocusConfig(distraction_dims=()), **options))
