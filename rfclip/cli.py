@@ -46,6 +46,7 @@ Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag for its we
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
 Config = Annotated[Path | None, typer.Option(help="A refocusing config in JSON, as `rfclip calibrate` writes it.")]
 Backend = Annotated[str, typer.Option(help="auto or reference.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
 
 
 def _version(wanted: bool) -> None:
@@ -88,6 +89,11 @@ def _warnings_to(show: Callable[[str], None]) -> Iterator[None]:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = line
         yield
+
+
+def _check_new(out: Path | None, overwrite: bool) -> None:
+    if out is not None and out.exists() and not overwrite:
+        raise ValueError(f"{out} exists; --overwrite replaces it")
 
 
 def _loading(model: str):
@@ -193,7 +199,7 @@ def segment(
     backend: Backend = "auto",
     config: Config = None,
     threshold: Annotated[float | None, typer.Option(help="Pixels less probable than this get no class.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Segment pictures by class names: an indexed mask, an overlay and a JSON file for each."""
     with _clear_errors(), _warnings_to(lambda text: console.print(text, highlight=False, soft_wrap=True)):
@@ -228,7 +234,7 @@ def segment(
                 try:
                     _segment_one(segmenter, path, named, threshold, files)
                     done += 1
-                except (ValueError, OSError, MemoryError) as error:
+                except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch's lack of memory is the last
                     failed.append((str(path), str(error)))
     _print_failed(failed)
     counts = [f"{done} segmented into {out}"]
@@ -283,13 +289,12 @@ def calibrate(
     pretrained: Pretrained = None,
     device: Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="Write the config found, in JSON.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Find a checkpoint's distraction dimensions from some pictures (a few dozen are enough)."""
     with _clear_errors():
         found, missing = _find_images(images)
-        if out is not None and out.exists() and not overwrite:
-            raise ValueError(f"{out} exists; --overwrite replaces it")
+        _check_new(out, overwrite)
         if not found:
             raise ValueError("; ".join(f"{name}: {reason}" for name, reason in missing))
         from open_clip import image_transform
@@ -340,16 +345,15 @@ def models() -> None:
     import open_clip
 
     from rfclip.config import PRESETS
+    from rfclip.models import can_refocus
 
     # At 80 columns, names and tags are whole; in a narrower terminal they are folded, not cut.
     folded = (Column(header, overflow="fold") for header in ("model", "weights"))
     table = Table(*folded, Column("distraction dimensions", max_width=12))
     table.add_row(TINY, "in the package", "none to find" if not _tiny_has_dims() else "known")
     for name in open_clip.list_models():
-        vision = open_clip.get_model_config(name)["vision_cfg"]
         tags = open_clip.list_pretrained_tags_by_model(name)
-        standard = not isinstance(vision.get("layers", 12), list) and not vision.get("timm_model_name")
-        if not tags or not standard or vision.get("attentional_pool") or vision.get("pool_type", "tok") == "none":
+        if not tags or not can_refocus(name):
             continue
         preset = (name.removesuffix("-quickgelu"), "openai") in PRESETS and "openai" in tags
         table.add_row(name, ", ".join(tags), "known for openai, else calibrate" if preset else "calibrate")
@@ -376,6 +380,7 @@ def evaluate(
     backend: Backend = "auto",
     config: Config = None,
     out: Annotated[Path | None, typer.Option(help="Also write the figures, with those of each class, in JSON.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Score plain CLIP, the two kk baselines and RF-CLIP on a benchmark.
 
@@ -384,6 +389,7 @@ def evaluate(
     with _clear_errors():
         if benchmark != "scenes":
             raise ValueError(f"benchmark {benchmark!r}: expected scenes")
+        _check_new(out, overwrite)
         from rfclip.config import RefocusConfig
         from rfclip.evaluate import evaluate_scenes
         from rfclip.models import load_model

@@ -12,6 +12,7 @@ from torch import nn
 
 from rfclip.config import RefocusConfig
 from rfclip.scenes import CLASSES
+from rfclip.tower import SUPPORTED
 
 TINY = "rfclip-tiny"
 
@@ -52,7 +53,7 @@ def load_model(
         model.refocus_config = RefocusConfig.from_json((tiny_folder() / "refocus.json").read_text())
         model.trained_on = CLASSES
         return model.eval()
-    _check_name(name, pretrained)
+    check_model(name, pretrained)
     try:
         with warnings.catch_warnings():
             # open_clip warns where a checkpoint wants QuickGELU and the name does not say so: force it instead.
@@ -80,17 +81,28 @@ def load_model(
     return model.eval()
 
 
+def can_refocus(name: str) -> bool:
+    """Whether open_clip's config of that name describes an image tower that `rfclip.refocus` accepts."""
+    vision = open_clip.get_model_config(name.replace("/", "-"))["vision_cfg"]
+    standard = isinstance(vision.get("layers", 12), int) and not vision.get("timm_model_name")
+    return standard and not vision.get("attentional_pool") and vision.get("pool_type", "tok") in ("tok", "avg")
+
+
 def load_tokenizer(name: str = TINY):
     """The tokenizer of a model that `load_model` loads."""
     return open_clip.get_tokenizer(f"local-dir:{tiny_folder()}" if name == TINY else name)
 
 
-def _check_name(name: str, pretrained: str | None) -> None:
-    """Raise ValueError where a model or its weights cannot exist, before anything is built or downloaded."""
+def check_model(name: str, pretrained: str | None) -> None:
+    """Raise ValueError where a model or its weights cannot be used, before anything is built or downloaded."""
+    if name.startswith("local-dir:") and not Path(name.removeprefix("local-dir:")).is_dir():
+        raise ValueError(f"{name}: there is no such folder")
     if name.startswith(("hf-hub:", "local-dir:")):
         return
     if name.replace("/", "-") not in open_clip.list_models():
         raise ValueError(f"unknown model {name!r}; `rfclip models` lists those there are")
+    if not can_refocus(name):
+        raise ValueError(f"{name} cannot be refocused; {SUPPORTED}")
     tags = open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))
     if pretrained is None:
         raise ValueError(f"{name} needs pretrained weights: one of {', '.join(tags) or 'none is known'}, or a path")

@@ -27,7 +27,7 @@ from torchvision.utils import draw_segmentation_masks
 
 from rfclip.config import RefocusConfig
 from rfclip.images import ImageLike, to_rgb
-from rfclip.models import TINY, load_model, load_tokenizer
+from rfclip.models import TINY, check_model, load_model, load_tokenizer
 from rfclip.plugin import RefocusedForward, dense_features, refocus
 
 LONGEST_SIDE = 2048
@@ -200,9 +200,10 @@ class Segmenter:
     ):
         if isinstance(model, str):
             self.name, self.pretrained = model, pretrained
+            if config is None and model != TINY:
+                check_model(model, pretrained)
+                config = RefocusConfig.preset(model, pretrained)  # before a download, which would be in vain
             self.model = load_model(model, pretrained, device=device, precision=precision)
-            if config is None and self.model.refocus_config is None:
-                RefocusConfig.preset(model, pretrained)  # raises, and says how to calibrate
             tokenizer = tokenizer or load_tokenizer(model)
         else:
             if pretrained is not None:

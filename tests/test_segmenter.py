@@ -18,8 +18,6 @@ from rfclip.models import tiny_folder
 from rfclip.scenes import CLASSES, make_scene
 from rfclip.segmenter import Segmentation, _resize_rows, palette, parse_classes
 
-
-
 SCENE = make_scene((4, 0), 200, objects=(3, 3), object_size=(70, 76))
 NAMES = [[CLASSES[c], f"{CLASSES[c]}s"] for c in SCENE.present()]
 NAMES[1:] = [*(names[0] for names in NAMES[1:]), "cat"]
@@ -318,6 +316,12 @@ def test_models_and_weights_that_do_not_exist(tmp_path):
         rfclip.load_model("ViT-B-16", "nonsense")
     with pytest.raises(ValueError, match="needs pretrained weights: one of openai,"):
         rfclip.load_model("ViT-B-16")
+    with pytest.raises(ValueError, match="RN50 cannot be refocused; rfclip works with"):
+        rfclip.load_model("RN50", "openai")
+    with pytest.raises(ValueError, match="no such folder"):
+        rfclip.load_model(f"local-dir:{tmp_path}/nowhere")
+    with pytest.raises(ValueError, match="'dfn2b' are not known.*rfclip calibrate"):
+        Segmenter("ViT-B-16", "dfn2b")
     with pytest.raises(ValueError, match="comes with its weights"):
         rfclip.load_model("rfclip-tiny", "openai")
     pickled = tmp_path / "weights.pt"

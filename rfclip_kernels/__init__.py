@@ -1,0 +1,1 @@
+"""Triton kernels for the steps of `rfclip.reference`."""
