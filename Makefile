@@ -10,7 +10,8 @@ demo: $(READY)
 	@echo "The picture, under its labels: demo/scene.overlay.png"
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/test_kernels.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernels.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -19,11 +19,13 @@ the device, and a batch may be empty. Wrong arguments raise ValueError, which sa
 """
 
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rfclip_kernels.checks import check_number, dimension_list, grid_sides, tensor_sizes, window_side
 
 __all__ = [
     "clamp_embeddings",
@@ -57,7 +59,7 @@ def dimension_weights(x: Tensor, *, shifted: bool = True) -> Tensor:
     Raises:
         ValueError: x is not a floating-point [B, N, d].
     """
-    _sizes("x", x, "B N d")
+    tensor_sizes("x", x, "B N d")
     f = x.to(_computing_dtype(x))
     if shifted:
         f = f - f.amin(dim=-1, keepdim=True)
@@ -81,8 +83,8 @@ def distraction_scores(x: Tensor, dims: Sequence[int], *, shifted: bool = True) 
     Raises:
         ValueError: x is not a floating-point [B, N, d]; dims are out of range or repeated.
     """
-    sizes = _sizes("x", x, "B N d")
-    dims = _dims(dims, sizes["d"])
+    sizes = tensor_sizes("x", x, "B N d")
+    dims = dimension_list(dims, sizes["d"])
     if not dims:
         return x.new_zeros(x.shape[:2], dtype=_computing_dtype(x))
     return dimension_weights(x, shifted=shifted)[..., dims].amax(dim=-1)
@@ -108,7 +110,7 @@ def distraction_mask(x: Tensor, dims: Sequence[int], threshold: float | None = N
     phi = distraction_scores(x, dims, shifted=shifted)
     if threshold is None:
         threshold = 5 / x.shape[-1]
-    _check_number("threshold", threshold)
+    check_number("threshold", threshold)
     # Without dims phi is 0, which a negative threshold would let through.
     return phi > threshold if len(dims) else torch.zeros_like(phi, dtype=torch.bool)
 
@@ -130,7 +132,7 @@ def received_attention(q: Tensor, k: Tensor, *, scale: float | None = None) -> T
     Raises:
         ValueError: q or k is not a floating-point [B, H, T, D] with T >= 2, or they differ in shape or dtype.
     """
-    _sizes("k", k, "B H T D", _sizes("q", q, "B H T D"), q.dtype)
+    tensor_sizes("k", k, "B H T D", tensor_sizes("q", q, "B H T D"), q.dtype)
     A = _attention(q, k, scale)
     return A[:, :, 1:, 1:].mean(dim=(1, 2))
 
@@ -159,11 +161,11 @@ def redistribute_embeddings(
         ValueError: x is not a floating-point [B, N, d]; mask is not a bool [B, N]; dims are out of range or repeated;
             the grid is empty or does not have N patches; size is not an odd integer of at least 3.
     """
-    sizes = _sizes("x", x, "B N d")
-    _sizes("mask", mask, "B N", sizes, torch.bool)
-    dims = _dims(dims, sizes["d"])
-    gh, gw = _grid(grid, sizes["N"])
-    _window(size)
+    sizes = tensor_sizes("x", x, "B N d")
+    tensor_sizes("mask", mask, "B N", sizes, torch.bool)
+    dims = dimension_list(dims, sizes["d"])
+    gh, gw = grid_sides(grid, sizes["N"])
+    window_side(size)
     out = x.clone()
     if not dims:
         return out
@@ -192,11 +194,11 @@ def clamp_embeddings(
     Raises:
         ValueError: as `redistribute_embeddings`; threshold is not a number.
     """
-    sizes = _sizes("x", x, "B N d")
-    _sizes("mask", mask, "B N", sizes, torch.bool)
-    dims = _dims(dims, sizes["d"])
+    sizes = tensor_sizes("x", x, "B N d")
+    tensor_sizes("mask", mask, "B N", sizes, torch.bool)
+    dims = dimension_list(dims, sizes["d"])
     threshold = 5 / sizes["d"] if threshold is None else threshold
-    _check_number("threshold", threshold)
+    check_number("threshold", threshold)
     values = x.to(_computing_dtype(x))
     least = values.amin(dim=-1, keepdim=True) if shifted else torch.zeros_like(values[..., :1])
     most = least + threshold * (values - least).sum(dim=-1, keepdim=True)  # [B, N, 1]
@@ -225,10 +227,10 @@ def filter_embeddings(
     Raises:
         ValueError: as `redistribute_embeddings`; statistic is neither "mean" nor "median".
     """
-    sizes = _sizes("x", x, "B N d")
-    _sizes("mask", mask, "B N", sizes, torch.bool)
-    gh, gw = _grid(grid, sizes["N"])
-    _window(size)
+    sizes = tensor_sizes("x", x, "B N d")
+    tensor_sizes("mask", mask, "B N", sizes, torch.bool)
+    gh, gw = grid_sides(grid, sizes["N"])
+    window_side(size)
     if statistic not in ("mean", "median"):
         raise ValueError(f'statistic must be "mean" or "median", got {statistic!r}')
     planes = x.to(_computing_dtype(x)).mT.unflatten(-1, (gh, gw))  # [B, d, gh, gw]
@@ -262,7 +264,7 @@ def key_similarity(k: Tensor, running: Tensor | None = None, count: int = 0, *, 
         ValueError: k is not a floating-point [B, H, T, D] with T >= 2; running is not a [B, N, N] of the dtype above;
             count is not an integer of at least 0; only one of running and count >= 1 is given.
     """
-    sizes = _sizes("k", k, "B H T D")
+    sizes = tensor_sizes("k", k, "B H T D")
     if not isinstance(count, Integral) or count < 0:
         raise ValueError(f"count must be an integer of at least 0, got {count!r}")
     if (running is None) != (count == 0):
@@ -273,7 +275,7 @@ def key_similarity(k: Tensor, running: Tensor | None = None, count: int = 0, *, 
     new = _attention(k, k, scale)[:, :, 1:, 1:].mean(dim=1)
     if running is None:
         return new
-    _sizes("running", running, "B N N", sizes, new.dtype)
+    tensor_sizes("running", running, "B N N", sizes, new.dtype)
     return (running * count + new) / (count + 1)
 
 
@@ -299,9 +301,9 @@ def fiedler_vector(similarity: Tensor, start: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: similarity is not a floating-point [B, N, N]; start is not a floating-point [B, N].
     """
-    sizes = _sizes("similarity", similarity, "B N N")
+    sizes = tensor_sizes("similarity", similarity, "B N N")
     if start is not None:
-        _sizes("start", start, "B N", sizes)
+        tensor_sizes("start", start, "B N", sizes)
     S = similarity.to(_computing_dtype(similarity))
     if sizes["N"] == 1:
         return torch.zeros_like(S[..., 0])
@@ -333,7 +335,7 @@ def defocus_mask(fiedler: Tensor, *, threshold: str = "mean") -> Tensor:
     Raises:
         ValueError: fiedler is not a floating-point [B, N]; threshold is neither "mean" nor "otsu".
     """
-    N = _sizes("fiedler", fiedler, "B N")["N"]
+    N = tensor_sizes("fiedler", fiedler, "B N")["N"]
     if threshold not in ("mean", "otsu"):
         raise ValueError(f'threshold must be "mean" or "otsu", got {threshold!r}')
     y = fiedler.to(_computing_dtype(fiedler))
@@ -386,12 +388,12 @@ def refocused_attention(
         ValueError: q, k or v is not a floating-point [B, H, T, D] with T >= 2, or they differ in shape or dtype; a mask
             is not bool or of another shape; beta is not in [0, 1].
     """
-    sizes = _sizes("q", q, "B H T D")
-    _sizes("k", k, "B H T D", sizes, q.dtype)
-    _sizes("v", v, "B H T D", sizes, q.dtype)
-    _sizes("distraction", distraction, "B N", sizes, torch.bool)
-    _sizes("target", target, "B N | B T", sizes, torch.bool)
-    _check_number("beta", beta, 0, 1)
+    sizes = tensor_sizes("q", q, "B H T D")
+    tensor_sizes("k", k, "B H T D", sizes, q.dtype)
+    tensor_sizes("v", v, "B H T D", sizes, q.dtype)
+    tensor_sizes("distraction", distraction, "B N", sizes, torch.bool)
+    tensor_sizes("target", target, "B N | B T", sizes, torch.bool)
+    check_number("beta", beta, 0, 1)
     T = sizes["T"]
     dis = F.pad(distraction, (1, 0))  # [B, T], CLS is in no set unless the target says so
     tgt = F.pad(target, (T - target.shape[-1], 0)) & ~dis
@@ -426,8 +428,8 @@ def proxy_attention(keys: Tensor, v: Tensor, *, scale: float | None = None) -> T
         ValueError: keys is not a floating-point [L, B, H, T, D] with T >= 2; v is not a [B, H, T, D] of its sizes and
             dtype.
     """
-    sizes = _sizes("keys", keys, "L B H T D")
-    _sizes("v", v, "B H T D", sizes, keys.dtype)
+    sizes = tensor_sizes("keys", keys, "L B H T D")
+    tensor_sizes("v", v, "B H T D", sizes, keys.dtype)
     Abar = sum(_attention(k, k, scale)[:, :, 1:, 1:] for k in keys) / sizes["L"]
     return (Abar @ v[:, :, 1:].to(Abar.dtype)).to(v.dtype)
 
@@ -439,7 +441,7 @@ def _computing_dtype(tensor: Tensor) -> torch.dtype:
 def _attention(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
     """A = softmax(q k^T * scale) over all T keys, [B, H, T, T] in the computing dtype."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    _check_number("scale", scale)
+    check_number("scale", scale)
     dtype = _computing_dtype(q)
     return torch.softmax(q.to(dtype) @ k.to(dtype).mT * scale, dim=-1)  # [T, D] @ [D, T] -> [T, T]
 
@@ -452,60 +454,3 @@ def _neighbour_sum(planes: Tensor, size: int) -> Tensor:
     windows = F.unfold(planes, size, padding=size // 2).unflatten(1, (-1, size * size))  # [B, C, size^2, N]
     centre = size * size // 2
     return windows[:, :, :centre].sum(dim=2) + windows[:, :, centre + 1 :].sum(dim=2)
-
-
-def _sizes(
-    name: str, value: Tensor, layouts: str, known: dict[str, int] | None = None, dtype: torch.dtype | None = None
-) -> dict[str, int]:
-    """Check a tensor against a layout such as "B N d", or one of several as in "B N | B T".
-
-    An axis in `known` must have its size from there; any other is bound here, and only B may be empty. The dtype must
-    be the given one, or without one any floating-point dtype. Returns all sizes known now, N following from T.
-    """
-    known = known or {}
-    least = {"B": 0, "T": 2}  # T counts CLS and at least one patch
-    given = type(value).__name__
-    if isinstance(value, Tensor):
-        given = f"{_dtype_name(value.dtype)} of shape {list(value.shape)}"
-        right_dtype = value.is_floating_point() if dtype is None else value.dtype == dtype
-        for axes in map(str.split, layouts.split("|") if right_dtype else []):
-            sizes = dict(known)
-            if len(axes) == value.dim() and all(
-                size == sizes.setdefault(axis, size) >= least.get(axis, 1)
-                for axis, size in zip(axes, value.shape, strict=True)
-            ):
-                return sizes | ({"N": sizes["T"] - 1} if "T" in sizes else {})
-    kind = "floating-point" if dtype is None else _dtype_name(dtype)
-    sides = {axis: f"{axis}={known[axis]}" if axis in known else f"{axis}>={least.get(axis, 1)}" for axis in "LBHTNDd"}
-    expected = " or ".join(f"[{', '.join(sides[axis] for axis in axes.split())}]" for axes in layouts.split("|"))
-    raise ValueError(f"{name} must be a {kind} tensor {expected}, got {given}")
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _dims(dims: Sequence[int], d: int) -> list[int]:
-    if not isinstance(dims, Sequence) or not all(isinstance(j, Integral) and 0 <= j < d for j in dims):
-        raise ValueError(f"dims must be a sequence of integers in 0 .. {d - 1}, the dimensions of x, got {dims!r}")
-    if len(set(dims)) < len(dims):
-        raise ValueError(f"dims must be distinct, got {dims!r}")
-    return [int(j) for j in dims]
-
-
-def _grid(grid: tuple[int, int], N: int) -> tuple[int, int]:
-    two_sides = isinstance(grid, Sequence) and len(grid) == 2
-    if not two_sides or not all(isinstance(side, Integral) and side >= 1 for side in grid) or grid[0] * grid[1] != N:
-        raise ValueError(f"grid must be (gh, gw), two integers of at least 1 with gh * gw = N = {N}, got {grid!r}")
-    return grid[0], grid[1]
-
-
-def _window(size: int) -> None:
-    if not isinstance(size, Integral) or size < 3 or size % 2 == 0:
-        raise ValueError(f"size must be an odd integer of at least 3, got {size!r}")
-
-
-def _check_number(name: str, value: float, low: float = float("-inf"), high: float = float("inf")) -> None:
-    if not isinstance(value, Real) or not low <= value <= high:  # the comparison is also False for NaN
-        within = f" in [{low}, {high}]" if high < float("inf") else ""
-        raise ValueError(f"{name} must be a number{within}, got {value!r}")

@@ -1,0 +1,190 @@
+"""Find distraction tokens, and repair their embeddings from their neighbours: equations 6 and 13 of the paper.
+
+phi[i] = max over j in D_dis of f[i, j] / sum_k f[i, k],  f = x - min_k x[k] per token
+x[i, j] <- mean of x[n, j] over the size x size neighbours n of i, for i in T_dis and j in D_dis
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from rfclip_kernels.checks import check_number, dimension_list, grid_sides, refuse_gradients, tensor_sizes, window_side
+
+BLOCK_TOKENS = 16
+BLOCK_WIDTH = 128
+
+
+@triton.jit
+def distraction_scores_kernel(
+    x_ptr,  # [B, N, d]
+    out_ptr,  # [B, N], fp32 scores, or bool where MASK
+    N,
+    d,
+    threshold,
+    stride_xb,
+    stride_xn,
+    stride_xd,
+    DIMS: tl.constexpr,  # tuple of int
+    SHIFTED: tl.constexpr,
+    MASK: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
+    i_b = tl.program_id(1).to(tl.int64)
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m_n = o_n < N
+    p_x = x_ptr + i_b * stride_xb + o_n * stride_xn  # [BN]
+    b_min = tl.full([BN], float("inf"), tl.float32)
+    b_sum = tl.zeros([BN], tl.float32)
+    b_first = tl.load(p_x, mask=m_n, other=0.0).to(tl.float32)  # sums are of differences to it: a large mean cancels
+    for start in range(0, d, BD):
+        o_d = start + tl.arange(0, BD)
+        m_x = m_n[:, None] & (o_d < d)[None, :]
+        b_x = tl.load(p_x[:, None] + o_d[None, :] * stride_xd, mask=m_x, other=0.0).to(tl.float32)  # [BN, BD]
+        b_min = tl.minimum(b_min, tl.min(tl.where(m_x, b_x, float("inf")), axis=1))
+        b_sum += tl.sum(tl.where(m_x, b_x - b_first[:, None], 0.0), axis=1)
+    b_least = b_min if SHIFTED else tl.zeros([BN], tl.float32)
+    b_sum += d * (b_first - b_least)
+    b_phi = tl.full([BN], float("-inf"), tl.float32)
+    for j in tl.static_range(len(DIMS)):
+        b_f = tl.load(p_x + DIMS[j] * stride_xd, mask=m_n, other=0.0).to(tl.float32) - b_least
+        b_phi = tl.maximum(b_phi, tl.where(b_sum == 0, 0.0, b_f / tl.where(b_sum == 0, 1.0, b_sum)))
+    if MASK:
+        tl.store(out_ptr + i_b * N + o_n, b_phi > threshold, mask=m_n)
+    else:
+        tl.store(out_ptr + i_b * N + o_n, b_phi, mask=m_n)
+
+
+@triton.jit
+def redistribute_kernel(
+    x_ptr,  # [B, N, d], values before the update
+    mask_ptr,  # [B, N] bool
+    out_ptr,  # [B, N, d] contiguous, a copy of x
+    gh,
+    gw,
+    d,
+    stride_xb,
+    stride_xn,
+    stride_xd,
+    stride_mb,
+    stride_mn,
+    DIMS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BN: tl.constexpr,
+):
+    i_b = tl.program_id(1).to(tl.int64)
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m_n = o_n < gh * gw
+    m_n &= tl.load(mask_ptr + i_b * stride_mb + o_n * stride_mn, mask=m_n, other=0) != 0
+    row, column = o_n // gw, o_n % gw
+    p_x = x_ptr + i_b * stride_xb
+    for j in tl.static_range(len(DIMS)):
+        b_sum = tl.zeros([BN], tl.float32)
+        b_count = tl.zeros([BN], tl.float32)
+        for place in tl.static_range(SIZE * SIZE):
+            if place != SIZE * SIZE // 2:
+                r, c = row + place // SIZE - SIZE // 2, column + place % SIZE - SIZE // 2
+                m_near = m_n & (r >= 0) & (r < gh) & (c >= 0) & (c < gw)
+                b_x = tl.load(p_x + (r * gw + c) * stride_xn + DIMS[j] * stride_xd, mask=m_near, other=0.0)
+                b_sum += b_x.to(tl.float32)
+                b_count += m_near.to(tl.float32)
+        b_mean = (b_sum / tl.maximum(b_count, 1.0)).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (i_b * gh * gw + o_n) * d + DIMS[j], b_mean, mask=m_n & (b_count > 0))
+
+
+@triton_op("rfclip::distraction_scores", mutates_args={})
+def _distraction_scores(x: Tensor, dims: list[int], threshold: float | None, shifted: bool) -> Tensor:
+    B, N, d = x.shape
+    out = x.new_empty((B, N), dtype=torch.float32 if threshold is None else torch.bool)
+    if B:
+        wrap_triton(distraction_scores_kernel)[(triton.cdiv(N, BLOCK_TOKENS), B)](
+            x_ptr=x,
+            out_ptr=out,
+            N=N,
+            d=d,
+            threshold=0.0 if threshold is None else threshold,
+            stride_xb=x.stride(0),
+            stride_xn=x.stride(1),
+            stride_xd=x.stride(2),
+            DIMS=tuple(dims),
+            SHIFTED=shifted,
+            MASK=threshold is not None,
+            BN=BLOCK_TOKENS,
+            BD=BLOCK_WIDTH,
+        )
+    return out
+
+
+@triton_op("rfclip::redistribute_embeddings", mutates_args={})
+def _redistribute_embeddings(x: Tensor, mask: Tensor, dims: list[int], gh: int, gw: int, size: int) -> Tensor:
+    B, N, d = x.shape
+    out = x.clone(memory_format=torch.contiguous_format)
+    if B:
+        wrap_triton(redistribute_kernel)[(triton.cdiv(N, BLOCK_TOKENS), B)](
+            x_ptr=x,
+            mask_ptr=mask,
+            out_ptr=out,
+            gh=gh,
+            gw=gw,
+            d=d,
+            stride_xb=x.stride(0),
+            stride_xn=x.stride(1),
+            stride_xd=x.stride(2),
+            stride_mb=mask.stride(0),
+            stride_mn=mask.stride(1),
+            DIMS=tuple(dims),
+            SIZE=size,
+            BN=BLOCK_TOKENS,
+        )
+    return out
+
+
+def distraction_scores(x: Tensor, dims: Sequence[int], *, shifted: bool = True) -> Tensor:
+    """`rfclip.reference.distraction_scores` in one pass over x [B, N, d], fp32, fp16 or bf16: float32 [B, N].
+
+    Raises:
+        ValueError: as the reference; x is float64 or requires a gradient.
+    """
+    dims = dimension_list(dims, tensor_sizes("x", x, "B N d")["d"])
+    refuse_gradients(x=x)
+    if not dims:
+        return x.new_zeros(x.shape[:2], dtype=torch.float32)
+    return _distraction_scores(x, dims, None, shifted)
+
+
+def distraction_mask(x: Tensor, dims: Sequence[int], threshold: float | None = None, *, shifted: bool = True) -> Tensor:
+    """`rfclip.reference.distraction_mask` in one pass over x [B, N, d], fp32, fp16 or bf16: bool [B, N].
+
+    Raises:
+        ValueError: as the reference; x is float64 or requires a gradient.
+    """
+    dims = dimension_list(dims, tensor_sizes("x", x, "B N d")["d"])
+    threshold = 5 / x.shape[-1] if threshold is None else threshold
+    check_number("threshold", threshold)
+    refuse_gradients(x=x)
+    if not dims:
+        return x.new_zeros(x.shape[:2], dtype=torch.bool)
+    return _distraction_scores(x, dims, float(threshold), shifted)
+
+
+def redistribute_embeddings(
+    x: Tensor, mask: Tensor, dims: Sequence[int], grid: tuple[int, int], *, size: int = 3
+) -> Tensor:
+    """`rfclip.reference.redistribute_embeddings`: x [B, N, d], fp32, fp16 or bf16, and mask bool [B, N] to [B, N, d].
+
+    Raises:
+        ValueError: as the reference; x is float64 or requires a gradient.
+    """
+    sizes = tensor_sizes("x", x, "B N d")
+    tensor_sizes("mask", mask, "B N", sizes, torch.bool)
+    dims = dimension_list(dims, sizes["d"])
+    gh, gw = grid_sides(grid, sizes["N"])
+    window_side(size)
+    refuse_gradients(x=x)
+    if not dims:
+        return x.clone(memory_format=torch.contiguous_format)
+    return _redistribute_embeddings(x, mask, dims, gh, gw, size)

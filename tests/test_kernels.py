@@ -1,0 +1,282 @@
+"""The Triton kernels in Triton's interpreter, against the float64 reference.
+
+Run in a process of its own, since Triton reads the variable when it is imported: TRITON_INTERPRET=1 pytest
+tests/test_kernels.py, as `make test` does. Buffers that a kernel writes are poisoned with NaN and have guard bands;
+inputs lie inside NaN, so that a value read outside of them shows in the result.
+"""
+
+import math
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rfclip import reference
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run as TRITON_INTERPRET=1 pytest tests/test_kernels.py"
+
+from rfclip_kernels import attention, distraction  # noqa: E402
+
+# Largest relative RMS error against float64 on the same rounded inputs.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+GUARD = 64  # bytes on either side of a written buffer
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+# B, H, T, D: T below, at and beyond tiles of 64, and head dimensions that are no power of two.
+SIZES = [(1, 1, 2, 32), (2, 3, 17, 64), (1, 2, 65, 80), (1, 1, 130, 96), (1, 2, 64, 128), (2, 1, 198, 64)]
+sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: "B{}-H{}-T{}-D{}".format(*s))
+
+
+@pytest.fixture(autouse=True)
+def guarded(monkeypatch):
+    """Poison what `new_empty` returns and check afterwards that nothing was written beside it."""
+    buffers = []
+    original = torch.Tensor.new_empty
+
+    def new_empty(tensor, shape, *, dtype=None, **options):
+        if options:  # the interpreter's own, not a kernel's output
+            return original(tensor, shape, dtype=dtype, **options)
+        dtype = dtype or tensor.dtype
+        count = math.prod(shape) * dtype.itemsize
+        buffer = torch.full((count + 2 * GUARD,), 0xFF, dtype=torch.uint8)  # NaN in every float dtype
+        buffers.append(buffer)
+        return buffer[GUARD : GUARD + count].view(dtype).view(shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    yield buffers
+    for buffer in buffers:
+        assert (buffer[:GUARD] == 0xFF).all()
+        assert (buffer[-GUARD:] == 0xFF).all()
+
+
+def inside_nan(tensor):
+    """The same values as a strided view, surrounded by NaN along every axis."""
+    padded = torch.full([side + 2 for side in tensor.shape], float("nan"), dtype=tensor.dtype)
+    view = padded[tuple(slice(1, -1) for _ in tensor.shape)]
+    view.copy_(tensor)
+    return view
+
+
+def randn(*shape, seed, dtype=torch.float32, spread=1.5):
+    return (spread * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def masks(B, N, pattern):
+    u = torch.rand(B, N, generator=torch.Generator().manual_seed(9))
+    every, none, one = torch.ones_like(u) > 0, torch.zeros_like(u) > 0, torch.arange(N).expand(B, N) == N // 2
+    return {
+        "some": (u < 0.3, u > 0.6),
+        "no distraction": (none, u > 0.6),
+        "no target": (u < 0.3, none),
+        "all distraction": (every, none),
+        "all target": (none, every),
+        "one and the rest": (one, ~one),
+        "the rest and one": (~one, one),
+        "overlapping": (u < 0.5, u > 0.2),
+    }[pattern]
+
+
+def check(got, want, dtype):
+    assert got.shape == want.shape
+    assert got.dtype == dtype
+    assert got.isfinite().all()
+    error = (got.double() - want).square().mean().sqrt() / want.square().mean().sqrt()
+    assert error <= TOLERANCE[dtype], f"relative RMS error {error:.2e}"
+
+
+def test_the_guards_catch_a_stray_write(guarded):
+    torch.zeros(1).new_empty((3,))
+    guarded[0][GUARD - 1] = 0
+    with pytest.raises(AssertionError):
+        assert (guarded[0][:GUARD] == 0xFF).all()
+    guarded.clear()
+
+
+# Distraction ---------------------------------------------------------------------------------------------------------
+
+
+@dtypes
+@pytest.mark.parametrize("shifted", [True, False], ids=["shifted", "raw"])
+@pytest.mark.parametrize(("B", "N", "d"), [(1, 1, 3), (2, 17, 128), (3, 40, 200)])
+def test_distraction(dtype, shifted, B, N, d):
+    x = randn(B, N, d, seed=1) + 2
+    x[:, ::3, 1] += 60
+    x = x.to(dtype)
+    want = reference.distraction_scores(x.double(), [1, 2], shifted=shifted)
+    got = distraction.distraction_scores(inside_nan(x), [1, 2], shifted=shifted)
+    check(got, want, torch.float32)
+    clear = (want - 5 / d).abs() > 1e-5
+    assert clear.all()
+    assert torch.equal(distraction.distraction_mask(inside_nan(x), [1, 2], shifted=shifted), want > 5 / d)
+    assert torch.equal(distraction.distraction_mask(x, [1, 2], 0.01, shifted=shifted), want > 0.01)
+
+
+def test_scores_of_a_large_mean_and_of_equal_values():
+    x = randn(1, 20, 256, seed=2) + 1000
+    check(distraction.distraction_scores(x, [3]), reference.distraction_scores(x.double(), [3]), torch.float32)
+    assert distraction.distraction_scores(torch.full((1, 2, 5), 7.0), [0]).tolist() == [[0.0, 0.0]]
+    assert distraction.distraction_scores(x, []).count_nonzero() == 0
+    assert not distraction.distraction_mask(x, [], -1.0).any()
+
+
+@dtypes
+@pytest.mark.parametrize("grid", [(1, 1), (1, 9), (5, 7)], ids=str)
+@pytest.mark.parametrize("size", [3, 5, 7])
+@pytest.mark.parametrize("pattern", ["some", "no distraction", "all distraction", "one and the rest"])
+def test_redistribution(dtype, grid, size, pattern):
+    N = math.prod(grid)
+    x, mask = randn(2, N, 20, seed=3, dtype=dtype), masks(2, N, pattern)[0]
+    want = reference.redistribute_embeddings(x.double(), mask, [0, 7], grid, size=size)
+    got = distraction.redistribute_embeddings(inside_nan(x), mask, [0, 7], grid, size=size)
+    check(got, want, dtype)
+    untouched = torch.ones(x.shape, dtype=torch.bool)
+    untouched[..., [0, 7]] = ~mask[..., None]
+    assert torch.equal(got[untouched], x[untouched])
+
+
+# Attention -----------------------------------------------------------------------------------------------------------
+
+
+@dtypes
+@sizes
+def test_refocused_attention(size, dtype):
+    B, H, T, D = size
+    q, k, v = (randn(*size, seed=seed, dtype=dtype) for seed in range(3))
+    dis, target = masks(B, T - 1, "some")
+    want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, target, 0.7)
+    check(attention.refocused_attention(*map(inside_nan, (q, k, v)), dis, target, 0.7), want, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "no distraction",
+        "no target",
+        "all distraction",
+        "all target",
+        "one and the rest",
+        "the rest and one",
+        "overlapping",
+    ],
+)
+@pytest.mark.parametrize("beta", [0.0, 0.7, 1.0])
+def test_masks(pattern, beta, dtype):
+    q, k, v = (randn(2, 2, 37, 32, seed=seed, dtype=dtype) for seed in range(3))
+    dis, target = masks(2, 36, pattern)
+    want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, target, beta)
+    check(attention.refocused_attention(q, k, v, dis, target, beta), want, dtype)
+
+
+@pytest.mark.parametrize("target", ["cls", "rest"])
+def test_targets_that_hold_cls(target):
+    q, k, v = (randn(2, 2, 37, 32, seed=seed) for seed in range(3))
+    dis, _ = masks(2, 36, "some")
+    cls = torch.ones(2, 1, dtype=torch.bool)
+    given = torch.cat([cls, torch.zeros_like(dis) if target == "cls" else ~dis], dim=1)
+    want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, given, 0.7)
+    check(attention.refocused_attention(q, k, v, dis, given, 0.7), want, torch.float32)
+
+
+def test_images_of_a_batch_keep_their_own_groups():
+    q, k, v = (randn(3, 2, 20, 32, seed=seed) for seed in range(3))
+    dis, target = masks(3, 19, "some")
+    target[1] = False
+    dis[2] = False
+    batch = attention.refocused_attention(q, k, v, dis, target, 0.7)
+    for b in range(3):
+        one = [t[b : b + 1] for t in (q, k, v, dis, target)]
+        torch.testing.assert_close(attention.refocused_attention(*one, 0.7), batch[b : b + 1], rtol=0, atol=0)
+
+
+@dtypes
+def test_scores_from_minus_sixty_to_sixty(dtype):
+    """One query, whose logits run from -60 to 60: the mass on the target can be e^-120 of the row's."""
+    T, D = 50, 32
+    q, k = torch.zeros(1, 1, T, D), torch.zeros(1, 1, T, D)
+    q[..., 0] = 1
+    k[0, 0, :, 0] = torch.linspace(-60, 60, T)
+    q, k, v = q.to(dtype), k.to(dtype), randn(1, 1, T, D, seed=2, dtype=dtype)
+    low, high = torch.arange(T - 1)[None] < 10, torch.arange(T - 1)[None] >= 40
+    for dis, target in ((low, high), (high, low)):
+        want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, target, 0.7, scale=1.0)
+        check(attention.refocused_attention(q, k, v, dis, target, 0.7, scale=1.0), want, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("L", [1, 3])
+@sizes
+def test_proxy_attention(size, L, dtype):
+    keys, v = randn(L, *size, seed=4, dtype=dtype), randn(*size, seed=5, dtype=dtype)
+    want = reference.proxy_attention(keys.double(), v.double())
+    check(attention.proxy_attention(inside_nan(keys), inside_nan(v)), want, dtype)
+
+
+def test_packed_projections_are_read_in_place_and_written_as_the_output_projection_reads():
+    packed = randn(2, 20, 3 * 64, seed=6)
+    q, k, v = packed.unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)
+    dis, target = masks(2, 19, "some")
+    got = attention.refocused_attention(q, k, v, dis, target, 0.7)
+    assert got.transpose(1, 2).is_contiguous()
+    want = reference.refocused_attention(*(t.double() for t in (q, k, v)), dis, target, 0.7)
+    check(got, want, torch.float32)
+    assert attention.proxy_attention(k[None], v).transpose(1, 2).is_contiguous()
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), T=st.integers(2, 70), beta=st.floats(0, 1), spread=st.floats(0, 4))
+def test_invariants(seed, T, beta, spread):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (spread * torch.randn(1, 2, T, 32, generator=generator) for _ in range(3))
+    u = torch.rand(1, T - 1, generator=generator)
+    dis, target = u < 0.3, u > 0.5
+    rows = attention.refocused_attention(q, k, torch.ones_like(v), dis, target, beta)
+    torch.testing.assert_close(rows, torch.ones_like(rows))
+    order = torch.randperm(T - 1, generator=generator)
+    tokens = torch.cat([torch.zeros(1, dtype=torch.long), order + 1])
+    out = attention.refocused_attention(q, k, v, dis, target, beta)
+    permuted = (*(t[:, :, tokens] for t in (q, k, v)), dis[:, order], target[:, order])
+    torch.testing.assert_close(attention.refocused_attention(*permuted, beta), out[:, :, tokens], rtol=1e-4, atol=1e-5)
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(attention.refocused_attention(q, k, v, dis, target, 0.0), plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out[:, :, 0], plain[:, :, 0], rtol=1e-4, atol=1e-5)
+    if target.any():
+        hidden = v.clone()
+        hidden[0, :, 1:][:, dis[0]] = 1e6
+        emptied = attention.refocused_attention(q, k, hidden, dis, target, 1.0)[:, :, 1:]
+        want = attention.refocused_attention(q, k, v, dis, target, 1.0)[:, :, 1:]
+        torch.testing.assert_close(emptied, want, rtol=1e-4, atol=1e-5)
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_kernels_refuse():
+    q, mask = randn(1, 1, 3, 32, seed=0), torch.zeros(1, 2, dtype=torch.bool)
+    x = randn(1, 2, 8, seed=0)
+    calls = [
+        lambda t: attention.refocused_attention(t(q), q.to(t(q).dtype), q.to(t(q).dtype), mask, mask, 0.7),
+        lambda t: attention.proxy_attention(t(q)[None], q.to(t(q).dtype)),
+        lambda t: distraction.distraction_scores(t(x), [1]),
+        lambda t: distraction.distraction_mask(t(x), [1]),
+        lambda t: distraction.redistribute_embeddings(t(x), mask, [1], (1, 2)),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="is float64: the Triton kernels take.*use the reference"):
+            call(torch.Tensor.double)
+        with pytest.raises(ValueError, match="requires a gradient.*rfclip.reference"):
+            call(lambda t: t.clone().requires_grad_())
+        with torch.no_grad():
+            call(lambda t: t.clone().requires_grad_())
+        with pytest.raises(ValueError, match="must be a floating-point"):
+            call(torch.Tensor.int)
+
+
+def test_an_empty_batch():
+    q, mask, x = torch.zeros(0, 2, 5, 32), torch.zeros(0, 4, dtype=torch.bool), torch.zeros(0, 4, 8)
+    assert attention.refocused_attention(q, q, q, mask, mask, 0.7).shape == (0, 2, 5, 32)
+    assert attention.proxy_attention(q[None], q).shape == (0, 2, 4, 32)
+    assert distraction.distraction_mask(x, [1]).shape == (0, 4)
+    assert distraction.redistribute_embeddings(x, mask, [1], (2, 2)).shape == (0, 4, 8)
