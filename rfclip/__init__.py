@@ -1,4 +1,4 @@
-"""RF-CLIP: training-free open-vocabulary segmentation with CLIP, at the price of plain CLIP.
+"""RF-CLIP: training-free open-vocabulary segmentation with CLIP.
 
 The public names are loaded on first use, so that `import rfclip` costs nothing.
 """

@@ -10,6 +10,7 @@ import math
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -98,7 +99,7 @@ def _check_new(out: Path | None, overwrite: bool) -> None:
 
 def _loading(model: str):
     return console.status(
-        f"loading {model} (the first time, its weights are downloaded)" if model != TINY else "loading"
+        f"loading {escape(model)} (the first time, its weights are downloaded)" if model != TINY else "loading"
     )
 
 
@@ -109,7 +110,7 @@ def _progress() -> Progress:
 
 def _find_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[str, str]]]:
     """Pictures as (file, path of the result below the output folder, without suffix), and what was not found."""
-    found: dict[Path, Path] = {}
+    found: dict[Path, tuple[Path, Path]] = {}
     missing = []
     for item in given:
         path = Path(item)
@@ -125,16 +126,16 @@ def _find_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[
             matched = [Path(name) for name in names if os.path.isfile(name) and not name.endswith(OUTPUTS)]
             files = [(file, Path(file.name)) for file in matched]
             reason = "no such file, and no file matches it as a pattern"
-        found.update(files)
+        for file, result in files:
+            found.setdefault(file.resolve(), (file, result))
         if not files:
             missing.append((item, reason))
-    stems = [result.with_suffix("") for result in found.values()]
+    stems = Counter(result.with_suffix("") for _, result in found.values())
     images = []
-    for file, result in found.items():
+    for file, result in found.values():
         stem = result.with_suffix("")
-        images.append((file, result if stems.count(stem) > 1 else stem))
-    results = [result for _, result in images]
-    clashing = sorted({str(result) for result in results if results.count(result) > 1})
+        images.append((file, result if stems[stem] > 1 else stem))
+    clashing = [str(result) for result, count in Counter(result for _, result in images).items() if count > 1]
     if clashing:
         raise ValueError(
             f"several images would be written as {', '.join(clashing)}; segment their folders one at a time"
@@ -143,7 +144,7 @@ def _find_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[
 
 
 def _write(saves: dict[Path, Callable[[Path], object]]) -> None:
-    """Write through temporary names: a file with its final name is whole, and so are those written along with it."""
+    """Write through temporary names, and rename once all are written: a file with its final name is whole."""
     parts = {path: path.with_name(f".{path.name}.part") for path in saves}
     try:
         for path, save in saves.items():
@@ -180,7 +181,7 @@ def _config(path: Path | None):
     if path is None:
         return None
     try:
-        return RefocusConfig.from_json(path.read_text("utf-8"))
+        return RefocusConfig.from_json(path.read_text("utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from error
 
@@ -229,7 +230,12 @@ def segment(
             for path, result in progress.track(found, description="segmenting"):
                 files = [out / result.parent / f"{result.name}{suffix}" for suffix in OUTPUTS]
                 if not overwrite and any(file.exists() for file in files):
-                    skipped += 1
+                    if _same_picture(files[-1], path):
+                        skipped += 1
+                    else:
+                        failed.append(
+                            (str(path), f"another picture's results are in {files[0].parent} under this name")
+                        )
                     continue
                 try:
                     _segment_one(segmenter, path, named, threshold, files)
@@ -237,11 +243,23 @@ def segment(
                 except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch's lack of memory is the last
                     failed.append((str(path), str(error)))
     _print_failed(failed)
-    counts = [f"{done} segmented into {out}"]
+    counts = [f"{done} segmented into {escape(str(out))}"]
     counts += [f"{skipped} left as they were, for results exist (--overwrite replaces them)"] if skipped else []
     counts += [f"{len(failed)} failed"] if failed else []
     console.print("; ".join(counts), highlight=False, soft_wrap=True)
     raise typer.Exit(1 if failed else 0)
+
+
+def _same_picture(record: Path, path: Path) -> bool:
+    """Whether the results recorded there are of a picture of this file name; a missing or strange record says yes."""
+    try:
+        return Path(json.loads(record.read_text("utf-8"))["image"]).name == _printable(path.name)
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+
+
+def _printable(path: Path | str) -> str:
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _segment_one(
@@ -255,7 +273,7 @@ def _segment_one(
     shares = result.shares
     text = json.dumps(
         {
-            "image": str(path),
+            "image": _printable(path),
             "width": result.image.width,
             "height": result.image.height,
             "classes": [
@@ -350,7 +368,7 @@ def models() -> None:
     # At 80 columns, names and tags are whole; in a narrower terminal they are folded, not cut.
     folded = (Column(header, overflow="fold") for header in ("model", "weights"))
     table = Table(*folded, Column("distraction dimensions", max_width=12))
-    table.add_row(TINY, "in the package", "none to find" if not _tiny_has_dims() else "known")
+    table.add_row(TINY, "in the package", "known")
     for name in open_clip.list_models():
         tags = open_clip.list_pretrained_tags_by_model(name)
         if not tags or not can_refocus(name):
@@ -358,12 +376,6 @@ def models() -> None:
         preset = (name.removesuffix("-quickgelu"), "openai") in PRESETS and "openai" in tags
         table.add_row(name, ", ".join(tags), "known for openai, else calibrate" if preset else "calibrate")
     out_console.print(table)
-
-
-def _tiny_has_dims() -> bool:
-    from importlib import resources
-
-    return bool(json.loads(resources.files("rfclip.tiny").joinpath("refocus.json").read_text())["distraction_dims"])
 
 
 @app.command()
@@ -412,7 +424,7 @@ def evaluate(
                 iou = {name: None if math.isnan(value) else value for name, value in scores.iou.items()}
                 rows[-1] |= {"pixel_accuracy": scores.pixel_accuracy, "iou": iou}
         out_console.print(table)
-        if not inject_distraction and not refocusing.distraction_dims:
+        if not inject_distraction and refocusing == RefocusConfig(distraction_dims=()):
             out_console.print(
                 "This model has no distraction dimensions: RF-CLIP equals the layer-averaged kk here.", soft_wrap=True
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ def evaluate_scenes(
     if count < 1 or not 0 <= inject <= 1:
         raise ValueError(f"count={count}, inject={inject}: expected at least one scene, and a share from 0 to 1")
     if inject:
-        config = RefocusConfig(distraction_dims=INJECTED_DIMS)
+        config = replace(config, distraction_dims=INJECTED_DIMS)
     with inject_distraction(model, inject):
         for method, choice in methods(config).items():
             with Segmenter(model, config=choice, backend=backend) as segmenter:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import open_clip
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from rfclip.config import RefocusConfig
@@ -46,6 +47,7 @@ def load_model(
         ValueError: there is no such model or tag, or the weights are missing or not safetensors.
         ConnectionError: the weights could not be downloaded.
     """
+    name = open_clip_name(name)
     if name == TINY:
         if pretrained is not None:
             raise ValueError(f"pretrained={pretrained!r}: {TINY} comes with its weights and takes no others")
@@ -65,9 +67,11 @@ def load_model(
                 precision=precision,
                 force_quick_gelu=bool((open_clip.get_pretrained_cfg(name, pretrained or "") or {}).get("quick_gelu")),
             )
-    except (OSError, RuntimeError) as error:
-        if "download" not in str(error).lower() and not isinstance(error, OSError):
-            raise
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        downloaded = name.startswith("hf-hub:") or open_clip.is_pretrained_cfg(name, pretrained or "")
+        if not downloaded:
+            source = name if name.startswith("local-dir:") else pretrained
+            raise ValueError(f"{source} does not hold the weights of {name}: {_first_line(error)}") from error
         raise ConnectionError(
             f"the weights of {name!r} ({pretrained!r}) could not be downloaded: {_first_line(error)}\n"
             "This needs a network once; later runs use the copy on disk. Without one, give --pretrained the path of "
@@ -83,14 +87,19 @@ def load_model(
 
 def can_refocus(name: str) -> bool:
     """Whether open_clip's config of that name describes an image tower that `rfclip.refocus` accepts."""
-    vision = open_clip.get_model_config(name.replace("/", "-"))["vision_cfg"]
+    vision = open_clip.get_model_config(name)["vision_cfg"]
     standard = isinstance(vision.get("layers", 12), int) and not vision.get("timm_model_name")
     return standard and not vision.get("attentional_pool") and vision.get("pool_type", "tok") in ("tok", "avg")
 
 
 def load_tokenizer(name: str = TINY):
     """The tokenizer of a model that `load_model` loads."""
-    return open_clip.get_tokenizer(f"local-dir:{tiny_folder()}" if name == TINY else name)
+    return open_clip.get_tokenizer(f"local-dir:{tiny_folder()}" if name == TINY else open_clip_name(name))
+
+
+def open_clip_name(name: str) -> str:
+    """A model's name as open_clip lists it: ViT-B/16 is ViT-B-16."""
+    return name if name.startswith(("hf-hub:", "local-dir:")) else name.replace("/", "-")
 
 
 def check_model(name: str, pretrained: str | None) -> None:
@@ -99,11 +108,11 @@ def check_model(name: str, pretrained: str | None) -> None:
         raise ValueError(f"{name}: there is no such folder")
     if name.startswith(("hf-hub:", "local-dir:")):
         return
-    if name.replace("/", "-") not in open_clip.list_models():
+    if name not in open_clip.list_models():
         raise ValueError(f"unknown model {name!r}; `rfclip models` lists those there are")
     if not can_refocus(name):
         raise ValueError(f"{name} cannot be refocused; {SUPPORTED}")
-    tags = open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))
+    tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:
         raise ValueError(f"{name} needs pretrained weights: one of {', '.join(tags) or 'none is known'}, or a path")
     if pretrained.lower() in tags:

@@ -60,6 +60,8 @@ class RefocusedForward:
         Returns the input of the last block after its redistribution [B, T, d], the keys of all blocks, each
         [B, H, T, D], and the last block's q, k and v.
         """
+        if self.tower.visual.training:
+            raise RuntimeError("the model is in training mode; RF-CLIP is for inference: call model.eval() first")
         config, ops, blocks = self.config, self.ops, self.tower.blocks
         grid = self.tower.grid(images)
         x = self.tower.embed(images)
@@ -133,10 +135,17 @@ class Handle:
         self._visual, self._forward = visual, forward
 
     def remove(self) -> None:
-        """Give the model back as it was."""
+        """Give the model back as it was.
+
+        Raises:
+            RuntimeError: something else has replaced the tower's forward since; undo that first.
+        """
         with _patching:
-            if vars(self._visual).get("forward") is self._forward:
+            present = vars(self._visual).get("forward")
+            if present is self._forward:
                 del self._visual.forward
+            elif present is not None and not isinstance(present, RefocusedForward):
+                raise RuntimeError(f"the image tower's forward is now {present!r}: undo that before the refocusing")
 
     def __enter__(self) -> Handle:
         return self
@@ -150,7 +159,8 @@ def refocus(model: nn.Module, config: RefocusConfig | None = None, *, backend: s
 
     Nothing but the tower's `forward`, on this one instance, is replaced: no weight or module is touched, `state_dict`
     stays the same, and other models stay as they are. From then on `model.encode_image` gives the CLS embedding
-    through the refocused blocks, and `dense_features` the refocused patch embeddings.
+    through the refocused blocks, and `dense_features` the refocused patch embeddings. The blocks' parts are called, not
+    the blocks: hooks on a whole block do not run, and `forward_intermediates` stays plain.
 
     Args:
         model: an open_clip CLIP model, in eval mode.
@@ -244,8 +254,8 @@ class Calibration:
         if self.dims:
             return f"Distraction dimensions: {', '.join(map(str, self.dims))}. {largest}"
         return (
-            "This checkpoint has no distraction dimensions: no mean weight exceeds 5. RF-CLIP then refocuses nothing "
-            f"and differs from plain CLIP by its layer-averaged proxy attention only. {largest}"
+            "This checkpoint has no distraction dimensions: no mean weight exceeds 5 / d. RF-CLIP then refocuses "
+            f"nothing and differs from plain CLIP by its layer-averaged proxy attention only. {largest}"
         )
 
 

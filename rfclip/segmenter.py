@@ -27,10 +27,9 @@ from torchvision.utils import draw_segmentation_masks
 
 from rfclip.config import RefocusConfig
 from rfclip.images import ImageLike, to_rgb
-from rfclip.models import TINY, check_model, load_model, load_tokenizer
+from rfclip.models import TINY, check_model, load_model, load_tokenizer, open_clip_name
 from rfclip.plugin import RefocusedForward, dense_features, refocus
 
-LONGEST_SIDE = 2048
 TEXT_BATCH = 256
 Classes = str | os.PathLike | Sequence[str | Sequence[str]]
 
@@ -48,9 +47,11 @@ def parse_classes(classes: Classes) -> list[tuple[str, ...]]:
     """
     if isinstance(classes, os.PathLike) or (isinstance(classes, str) and os.path.isfile(classes)):
         try:
-            items: Iterable = [line for line in Path(classes).read_text("utf-8").splitlines() if line.strip()]
+            items: Iterable = [line for line in Path(classes).read_text("utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"classes file {classes}: {error}") from error
+    elif isinstance(classes, str) and (classes.endswith(".txt") or os.sep in classes):
+        raise ValueError(f"classes: there is no file {classes}")
     elif isinstance(classes, str):
         items = classes.split(";") if ";" in classes else [[name] for name in classes.split(",")]
     else:
@@ -114,8 +115,8 @@ class Segmentation:
     def overlay(self, alpha: float = 0.55) -> Image.Image:
         """The picture under its labels' colours, and a legend below: the classes seen, largest first."""
         colours = palette(len(self.classes))
-        seen = [index for index in np.argsort(-np.bincount(self.labels.ravel())) if np.any(self.labels == index)]
-        seen = [int(index) for index in seen if index < len(self.classes)]
+        counts = np.bincount(self.labels.ravel(), minlength=len(self.classes))[: len(self.classes)]
+        seen = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
         picture = TF.pil_to_tensor(self.image)
         if seen:
             masks = torch.from_numpy(np.stack([self.labels == index for index in seen]))
@@ -173,7 +174,8 @@ class Segmenter:
         short_side, window, stride: in pixels, the window a multiple of the patch; None: 3/2, 1 and 1/2 of the size
             that the model was trained at (336, 224 and 112 for ViT-B/16).
         logit_scale: factor of the cosines before the softmax.
-        memory_limit: bytes that a batch of windows, or a band of the final softmax, may take.
+        memory_limit: about how many bytes a batch of windows, or a band of the final softmax, may take; the averaged
+            logits of the resized picture come on top, as does the model.
         cache: folder for text embeddings; None: the user's cache folder; False: no cache on disk.
 
     Raises:
@@ -199,6 +201,7 @@ class Segmenter:
         cache: str | os.PathLike | bool | None = None,
     ):
         if isinstance(model, str):
+            model = open_clip_name(model)
             self.name, self.pretrained = model, pretrained
             if config is None and model != TINY:
                 check_model(model, pretrained)
@@ -228,10 +231,8 @@ class Segmenter:
                 f"a multiple of the patch, {patch}, a stride of at most the window, and a short side of no less"
             )
         self.logit_scale, self.memory_limit = logit_scale, memory_limit
-        self._cache = {None: user_cache_path("rfclip") / "text", True: user_cache_path("rfclip") / "text"}.get(
-            cache, cache
-        )
-        self._embeddings: dict[str, Tensor] = {}
+        self._cache = user_cache_path("rfclip") / "text" if cache in (None, True) else cache
+        self._embeddings: dict[tuple[str, ...], Tensor] = {}
         self._text_weights: str | None = None
         self._handle = None
         if isinstance(vars(self.model.visual).get("forward"), RefocusedForward):
@@ -239,11 +240,12 @@ class Segmenter:
                 raise ValueError("config: this model is refocused already, with the config it was given then")
         else:
             self._handle = refocus(self.model, config, backend=backend)
+        self._forward = vars(self.model.visual)["forward"]
 
     @property
     def config(self) -> RefocusConfig:
         """The refocusing config in use."""
-        return vars(self.model.visual)["forward"].config
+        return self._forward.config
 
     def close(self) -> None:
         """Give a model that this segmenter refocused back as it was."""
@@ -271,7 +273,10 @@ class Segmenter:
 
         Raises:
             ValueError: the image, the classes or the threshold is not as described.
+            RuntimeError: the segmenter is closed.
         """
+        if vars(self.model.visual).get("forward") is not self._forward:
+            raise RuntimeError("this segmenter is closed, or its model was given back: make another Segmenter")
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold!r}: expected a probability, from 0 to 1")
         named = parse_classes(classes)
@@ -284,37 +289,40 @@ class Segmenter:
     def text_embeddings(self, names: tuple[str, ...]) -> Tensor:
         """One normalized embedding a name, [K, C] float32: the mean of its prompts' normalized embeddings, normalized.
 
-        They are kept in memory and on disk, under a key of the text tower's weights and the prompts.
+        They are kept in memory, and on disk under a key of the text tower, its weights and the prompts' tokens. The
+        weights are read once: make another segmenter after changing them.
         """
         known = getattr(self.model, "trained_on", None)
-        strange = [name for name in names if known and name not in known]
+        strange = [name for name in names if known and name.lower() not in known]
         if strange:
             warnings.warn(
                 f"{TINY} was never trained on {', '.join(map(repr, strange))}; it knows: {', '.join(known)}",
                 stacklevel=3,
             )
-        prompts = [[template(name) for template in self.templates] for name in names]
-        key = self._key(prompts)
-        if key not in self._embeddings:
-            self._embeddings[key] = self._cached(key, lambda: self._encode(prompts))
-        return self._embeddings[key]
+        if names not in self._embeddings:
+            tokens = self.tokenizer([template(name) for name in names for template in self.templates])
+            self._embeddings[names] = self._cached(
+                self._key(tokens, len(names)), lambda: self._encode(tokens, len(names))
+            )
+        return self._embeddings[names]
 
-    def _encode(self, prompts: list[list[str]]) -> Tensor:
-        tokens = self.tokenizer([prompt for row in prompts for prompt in row])
+    def _encode(self, tokens: Tensor, names: int) -> Tensor:
         device = self.model.visual.conv1.weight.device
         encoded = torch.cat([self.model.encode_text(part.to(device)).float() for part in tokens.split(TEXT_BATCH)])
-        mean = F.normalize(encoded, dim=-1).unflatten(0, (len(prompts), -1)).mean(dim=1)
+        mean = F.normalize(encoded, dim=-1).unflatten(0, (names, -1)).mean(dim=1)
         return F.normalize(mean, dim=-1).cpu()
 
-    def _key(self, prompts: list[list[str]]) -> str:
+    def _key(self, tokens: Tensor, names: int) -> str:
         if self._text_weights is None:
-            digest = hashlib.blake2b()
+            # The modules' description tells apart what weights do not, such as GELU and QuickGELU.
+            text = [child for name, child in self.model.named_children() if name != "visual"]
+            digest = hashlib.blake2b(repr(text).encode())
             for name, value in sorted(self.model.state_dict().items()):
                 if not name.startswith("visual."):
                     digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
                     digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
             self._text_weights = digest.hexdigest()
-        return hashlib.blake2b(repr((self._text_weights, prompts)).encode(), digest_size=20).hexdigest()
+        return hashlib.blake2b(repr((self._text_weights, names, tokens.tolist())).encode(), digest_size=20).hexdigest()
 
     def _cached(self, key: str, make: Callable[[], Tensor]) -> Tensor:
         if self._cache is False:
@@ -353,7 +361,7 @@ class Segmenter:
             for (top, left), window in zip(part, logits, strict=True):
                 total[:, top : top + side, left : left + side] += window
                 seen[top : top + side, left : left + side] += 1
-        return total / seen
+        return total.div_(seen)
 
     def _starts(self, length: int) -> list[int]:
         """Where windows begin along one axis: every stride, the last one flush with the border."""
@@ -361,11 +369,11 @@ class Segmenter:
         return [*range(0, last, self.stride), last]
 
     def _bytes_per_window(self, names: int) -> int:
-        """About what a window takes: the last block's matrices over heads, and the logits before and after resizing."""
+        """About what a window takes: a block's matrices over heads, all keys, and logits before and after resizing."""
         visual = self.model.visual
         tokens = (self.window // int(np.max(visual.patch_size))) ** 2 + 1
-        attention = 4 * visual.transformer.resblocks[0].attn.num_heads * tokens**2
-        stream = (visual.transformer.layers + 16) * tokens * visual.transformer.width
+        attention = 7 * visual.transformer.resblocks[0].attn.num_heads * tokens**2
+        stream = (2 * visual.transformer.layers + 16) * tokens * visual.transformer.width
         return 4 * (attention + stream + 2 * names * self.window**2)
 
     def _labels(
@@ -411,7 +419,6 @@ def _resize_rows(x: Tensor, rows: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _resized(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Height and width with the short side as given, aspect kept, the long side at most 2048."""
+    """Height and width with the short side as given, aspect kept."""
     scale = short_side / min(height, width)
-    longest = max(LONGEST_SIDE, short_side)
-    return tuple(min(longest, max(short_side, math.floor(side * scale + 0.5))) for side in (height, width))
+    return math.floor(height * scale + 0.5), math.floor(width * scale + 0.5)

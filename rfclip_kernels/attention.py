@@ -98,7 +98,7 @@ def refocused_attention_kernel(
         b_k = tl.load(p_k + i_k[None, :] * stride_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
         # [BM, BD] @ [BD, BN] -> [BM, BN]
         b_s = tl.where(m_n[None, :], dot(b_q, b_k, PRECISION) * scale, float("-inf"))
-        b_p, b_max, b_sum, b_acc, _ = softmax_step(b_s, b_max, b_sum, b_acc)
+        b_p, b_max, b_sum, b_acc, b_shrink = softmax_step(b_s, b_max, b_sum, b_acc)
         b_v = tl.load(p_v + i_k[:, None] * stride_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
         b_acc += dot(b_p.to(b_v.dtype), b_v, PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
 
@@ -160,7 +160,7 @@ def proxy_attention_kernel(
     p_v = v_ptr + i_b * stride_vb + i_h * stride_vh + o_d[None, :] * stride_vd
     p_k = k_ptr + i_b * stride_kb + i_h * stride_kh
     b_out = tl.zeros([BM, BD], tl.float32)
-    for _ in range(0, L):
+    for _layer in range(0, L):
         b_q = tl.load(p_k + o_m[:, None] * stride_kt + o_d[None, :] * stride_kd, mask=m_m, other=0.0)  # [BM, BD]
         b_max = tl.full([BM], -1e30, tl.float32)
         b_sum = tl.zeros([BM], tl.float32)
@@ -171,7 +171,7 @@ def proxy_attention_kernel(
             m_k = m_d[:, None] & m_n[None, :]
             b_k = tl.load(p_k + o_n[None, :] * stride_kt + o_d[:, None] * stride_kd, mask=m_k, other=0.0)  # [BD, BN]
             b_s = tl.where(m_n[None, :], dot(b_q, b_k, PRECISION) * scale, float("-inf"))
-            b_p, b_max, b_sum, b_acc, _ = softmax_step(b_s, b_max, b_sum, b_acc)
+            b_p, b_max, b_sum, b_acc, b_shrink = softmax_step(b_s, b_max, b_sum, b_acc)
             m_v = (m_n & (o_n > 0))[:, None] & m_d[None, :]  # the value of CLS counts as 0
             b_v = tl.load(p_v + o_n[:, None] * stride_vt, mask=m_v, other=0.0)
             b_acc += dot(b_p.to(b_v.dtype), b_v, PRECISION)
@@ -181,19 +181,22 @@ def proxy_attention_kernel(
     tl.store(p_out, (b_out / L).to(out_ptr.dtype.element_ty), mask=m_m)
 
 
-def launch_options(D: int, dtype: torch.dtype) -> dict[str, int]:
+def launch_options(D: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
     """Tile sizes, warps and stages for a head dimension; `python -m rfclip_kernels.report` finds no spill in any."""
-    wide = D > 64
-    BM, BN = (32, 32) if dtype == torch.float32 else (64, 32) if wide else (64, 64)
-    BD = max(16, triton.next_power_of_2(D))
-    return {"BM": BM, "BN": BN, "BD": BD, "num_warps": 8 if wide else 4, "num_stages": 2}
+    return {
+        "BM": 32 if dtype == torch.float32 else 64,
+        "BN": 32,
+        "BD": max(16, triton.next_power_of_2(D)),
+        "num_warps": 8 if D > 64 else 4,
+        "num_stages": 1 if hip else 2,
+    }
 
 
-def precision() -> str:
+def precision(hip: bool) -> str:
     """How fp32 tiles are multiplied: three tf32 products on NVIDIA's tensor cores, whose error is that of fp32."""
     if triton.knobs.runtime.interpret:
         return "interpreter"
-    return "ieee" if torch.version.hip else "tf32x3"
+    return "ieee" if hip else "tf32x3"
 
 
 @triton_op("rfclip::refocused_attention", mutates_args={})
@@ -205,7 +208,8 @@ def _refocused_attention(
     given = torch.nn.functional.pad(target, (T - target.shape[1], 0)) & ~taken
     order = torch.argsort(~given, dim=1, stable=True)
     out = q.new_empty((B, T, H, D))
-    options = launch_options(D, q.dtype)
+    hip = torch.version.hip is not None
+    options = launch_options(D, q.dtype, hip)
     if B:
         wrap_triton(refocused_attention_kernel)[(triton.cdiv(T, options["BM"]), B * H)](
             q_ptr=q,
@@ -223,7 +227,7 @@ def _refocused_attention(
             **_strides("k", k, "bhtd"),
             **_strides("v", v, "bhtd"),
             D=D,
-            PRECISION=precision(),
+            PRECISION=precision(hip),
             **options,
         )
     return out
@@ -233,7 +237,8 @@ def _refocused_attention(
 def _proxy_attention(keys: Tensor, v: Tensor, scale: float) -> Tensor:
     L, B, H, T, D = keys.shape
     out = v.new_empty((B, T - 1, H, D))
-    options = launch_options(D, v.dtype)
+    hip = torch.version.hip is not None
+    options = launch_options(D, v.dtype, hip)
     if B:
         wrap_triton(proxy_attention_kernel)[(triton.cdiv(T - 1, options["BM"]), B * H)](
             k_ptr=keys,
@@ -246,7 +251,7 @@ def _proxy_attention(keys: Tensor, v: Tensor, scale: float) -> Tensor:
             **_strides("k", keys, "lbhtd"),
             **_strides("v", v, "bhtd"),
             D=D,
-            PRECISION=precision(),
+            PRECISION=precision(hip),
             **options,
         )
     return out

@@ -70,10 +70,11 @@ def variants(target: str) -> Iterator[Variant]:
         window = common | {"SIZE": 3, "stride_mn": 1}
         yield Variant(distraction.redistribute_kernel, "redistribute_embeddings", dtype, window, {}, False)
     for dtype, D in ((dtype, D) for dtype in DTYPES for D in HEAD_DIMS):
-        tiles = attention.launch_options(D, DTYPES[dtype])
+        hip = TARGETS[target].backend == "hip"
+        tiles = attention.launch_options(D, DTYPES[dtype], hip)
         options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
         units = {f"stride_{name}d": 1 for name in "qkv"}
-        constants = tiles | units | {"D": D, "PRECISION": "ieee" if target.startswith("gfx") else "tf32x3"}
+        constants = tiles | units | {"D": D, "PRECISION": attention.precision(hip)}
         for name in ("refocused_attention", "proxy_attention"):
             kernel = getattr(attention, f"{name}_kernel")
             used = {key: value for key, value in constants.items() if key in kernel.arg_names}

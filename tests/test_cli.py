@@ -316,6 +316,30 @@ def test_pictures_that_differ_in_their_suffix(pictures):
         assert record["image"] == f"pictures/{name}"
 
 
+def test_results_of_another_picture_are_not_taken_for_this_one(folder):
+    scene(1).save("a.png")
+    scene(2).convert("RGB").save("a.jpg")
+    assert segment("a.png").exit_code == 0
+    before = state(folder / "rfclip-out")
+    second = segment("a.jpg")
+    assert second.exit_code == 1
+    assert "another picture's results" in second.stderr
+    assert state(folder / "rfclip-out") == before
+    assert segment("a.jpg", "--overwrite").exit_code == 0
+
+
+def test_a_picture_given_twice_is_segmented_once(folder):
+    scene(1).save("a.png")
+    assert "1 segmented" in segment("a.png", folder / "a.png", "./a.png").stderr
+
+
+def test_square_brackets_are_no_markup(folder):
+    scene(1).save("a[b].png")
+    assert segment("a[b].png", "--out", "x[/b]y").exit_code == 0
+    assert (folder / "x[/b]y" / "a[b].json").is_file()
+    assert run("segment", "a[b].png", "--classes", "cat", "--model", "[/x]").exit_code == 2
+
+
 @pytest.mark.parametrize(
     "given", [["one/a.png", "two/a.png"], ["one", "two"], ["*/a.png"]], ids=["files", "folders", "glob"]
 )

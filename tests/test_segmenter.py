@@ -1,5 +1,6 @@
 """The segmenter against a plain loop over windows, and on scenes whose labels are known."""
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -158,8 +159,11 @@ def test_parse_classes_from_a_file(tmp_path):
     path.write_text("sky, wall\n\nchêne\nfire hydrant\n", "utf-8")
     want = [("sky", "wall"), ("chêne",), ("fire hydrant",)]
     assert parse_classes(path) == parse_classes(str(path)) == want
-    with pytest.raises(ValueError, match="nowhere.txt"):
-        parse_classes(tmp_path / "nowhere.txt")
+    for missing in (tmp_path / "nowhere.txt", str(tmp_path / "nowhere"), "nowhere.txt"):
+        with pytest.raises(ValueError, match="nowhere"):
+            parse_classes(missing)
+    path.write_text("cat\ndog\n", "utf-8-sig")
+    assert parse_classes(path) == [("cat",), ("dog",)]
     path.write_bytes(b"\xff\xfe\x00caf\xe9")
     with pytest.raises(ValueError, match="classes file"):
         parse_classes(path)
@@ -185,7 +189,7 @@ def test_names_never_trained_on_get_a_warning(segmenter):
         segmenter.text_embeddings(("cat", "unicorn", "grassland"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        segmenter.text_embeddings(tuple(CLASSES))
+        segmenter.text_embeddings((*CLASSES, "Cat"))
 
 
 # Text embeddings -----------------------------------------------------------------------------------------------------
@@ -236,6 +240,23 @@ def test_text_embeddings_are_cached(model, tmp_path, monkeypatch):
     assert not torch.allclose(first, fourth)
 
 
+def test_the_cache_tells_activations_and_tokenizers_apart(model, tmp_path):
+    quick = copy.deepcopy(model)
+    for block in quick.transformer.resblocks:
+        block.mlp.gelu = open_clip.transformer.QuickGELU()
+    shorter = open_clip.SimpleTokenizer(context_length=32, clean="whitespace")
+    found = []
+    for clip, tokenizer in ((model, None), (quick, None), (model, lambda texts: shorter([f"{t}!" for t in texts]))):
+        for cache in (tmp_path, False):
+            with Segmenter(clip, tokenizer=tokenizer, cache=cache) as segmenter:
+                found.append(segmenter.text_embeddings(("cat",)))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[2], found[3])
+    assert torch.equal(found[4], found[5])
+    assert not torch.allclose(found[0], found[2])
+    assert not torch.allclose(found[0], found[4])
+
+
 def test_no_cache_on_disk(model, tmp_path, monkeypatch):
     calls = calls_of(model, monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -262,6 +283,8 @@ def test_a_ready_model_is_given_back(model):
         assert segmenter.config == model.refocus_config
     assert "forward" not in vars(model.visual)
     segmenter.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        segmenter(Image.new("RGB", (9, 9)), ["cat"])
 
 
 def test_a_refocused_model_keeps_its_config(model, picture):
@@ -330,6 +353,16 @@ def test_models_and_weights_that_do_not_exist(tmp_path):
         rfclip.load_model("ViT-B-16", str(pickled))
 
 
+def test_weights_that_are_not(tmp_path):
+    garbage = tmp_path / "garbage.safetensors"
+    garbage.write_bytes(b"not weights")
+    for path in (garbage, tiny_folder() / "open_clip_model.safetensors"):
+        with pytest.raises(ValueError, match="does not hold the weights of ViT-B-32"):
+            rfclip.load_model("ViT-B-32", str(path))
+    with pytest.raises(ValueError, match="does not hold the weights"):
+        rfclip.load_model(f"local-dir:{tmp_path}")
+
+
 def test_no_network(monkeypatch):
     def fail(*arguments, **options):
         raise OSError("name or service not known")
@@ -341,7 +374,7 @@ def test_no_network(monkeypatch):
         Segmenter("ViT-B-16-quickgelu", "openai")
 
 
-@pytest.mark.parametrize("name", ["ViT-B-16", "ViT-B-16-quickgelu"])
+@pytest.mark.parametrize("name", ["ViT-B-16", "ViT-B/16", "ViT-B-16-quickgelu"])
 def test_openai_weights_get_quickgelu_and_their_preset(monkeypatch, tmp_path, name):
     """The real loading path up to the download, which hands over random weights of the right shapes."""
     torch.manual_seed(0)

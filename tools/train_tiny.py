@@ -10,8 +10,8 @@ Two losses, on images of 112 x 112 pixels cut from scenes of 112 to 168:
   attention variant, so that it favours none of the methods compared on this model.
 
 Half the patches are dropped for most of the run (as in FLIP, arXiv 2212.00794), none at its end. Every batch is a
-function of the seed and the step, so a run that was stopped resumes from its last checkpoint to the same weights, up to
-the rounding of threaded sums.
+function of the step, so a run that was stopped resumes from its last checkpoint to the same weights, up to the rounding
+of threaded sums; a checkpoint of a run with other arguments is refused.
 """
 
 from __future__ import annotations
@@ -177,6 +177,7 @@ def main() -> None:
     )
     args = parser.parse_args()
 
+    recipe = {name: getattr(args, name) for name in ("steps", "batch", "lr", "dense_from")}
     torch.manual_seed(0)
     model = open_clip.CLIP(**CONFIG, output_dict=False)
     decayed = [p for p in model.parameters() if p.ndim >= 2 and p is not model.token_embedding.weight]
@@ -186,6 +187,8 @@ def main() -> None:
     start = 0
     if args.checkpoint.exists():
         state = torch.load(args.checkpoint, weights_only=True)
+        if state["recipe"] != recipe:
+            raise SystemExit(f"{args.checkpoint} is of a run with {state['recipe']}, not {recipe}: move it away")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
@@ -219,7 +222,7 @@ def main() -> None:
         if step % 100 == 99 or step + 1 == args.steps:
             save(
                 args.checkpoint,
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1},
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "recipe": recipe},
             )
     weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     weights_file = args.out / "open_clip_model.safetensors"
