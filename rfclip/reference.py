@@ -19,13 +19,12 @@ the device, and a batch may be empty. Wrong arguments raise ValueError, which sa
 """
 
 from collections.abc import Sequence
-from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfclip_kernels.checks import check_number, dimension_list, grid_sides, tensor_sizes, window_side
+from rfclip_kernels.checks import check_number, dimension_list, grid_sides, layer_count, tensor_sizes, window_side
 
 __all__ = [
     "clamp_embeddings",
@@ -265,13 +264,7 @@ def key_similarity(k: Tensor, running: Tensor | None = None, count: int = 0, *, 
             count is not an integer of at least 0; only one of running and count >= 1 is given.
     """
     sizes = tensor_sizes("k", k, "B H T D")
-    if not isinstance(count, Integral) or count < 0:
-        raise ValueError(f"count must be an integer of at least 0, got {count!r}")
-    if (running is None) != (count == 0):
-        given = "None" if running is None else "a tensor"
-        raise ValueError(
-            f"running must come with count >= 1, and None with count 0, got running {given}, count {count}"
-        )
+    layer_count(count, running)
     new = _attention(k, k, scale)[:, :, 1:, 1:].mean(dim=1)
     if running is None:
         return new

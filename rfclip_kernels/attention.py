@@ -183,11 +183,12 @@ def proxy_attention_kernel(
 
 def launch_options(D: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
     """Tile sizes, warps and stages for a head dimension; `python -m rfclip_kernels.report` finds no spill in any."""
+    single = dtype == torch.float32
     return {
-        "BM": 32 if dtype == torch.float32 else 64,
+        "BM": 64 if not single else 32 if D <= 64 else 16,
         "BN": 32,
         "BD": max(16, triton.next_power_of_2(D)),
-        "num_warps": 8 if D > 64 else 4,
+        "num_warps": 8 if single or D > 64 else 4,
         "num_stages": 1 if hip else 2,
     }
 
@@ -223,9 +224,9 @@ def _refocused_attention(
             T=T,
             beta=beta,
             scale=scale * LOG2E.value,
-            **_strides("q", q, "bhtd"),
-            **_strides("k", k, "bhtd"),
-            **_strides("v", v, "bhtd"),
+            **strides("q", q, "bhtd"),
+            **strides("k", k, "bhtd"),
+            **strides("v", v, "bhtd"),
             D=D,
             PRECISION=precision(hip),
             **options,
@@ -248,8 +249,8 @@ def _proxy_attention(keys: Tensor, v: Tensor, scale: float) -> Tensor:
             H=H,
             T=T,
             scale=scale * LOG2E.value,
-            **_strides("k", keys, "lbhtd"),
-            **_strides("v", v, "bhtd"),
+            **strides("k", keys, "lbhtd"),
+            **strides("v", v, "bhtd"),
             D=D,
             PRECISION=precision(hip),
             **options,
@@ -257,7 +258,7 @@ def _proxy_attention(keys: Tensor, v: Tensor, scale: float) -> Tensor:
     return out
 
 
-def _strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
+def strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
     return {f"stride_{name}{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
 
 

@@ -58,6 +58,16 @@ def window_side(size: int) -> None:
         raise ValueError(f"size must be an odd integer of at least 3, got {size!r}")
 
 
+def layer_count(count: int, running: Tensor | None) -> None:
+    if not isinstance(count, Integral) or count < 0:
+        raise ValueError(f"count must be an integer of at least 0, got {count!r}")
+    if (running is None) != (count == 0):
+        given = "None" if running is None else "a tensor"
+        raise ValueError(
+            f"running must come with count >= 1, and None with count 0, got running {given}, count {count}"
+        )
+
+
 def check_number(name: str, value: float, low: float = float("-inf"), high: float = float("inf")) -> None:
     if not isinstance(value, Real) or not low <= value <= high:  # the comparison is also False for NaN
         within = f" in [{low}, {high}]" if high < float("inf") else ""

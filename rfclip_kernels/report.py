@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from rfclip_kernels import attention, distraction
+from rfclip_kernels import attention, distraction, similarity
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
@@ -29,7 +29,14 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HEAD_DIMS = (32, 64, 80, 96, 128)
 TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|v_mfma\w*)\b")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTERS = {"order_ptr": "*i32", "taken_ptr": "*i1", "count_ptr": "*i32", "mask_ptr": "*i1"}
+POINTERS = {
+    "order_ptr": "*i32",
+    "taken_ptr": "*i1",
+    "count_ptr": "*i32",
+    "mask_ptr": "*i1",
+    "lse_ptr": "*fp32",
+    "running_ptr": "*fp32",
+}
 
 
 @dataclass(frozen=True)
@@ -75,10 +82,16 @@ def variants(target: str) -> Iterator[Variant]:
         options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
         units = {f"stride_{name}d": 1 for name in "qkv"}
         constants = tiles | units | {"D": D, "PRECISION": attention.precision(hip)}
-        for name in ("refocused_attention", "proxy_attention"):
-            kernel = getattr(attention, f"{name}_kernel")
+        for module, name, output in (
+            (attention, "refocused_attention", None),
+            (attention, "proxy_attention", None),
+            (similarity, "row_logsumexp", "*fp32"),
+            (similarity, "key_similarity", "*fp32"),
+            (similarity, "received_attention", "*fp32"),
+        ):
+            kernel = getattr(module, f"{name}_kernel")
             used = {key: value for key, value in constants.items() if key in kernel.arg_names}
-            yield Variant(kernel, f"{name} D={D}", dtype, used, options)
+            yield Variant(kernel, f"{name} D={D}", dtype, used, options, output=output)
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> CompiledKernel:

@@ -17,7 +17,7 @@ from rfclip import reference
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run as TRITON_INTERPRET=1 pytest tests/test_kernels.py"
 
-from rfclip_kernels import attention, distraction  # noqa: E402
+from rfclip_kernels import attention, distraction, similarity  # noqa: E402
 
 # Largest relative RMS error against float64 on the same rounded inputs.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -214,6 +214,25 @@ def test_proxy_attention(size, L, dtype):
     check(attention.proxy_attention(inside_nan(keys), inside_nan(v)), want, dtype)
 
 
+@dtypes
+@sizes
+def test_key_similarity(size, dtype):
+    first, second = (randn(*size, seed=seed, dtype=dtype) for seed in (6, 7))
+    want = reference.key_similarity(first.double())
+    got = similarity.key_similarity(inside_nan(first))
+    check(got, want, torch.float32)
+    want = reference.key_similarity(second.double(), want, 1)
+    check(similarity.key_similarity(second, got, 1), want, torch.float32)
+
+
+@dtypes
+@sizes
+def test_received_attention(size, dtype):
+    q, k = (randn(*size, seed=seed, dtype=dtype) for seed in (8, 9))
+    want = reference.received_attention(q.double(), k.double())
+    check(similarity.received_attention(inside_nan(q), inside_nan(k)), want, torch.float32)
+
+
 def test_packed_projections_are_read_in_place_and_written_as_the_output_projection_reads():
     packed = randn(2, 20, 3 * 64, seed=6)
     q, k, v = packed.unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)
@@ -259,6 +278,8 @@ def test_what_the_kernels_refuse():
     calls = [
         lambda t: attention.refocused_attention(t(q), q.to(t(q).dtype), q.to(t(q).dtype), mask, mask, 0.7),
         lambda t: attention.proxy_attention(t(q)[None], q.to(t(q).dtype)),
+        lambda t: similarity.key_similarity(t(q)),
+        lambda t: similarity.received_attention(t(q), q.to(t(q).dtype)),
         lambda t: distraction.distraction_scores(t(x), [1]),
         lambda t: distraction.distraction_mask(t(x), [1]),
         lambda t: distraction.redistribute_embeddings(t(x), mask, [1], (1, 2)),
@@ -278,5 +299,7 @@ def test_an_empty_batch():
     q, mask, x = torch.zeros(0, 2, 5, 32), torch.zeros(0, 4, dtype=torch.bool), torch.zeros(0, 4, 8)
     assert attention.refocused_attention(q, q, q, mask, mask, 0.7).shape == (0, 2, 5, 32)
     assert attention.proxy_attention(q[None], q).shape == (0, 2, 4, 32)
+    assert similarity.key_similarity(q).shape == (0, 4, 4)
+    assert similarity.received_attention(q, q).shape == (0, 4)
     assert distraction.distraction_mask(x, [1]).shape == (0, 4)
     assert distraction.redistribute_embeddings(x, mask, [1], (2, 2)).shape == (0, 4, 8)

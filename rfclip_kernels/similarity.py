@@ -1,0 +1,244 @@
+"""Averages of attention over heads, without a matrix per head: equation 7 of the paper, and its appendix A.
+
+    S[i, j] <- (S[i, j] count + (1/H) sum over h of softmax_j(k_h,i . k_h,j)) / (count + 1)
+    a[j]     = (1 / (H N)) sum over h and patch queries i of softmax_j(q_h,i . k_h,j)
+
+Both need the log-sum-exp of every row first: one sweep of online softmax without values. Then a tile of S adds up its
+heads in registers, and a block of columns its heads and rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from rfclip_kernels.attention import LOG2E, dot, launch_options, precision, strides
+from rfclip_kernels.checks import check_number, layer_count, refuse_gradients, tensor_sizes
+
+
+@triton.jit
+def row_logsumexp_kernel(
+    q_ptr,  # [B, H, T, D]
+    k_ptr,  # [B, H, T, D]
+    out_ptr,  # [B, H, T] fp32, in base 2
+    H,
+    T,
+    scale,  # times log2(e)
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_kd,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + o_m[:, None] * stride_qt + o_d[None, :] * stride_qd
+    b_q = tl.load(p_q, mask=(o_m < T)[:, None] & m_d[None, :], other=0.0)  # [BM, BD]
+    p_k = k_ptr + i_b * stride_kb + i_h * stride_kh + o_d[:, None] * stride_kd
+    b_max = tl.full([BM], -1e30, tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+    for start in range(0, T, BN):
+        o_n = start + tl.arange(0, BN)
+        m_n = o_n < T
+        b_k = tl.load(p_k + o_n[None, :] * stride_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
+        b_s = tl.where(m_n[None, :], dot(b_q, b_k, PRECISION) * scale, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+        b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_s - b_new[:, None]), axis=1)
+        b_max = b_new
+    tl.store(out_ptr + (i_b * H + i_h) * T + o_m, b_max + tl.log2(b_sum), mask=o_m < T)
+
+
+@triton.jit
+def key_similarity_kernel(
+    k_ptr,  # [B, H, T, D]
+    lse_ptr,  # [B, H, T]
+    running_ptr,  # [B, N, N] fp32 contiguous, read where count > 0
+    out_ptr,  # [B, N, N] fp32 contiguous
+    H,
+    T,
+    count,
+    scale,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_kd,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_b = tl.program_id(2).to(tl.int64)
+    o_m, o_n = 1 + tl.program_id(0) * BM + tl.arange(0, BM), 1 + tl.program_id(1) * BN + tl.arange(0, BN)
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    m_q, m_k = (o_m < T)[:, None] & m_d[None, :], m_d[:, None] & (o_n < T)[None, :]
+    p_k = k_ptr + i_b * stride_kb
+    p_lse = lse_ptr + i_b * H * T
+    b_mean = tl.zeros([BM, BN], tl.float32)
+    for _head in range(0, H):
+        b_q = tl.load(p_k + o_m[:, None] * stride_kt + o_d[None, :] * stride_kd, mask=m_q, other=0.0)  # [BM, BD]
+        b_k = tl.load(p_k + o_n[None, :] * stride_kt + o_d[:, None] * stride_kd, mask=m_k, other=0.0)  # [BD, BN]
+        b_lse = tl.load(p_lse + o_m, mask=o_m < T, other=0.0)
+        b_mean += tl.exp2(dot(b_q, b_k, PRECISION) * scale - b_lse[:, None])
+        p_k += stride_kh
+        p_lse += T
+    N = T - 1
+    m_out = (o_m < T)[:, None] & (o_n < T)[None, :]
+    o_out = (i_b * N + o_m[:, None] - 1) * N + o_n[None, :] - 1
+    b_before = tl.load(running_ptr + o_out, mask=m_out & (count > 0), other=0.0)
+    tl.store(out_ptr + o_out, (b_before * count + b_mean / H) / (count + 1), mask=m_out)
+
+
+@triton.jit
+def received_attention_kernel(
+    q_ptr,  # [B, H, T, D]
+    k_ptr,  # [B, H, T, D]
+    lse_ptr,  # [B, H, T]
+    out_ptr,  # [B, N] fp32
+    H,
+    T,
+    scale,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_kd,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_b = tl.program_id(1).to(tl.int64)
+    o_n = 1 + tl.program_id(0) * BN + tl.arange(0, BN)
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    p_q, p_k, p_lse = q_ptr + i_b * stride_qb, k_ptr + i_b * stride_kb, lse_ptr + i_b * H * T
+    b_sum = tl.zeros([BN], tl.float32)
+    for _head in range(0, H):
+        m_k = m_d[:, None] & (o_n < T)[None, :]
+        b_k = tl.load(p_k + o_n[None, :] * stride_kt + o_d[:, None] * stride_kd, mask=m_k, other=0.0)  # [BD, BN]
+        for start in range(1, T, BM):
+            o_m = start + tl.arange(0, BM)
+            m_m = o_m < T
+            m_q = m_m[:, None] & m_d[None, :]
+            b_q = tl.load(p_q + o_m[:, None] * stride_qt + o_d[None, :] * stride_qd, mask=m_q, other=0.0)  # [BM, BD]
+            b_lse = tl.load(p_lse + o_m, mask=m_m, other=0.0)
+            b_p = tl.exp2(dot(b_q, b_k, PRECISION) * scale - b_lse[:, None])  # [BM, BN]
+            b_sum += tl.sum(tl.where(m_m[:, None], b_p, 0.0), axis=0)
+        p_q += stride_qh
+        p_k += stride_kh
+        p_lse += T
+    tl.store(out_ptr + i_b * (T - 1) + o_n - 1, b_sum / (H * (T - 1)), mask=o_n < T)
+
+
+def _row_logsumexp(q: Tensor, k: Tensor, scale: float, constants: dict[str, object]) -> Tensor:
+    B, H, T, _ = q.shape
+    out = q.new_empty((B, H, T), dtype=torch.float32)
+    wrap_triton(row_logsumexp_kernel)[(triton.cdiv(T, constants["BM"]), B * H)](
+        q_ptr=q,
+        k_ptr=k,
+        out_ptr=out,
+        H=H,
+        T=T,
+        scale=scale * LOG2E.value,
+        **strides("q", q, "bhtd"),
+        **strides("k", k, "bhtd"),
+        **constants,
+    )
+    return out
+
+
+def _constants(k: Tensor) -> dict[str, object]:
+    hip = torch.version.hip is not None
+    return launch_options(k.shape[-1], k.dtype, hip) | {"D": k.shape[-1], "PRECISION": precision(hip)}
+
+
+@triton_op("rfclip::key_similarity", mutates_args={})
+def _key_similarity(k: Tensor, running: Tensor | None, count: int, scale: float) -> Tensor:
+    B, H, T, _ = k.shape
+    out = k.new_empty((B, T - 1, T - 1), dtype=torch.float32)
+    constants = _constants(k)
+    if B:
+        lse = _row_logsumexp(k, k, scale, constants)
+        grid = (triton.cdiv(T - 1, constants["BM"]), triton.cdiv(T - 1, constants["BN"]), B)
+        wrap_triton(key_similarity_kernel)[grid](
+            k_ptr=k,
+            lse_ptr=lse,
+            running_ptr=out if running is None else running.contiguous(),
+            out_ptr=out,
+            H=H,
+            T=T,
+            count=count,
+            scale=scale * LOG2E.value,
+            **strides("k", k, "bhtd"),
+            **constants,
+        )
+    return out
+
+
+@triton_op("rfclip::received_attention", mutates_args={})
+def _received_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    B, H, T, _ = q.shape
+    out = q.new_empty((B, T - 1), dtype=torch.float32)
+    constants = _constants(k)
+    if B:
+        lse = _row_logsumexp(q, k, scale, constants)
+        wrap_triton(received_attention_kernel)[(triton.cdiv(T - 1, constants["BN"]), B)](
+            q_ptr=q,
+            k_ptr=k,
+            lse_ptr=lse,
+            out_ptr=out,
+            H=H,
+            T=T,
+            scale=scale * LOG2E.value,
+            **strides("q", q, "bhtd"),
+            **strides("k", k, "bhtd"),
+            **constants,
+        )
+    return out
+
+
+def key_similarity(k: Tensor, running: Tensor | None = None, count: int = 0, *, scale: float | None = None) -> Tensor:
+    """`rfclip.reference.key_similarity`: k [B, H, T, D], fp32, fp16 or bf16, with any strides, to fp32 [B, N, N].
+
+    Raises:
+        ValueError: as the reference; k is float64 or requires a gradient.
+    """
+    sizes = tensor_sizes("k", k, "B H T D")
+    layer_count(count, running)
+    if running is not None:
+        tensor_sizes("running", running, "B N N", sizes, torch.float32)
+    scale = sizes["D"] ** -0.5 if scale is None else scale
+    check_number("scale", scale)
+    refuse_gradients(k=k)
+    return _key_similarity(k, running, count, float(scale))
+
+
+def received_attention(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
+    """`rfclip.reference.received_attention`: q, k [B, H, T, D], fp32, fp16 or bf16, with any strides, to fp32 [B, N].
+
+    Raises:
+        ValueError: as the reference; q or k is float64 or requires a gradient.
+    """
+    sizes = tensor_sizes("q", q, "B H T D")
+    tensor_sizes("k", k, "B H T D", sizes, q.dtype)
+    scale = sizes["D"] ** -0.5 if scale is None else scale
+    check_number("scale", scale)
+    refuse_gradients(q=q, k=k)
+    return _received_attention(q, k, float(scale))
