@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint report clean
 
 demo: $(READY)
 	$(BIN)/rfclip segment rfclip/tiny/scene.png --classes "dog, cactus, octopus, sailboat, cat, bus, grass, sky" --out demo --overwrite
@@ -16,6 +16,11 @@ test: lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Compiles the kernels for six GPU architectures and fails on spills; no GPU needed.
+report: $(READY)
+	mkdir -p build
+	$(BIN)/python -m rfclip_kernels.report > build/kernels.md
 
 # torch and torchvision as one pinned pair first: another torch lacks Triton or does not fit torchvision.
 $(READY): pyproject.toml Makefile
