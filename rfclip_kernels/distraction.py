@@ -47,7 +47,7 @@ def distraction_scores_kernel(
         b_x = tl.load(p_x[:, None] + o_d[None, :] * stride_xd, mask=m_x, other=0.0).to(tl.float32)  # [BN, BD]
         b_min = tl.minimum(b_min, tl.min(tl.where(m_x, b_x, float("inf")), axis=1))
         b_sum += tl.sum(tl.where(m_x, b_x - b_first[:, None], 0.0), axis=1)
-    b_least = b_min if SHIFTED else tl.zeros([BN], tl.float32)
+    b_least = tl.where(m_n, b_min, 0.0) if SHIFTED else tl.zeros([BN], tl.float32)
     b_sum += d * (b_first - b_least)
     b_phi = tl.full([BN], float("-inf"), tl.float32)
     for j in tl.static_range(len(DIMS)):
