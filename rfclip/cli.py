@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from rfclip import __version__
+from rfclip.config import TINY
 
 app = typer.Typer(
     help="RF-CLIP: training-free open-vocabulary segmentation with CLIP.",
@@ -32,7 +33,6 @@ app = typer.Typer(
 out_console = Console()
 console = Console(stderr=True)
 
-TINY = "rfclip-tiny"  # as rfclip.models.TINY, which is slow to import
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 OUTPUTS = (".mask.png", ".overlay.png", ".json")
 

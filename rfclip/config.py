@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
+TINY = "rfclip-tiny"  # the small CLIP in the package
+
 CHOICES = {
     "tokens": ("distraction", "random"),
     "embedding": ("redistribute", "mean", "median", "clamp", "none"),

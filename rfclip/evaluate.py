@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rfclip.config import RefocusConfig
 from rfclip.plugin import PLAIN
-from rfclip.scenes import CLASSES, OBJECTS, make_scene
+from rfclip.scenes import CLASSES, OBJECTS, Scene, make_scene
 from rfclip.segmenter import Segmenter
 
 # First numbers of the scenes' seeds; training uses another, so none of these was ever trained on.
@@ -71,22 +71,25 @@ def evaluate_scenes(
         raise ValueError(f"count={count}, inject={inject}: expected at least one scene, and a share from 0 to 1")
     if inject:
         config = replace(config, distraction_dims=INJECTED_DIMS)
+    scenes = [make_scene((SEGMENTATION_STREAM, seed, number)) for number in range(count)]
+    singles = [
+        make_scene((SINGLE_STREAM, seed, number), 112, objects=(1, 1), object_size=(40, 100)) for number in range(count)
+    ]
     with inject_distraction(model, inject):
         for method, choice in methods(config).items():
             with Segmenter(model, config=choice, backend=backend) as segmenter:
-                confusion = _confusion(segmenter, count, seed)
-                top1 = _top1(segmenter, count, seed)
+                confusion = _confusion(segmenter, scenes)
+                top1 = _top1(segmenter, singles)
             hits = np.diag(confusion)
             with np.errstate(invalid="ignore"):
                 iou = hits / (confusion.sum(0) + confusion.sum(1) - hits)
             yield SceneScores(method, top1, dict(zip(CLASSES, iou.tolist(), strict=True)), hits.sum() / confusion.sum())
 
 
-def _confusion(segmenter: Segmenter, count: int, seed: int) -> np.ndarray:
+def _confusion(segmenter: Segmenter, scenes: list[Scene]) -> np.ndarray:
     """Pixels by label (rows) and prediction (columns), summed over the scenes."""
     confusion = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
-    for number in range(count):
-        scene = make_scene((SEGMENTATION_STREAM, seed, number))
+    for scene in scenes:
         predicted = segmenter(scene.image, CLASSES).labels
         pairs = scene.labels.astype(np.int64) * len(CLASSES) + predicted
         confusion += np.bincount(pairs.ravel(), minlength=confusion.size).reshape(confusion.shape)
@@ -94,24 +97,21 @@ def _confusion(segmenter: Segmenter, count: int, seed: int) -> np.ndarray:
 
 
 @torch.inference_mode()
-def _top1(segmenter: Segmenter, count: int, seed: int) -> float:
+def _top1(segmenter: Segmenter, singles: list[Scene]) -> float:
     """How often the CLS embedding of a scene with one object is nearest to that object's name."""
     visual = segmenter.model.visual
     text = segmenter.text_embeddings(tuple(OBJECTS))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (visual.image_mean, visual.image_std))
     right = 0
-    for first in range(0, count, 50):
-        scenes = [
-            make_scene((SINGLE_STREAM, seed, number), 112, objects=(1, 1), object_size=(40, 100))
-            for number in range(first, min(first + 50, count))
-        ]
+    for first in range(0, len(singles), 50):
+        scenes = singles[first : first + 50]
         images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float() / 255
         images = F.interpolate(images, size=visual.image_size, mode="bicubic", antialias=True).clamp(0, 1)
         embeddings = segmenter.model.encode_image(((images - mean) / std).to(visual.conv1.weight))
         predicted = (F.normalize(embeddings.float(), dim=-1).cpu() @ text.T).argmax(dim=1)
         truth = [min(scene.present()) for scene in scenes]  # objects come before grounds
         right += (predicted == torch.tensor(truth)).sum().item()
-    return right / count
+    return right / len(singles)
 
 
 @contextlib.contextmanager

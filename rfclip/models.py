@@ -11,11 +11,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from rfclip.config import RefocusConfig
+from rfclip.config import TINY, RefocusConfig
 from rfclip.scenes import CLASSES
 from rfclip.tower import SUPPORTED
-
-TINY = "rfclip-tiny"
 
 
 def tiny_folder() -> Path:

@@ -60,8 +60,7 @@ class RefocusedForward:
         Returns the input of the last block after its redistribution [B, T, d], the keys of all blocks, each
         [B, H, T, D], and the last block's q, k and v.
         """
-        if self.tower.visual.training:
-            raise RuntimeError("the model is in training mode; RF-CLIP is for inference: call model.eval() first")
+        self.tower.check_eval()
         config, ops, blocks = self.config, self.ops, self.tower.blocks
         grid = self.tower.grid(images)
         x = self.tower.embed(images)
@@ -192,8 +191,7 @@ def refocus(model: nn.Module, config: RefocusConfig | None = None, *, backend: s
             f"config: got {type(config).__name__}, expected a RefocusConfig; RefocusConfig.from_json reads JSON"
         )
     config.check_tower(tower.width, len(tower.blocks))
-    if model.training or visual.training:
-        raise RuntimeError("the model is in training mode; RF-CLIP is for inference: call model.eval() first")
+    tower.check_eval()
     forward = RefocusedForward(tower, config, backend)
     with _patching:
         if "forward" in vars(visual):

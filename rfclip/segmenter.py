@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_segmentation_masks
 
-from rfclip.config import RefocusConfig
+from rfclip.config import TINY, RefocusConfig
 from rfclip.images import ImageLike, to_rgb
-from rfclip.models import TINY, check_model, load_model, load_tokenizer, open_clip_name
+from rfclip.models import check_model, load_model, load_tokenizer, open_clip_name
 from rfclip.plugin import RefocusedForward, dense_features, refocus
 
 TEXT_BATCH = 256
@@ -97,8 +97,11 @@ class Segmentation:
     @property
     def shares(self) -> dict[str, float]:
         """The share of the picture that each class covers; pixels under the threshold belong to none."""
-        counts = np.bincount(self.labels.ravel(), minlength=len(self.classes))[: len(self.classes)]
-        return {name: float(count / self.labels.size) for name, count in zip(self.classes, counts, strict=True)}
+        return {name: float(n / self.labels.size) for name, n in zip(self.classes, self._areas(), strict=True)}
+
+    def _areas(self) -> np.ndarray:
+        """The pixels of each class, int [C]."""
+        return np.bincount(self.labels.ravel(), minlength=len(self.classes))[: len(self.classes)]
 
     def mask(self) -> Image.Image:
         """An indexed picture: pixel values are labels, colours those of the overlay.
@@ -115,14 +118,13 @@ class Segmentation:
     def overlay(self, alpha: float = 0.55) -> Image.Image:
         """The picture under its labels' colours, and a legend below: the classes seen, largest first."""
         colours = palette(len(self.classes))
-        counts = np.bincount(self.labels.ravel(), minlength=len(self.classes))[: len(self.classes)]
-        seen = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
+        areas = self._areas()
+        seen = [int(index) for index in np.argsort(-areas, kind="stable") if areas[index]]
         picture = TF.pil_to_tensor(self.image)
         if seen:
             masks = torch.from_numpy(np.stack([self.labels == index for index in seen]))
             picture = draw_segmentation_masks(picture, masks, alpha=alpha, colors=[colours[index] for index in seen])
-        shares = self.shares
-        entries = [(f"{self.classes[i]} {100 * shares[self.classes[i]]:.0f} %", colours[i]) for i in seen]
+        entries = [(f"{self.classes[i]} {100 * areas[i] / self.labels.size:.0f} %", colours[i]) for i in seen]
         return _with_legend(TF.to_pil_image(picture), entries)
 
 

@@ -61,6 +61,11 @@ class Tower:
         self.blocks = [Block(block) for block in visual.transformer.resblocks]
         self.width = visual.conv1.out_channels
 
+    def check_eval(self) -> None:
+        """Raise RuntimeError in training mode."""
+        if self.visual.training:
+            raise RuntimeError("the model is in training mode; RF-CLIP is for inference: call model.eval() first")
+
     def grid(self, images: Tensor) -> tuple[int, int]:
         """The patch grid (gh, gw) of images [B, 3, gh * patch, gw * patch]; ValueError for any other shape."""
         patch_height, patch_width = self.visual.patch_size
