@@ -46,7 +46,7 @@ Model = Annotated[str, typer.Option(help="An open_clip model; `rfclip models` li
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag for its weights, or a path to safetensors.")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
 Config = Annotated[Path | None, typer.Option(help="A refocusing config in JSON, as `rfclip calibrate` writes it.")]
-Backend = Annotated[str, typer.Option(help="auto or reference.")]
+Backend = Annotated[str, typer.Option(help="auto, triton or reference; `rfclip info` says which auto takes.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
 
 
@@ -355,6 +355,32 @@ def calibrate(
             _write({out: lambda part: part.write_text(calibration.config().to_json(), "utf-8")})
             console.print(f"written: {out}", highlight=False, soft_wrap=True)
     raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def info(device: Device = "cpu", backend: Backend = "auto") -> None:
+    """Say what is installed, which backend runs on a device, and why."""
+    with _clear_errors():
+        from importlib.metadata import PackageNotFoundError, version
+        from platform import platform, python_version
+
+        import torch
+
+        from rfclip.backends import choose
+
+        table = Table(show_header=False)
+        table.add_row("rfclip", __version__)
+        for package in ("torch", "triton", "open_clip_torch"):
+            try:
+                table.add_row(package, version(package))
+            except PackageNotFoundError:
+                table.add_row(package, "not installed")
+        table.add_row("python", f"{python_version()}, {platform()}")
+        gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        table.add_row("GPUs", ", ".join(gpus) or "none that PyTorch can use")
+        chosen = choose(backend, _device(device), torch.float32)
+        table.add_row(f"backend on {device}", f"{chosen.backend}: {chosen.reason}")
+        out_console.print(table)
 
 
 @app.command()

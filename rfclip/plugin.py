@@ -8,17 +8,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import ModuleType
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfclip import reference
+from rfclip.backends import choose, functions
 from rfclip.config import RefocusConfig
 from rfclip.tower import Block, Tower
 
-BACKENDS = {"auto": reference, "reference": reference}
 PLAIN = RefocusConfig(distraction_dims=(), proxy="none")  # the tower as it was
 MAX_DIMS = 8  # a calibration keeps at most this many dimensions [D]
 
@@ -26,68 +26,79 @@ _patching = threading.Lock()
 
 
 class RefocusedForward:
-    """The forward of a refocused image tower. It keeps nothing between calls, so threads can share it."""
+    """The forward of a refocused image tower. It keeps no tensor between calls, so threads can share it."""
 
     def __init__(self, tower: Tower, config: RefocusConfig, backend: str):
         self.tower, self.config, self.backend = tower, config, backend
+        self._chosen: tuple[torch.device, torch.dtype, SimpleNamespace] | None = None
+        self.ops  # noqa: B018  a backend that cannot run here is refused now
 
     @property
-    def ops(self) -> ModuleType:
-        return BACKENDS[self.backend]
+    def ops(self) -> SimpleNamespace:
+        """The functions of the method, from the backend that is right for where the weights are now."""
+        weight = self.tower.visual.conv1.weight
+        if self._chosen is None or self._chosen[:2] != (weight.device, weight.dtype):
+            chosen = choose(self.backend, weight.device, weight.dtype)
+            self._chosen = weight.device, weight.dtype, functions(chosen.backend)
+        return self._chosen[2]
 
     def __call__(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """What the tower's own forward returns, with every block refocused and the last one run as it was."""
-        x, _, query_key_value = self._run(images)
+        x, query_key_value, _ = self._run(images)
         return self.tower.pool(self.tower.blocks[-1].finish(x, F.scaled_dot_product_attention(*query_key_value)))
 
     def dense(self, images: Tensor) -> Tensor:
         """Patch embeddings [B, N, C]: the last block's values gathered by the proxy attention [P 14]."""
-        x, keys, (q, k, v) = self._run(images)
         proxy, last = self.config.proxy, self.tower.blocks[-1]
+        x, (q, k, v), keys = self._run(images, keep_keys=proxy == "kk-mean")
         if proxy == "none":
             return self.tower.readout(last.finish(x, F.scaled_dot_product_attention(q, k, v))[:, 1:])
         if proxy == "qk":  # like the others without the row and the column of CLS, not renormalized [D]
             without_cls = torch.cat([torch.zeros_like(v[:, :, :1]), v[:, :, 1:]], dim=2)
             heads = F.scaled_dot_product_attention(q, k, without_cls)[:, :, 1:]
         else:
-            source = keys if proxy == "kk-mean" else [{"kk": k, "qq": q, "vv": v}[proxy]]
-            heads = self.ops.proxy_attention(torch.stack(source), v)
+            heads = self.ops.proxy_attention({"kk-mean": keys, "kk": k[None], "qq": q[None], "vv": v[None]}[proxy], v)
         return self.tower.readout(last.project(heads))
 
-    def _run(self, images: Tensor) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    def _run(
+        self, images: Tensor, keep_keys: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor | None]:
         """All blocks but the last one's attention.
 
-        Returns the input of the last block after its redistribution [B, T, d], the keys of all blocks, each
-        [B, H, T, D], and the last block's q, k and v.
+        Returns the input of the last block after its redistribution [B, T, d], that block's q, k and v, and on demand
+        the keys of all L blocks [L, B, H, T, D].
         """
         self.tower.check_eval()
         config, ops, blocks = self.config, self.ops, self.tower.blocks
         grid = self.tower.grid(images)
         x = self.tower.embed(images)
-        keys: list[Tensor] = []
-        similarity = fiedler = None
+        refocused = range(1, len(blocks) + 1) if config.layers is None else config.layers
+        refocused = refocused if config.distraction_dims else ()
+        cut = config.beta > 0 and config.target == "defocused"
+        keys = similarity = fiedler = None
         for number, block in enumerate(blocks, 1):
             distraction = None
-            if config.distraction_dims and (config.layers is None or number in config.layers):
+            if number in refocused:
                 distraction = self._locate(block, x, number)
-                x = torch.cat([x[:, :1], self._repair(x[:, 1:], distraction, grid)], dim=1)
+                x = self._repair(x, distraction, grid)
             q, k, v = block.query_key_value(x)
-            keys.append(k)
+            if keep_keys:
+                keys = k.new_empty((len(blocks), *k.shape)) if keys is None else keys
+                keys[number - 1] = k
             if number == len(blocks):
                 break
-            if config.distraction_dims and config.beta > 0 and config.target == "defocused":
-                if config.similarity == "kk-mean":
-                    similarity = ops.key_similarity(k, similarity, number - 1)
-                elif distraction is not None:
-                    similarity = ops.key_similarity({"kk": k, "qq": q, "vv": v}[config.similarity])
+            if cut and config.similarity == "kk-mean" and number <= max(refocused, default=0):
+                similarity = ops.key_similarity(k, similarity, number - 1, inplace=not k.requires_grad)
+            elif cut and distraction is not None:
+                similarity = ops.key_similarity({"kk": k, "qq": q, "vv": v}[config.similarity])
             if distraction is None or config.beta == 0:
                 heads = F.scaled_dot_product_attention(q, k, v)
             else:
-                if config.target == "defocused":
+                if cut:
                     fiedler = ops.fiedler_vector(similarity, fiedler)
                 heads = ops.refocused_attention(q, k, v, distraction, self._target(distraction, fiedler), config.beta)
             x = block.finish(x, heads)
-        return x, keys, (q, k, v)
+        return x, (q, k, v), keys
 
     def _locate(self, block: Block, x: Tensor, number: int) -> Tensor:
         """T_dis, bool [B, N], from the input of a block [B, T, d]: steps 1 and 2."""
@@ -104,17 +115,23 @@ class RefocusedForward:
             mask = rank < mask.sum(dim=1, keepdim=True)
         return mask
 
-    def _repair(self, patches: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Step 3, or its variant of table 1, on patch tokens [B, N, d]."""
-        config, ops = self.config, self.ops
+    def _repair(self, x: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Step 3, or its variant of table 1, on the input of a block [B, T, d], which may be overwritten."""
+        config, ops, patches = self.config, self.ops, x[:, 1:]
         if config.embedding == "none":
-            return patches
+            return x
         if config.embedding == "redistribute":
-            return ops.redistribute_embeddings(patches, mask, config.distraction_dims, grid, size=config.neighbourhood)
+            size, inplace = config.neighbourhood, not x.requires_grad
+            repaired = ops.redistribute_embeddings(
+                patches, mask, config.distraction_dims, grid, size=size, inplace=inplace
+            )
+            return x if inplace else torch.cat([x[:, :1], repaired], dim=1)
         if config.embedding == "clamp":
             tau = config.tau / patches.shape[2]
-            return ops.clamp_embeddings(patches, mask, config.distraction_dims, tau, shifted=config.shifted)
-        return ops.filter_embeddings(patches, mask, grid, size=config.neighbourhood, statistic=config.embedding)
+            repaired = ops.clamp_embeddings(patches, mask, config.distraction_dims, tau, shifted=config.shifted)
+        else:
+            repaired = ops.filter_embeddings(patches, mask, grid, size=config.neighbourhood, statistic=config.embedding)
+        return torch.cat([x[:, :1], repaired], dim=1)
 
     def _target(self, distraction: Tensor, fiedler: Tensor | None) -> Tensor:
         """The tokens that receive the budget, bool [B, N] over patches or [B, T] over all tokens."""
@@ -164,18 +181,17 @@ def refocus(model: nn.Module, config: RefocusConfig | None = None, *, backend: s
     Args:
         model: an open_clip CLIP model, in eval mode.
         config: what to do; None takes the one that belongs to a model loaded by `rfclip.load_model`.
-        backend: "reference" or "auto", the best there is for the model's device. A named backend is never replaced by
-            another.
+        backend: "triton", "reference" or "auto", the best there is for the model's device, also when it is moved
+            afterwards. A named backend is never replaced by another.
 
     Returns:
         A handle; `handle.remove()`, or leaving `with rfclip.refocus(model):`, undoes it, also after an exception.
 
     Raises:
-        ValueError: the tower is of another kind, config does not fit it or is needed, or backend is unknown.
+        ValueError: the tower is of another kind, config does not fit it or is needed, or backend is unknown or cannot
+            run there.
         RuntimeError: the model is refocused already, or in training mode.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
     tower = _tower(model)
     visual = tower.visual
     if config is None:

@@ -11,23 +11,43 @@ defocused tokens. Masks are over the N patches and True means "in the set".
 
 Precision: everything is computed in float32, or in float64 for float64 inputs, and rounded once at the end. Functions
 that return tokens (`redistribute_embeddings`, `refocused_attention`, `proxy_attention`) return the dtype of their
-input; functions that return scores (`distraction_scores`, `received_attention`, `key_similarity`, `fiedler_vector`)
-return float32, or float64 for float64 inputs, so that no comparison is decided by half-precision rounding.
+input, as does `pamr`; functions that return scores (`distraction_scores`, `received_attention`, `key_similarity`,
+`fiedler_vector`, `average_windows`, `class_probabilities`) return float32, or float64 for float64 inputs, so that no
+comparison is decided by half-precision rounding.
 
-All functions are pure: they return new tensors and leave their arguments as they were. None reads a value back from
+All functions are pure: they return new tensors and leave their arguments as they were, but where `inplace` is asked
+for. None reads a value back from
 the device, and a batch may be empty. Wrong arguments raise ValueError, which says what was expected and what was given.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfclip_kernels.checks import check_number, dimension_list, grid_sides, layer_count, tensor_sizes, window_side
+from rfclip_kernels.checks import (
+    averaging_inputs,
+    cut_inputs,
+    defocus_inputs,
+    masked_tokens,
+    pamr_inputs,
+    probability_inputs,
+    proxy_inputs,
+    query_key,
+    refocused_inputs,
+    scores_inputs,
+    self_inputs,
+    similarity_inputs,
+    tensor_sizes,
+    upsampling_inputs,
+)
 
 __all__ = [
+    "average_windows",
     "clamp_embeddings",
+    "class_probabilities",
     "defocus_mask",
     "dimension_weights",
     "distraction_mask",
@@ -35,11 +55,16 @@ __all__ = [
     "fiedler_vector",
     "filter_embeddings",
     "key_similarity",
+    "pamr",
     "proxy_attention",
     "received_attention",
     "redistribute_embeddings",
     "refocused_attention",
+    "self_attention",
+    "upsample_argmax",
 ]
+
+BAND = 1 << 22  # upsampled logits that `upsample_argmax` holds at a time
 
 
 def dimension_weights(x: Tensor, *, shifted: bool = True) -> Tensor:
@@ -82,8 +107,7 @@ def distraction_scores(x: Tensor, dims: Sequence[int], *, shifted: bool = True) 
     Raises:
         ValueError: x is not a floating-point [B, N, d]; dims are out of range or repeated.
     """
-    sizes = tensor_sizes("x", x, "B N d")
-    dims = dimension_list(dims, sizes["d"])
+    dims, _ = scores_inputs(x, dims, None)
     if not dims:
         return x.new_zeros(x.shape[:2], dtype=_computing_dtype(x))
     return dimension_weights(x, shifted=shifted)[..., dims].amax(dim=-1)
@@ -106,10 +130,8 @@ def distraction_mask(x: Tensor, dims: Sequence[int], threshold: float | None = N
     Raises:
         ValueError: as `distraction_scores`; threshold is not a number.
     """
+    dims, threshold = scores_inputs(x, dims, threshold)
     phi = distraction_scores(x, dims, shifted=shifted)
-    if threshold is None:
-        threshold = 5 / x.shape[-1]
-    check_number("threshold", threshold)
     # Without dims phi is 0, which a negative threshold would let through.
     return phi > threshold if len(dims) else torch.zeros_like(phi, dtype=torch.bool)
 
@@ -131,13 +153,13 @@ def received_attention(q: Tensor, k: Tensor, *, scale: float | None = None) -> T
     Raises:
         ValueError: q or k is not a floating-point [B, H, T, D] with T >= 2, or they differ in shape or dtype.
     """
-    tensor_sizes("k", k, "B H T D", tensor_sizes("q", q, "B H T D"), q.dtype)
+    _, scale = query_key(scale, q=q, k=k)
     A = _attention(q, k, scale)
     return A[:, :, 1:, 1:].mean(dim=(1, 2))
 
 
 def redistribute_embeddings(
-    x: Tensor, mask: Tensor, dims: Sequence[int], grid: tuple[int, int], *, size: int = 3
+    x: Tensor, mask: Tensor, dims: Sequence[int], grid: tuple[int, int], *, size: int = 3, inplace: bool = False
 ) -> Tensor:
     """Fill the distraction dimensions of distraction tokens from their neighbours: equation 13 of the paper [P 13].
 
@@ -152,20 +174,17 @@ def redistribute_embeddings(
         dims: D_dis, distinct indices in 0 .. d - 1.
         grid: (gh, gw) with gh * gw = N. On a 1 x 1 grid, which has no neighbours, the token is left as it is [D].
         size: side of the window, odd and at least 3; the paper compares 3, 5 and 7.
+        inplace: write into x and return it.
 
     Returns:
-        A new tensor [B, N, d] of x's dtype.
+        [B, N, d] of x's dtype, a new tensor unless `inplace`.
 
     Raises:
         ValueError: x is not a floating-point [B, N, d]; mask is not a bool [B, N]; dims are out of range or repeated;
             the grid is empty or does not have N patches; size is not an odd integer of at least 3.
     """
-    sizes = tensor_sizes("x", x, "B N d")
-    tensor_sizes("mask", mask, "B N", sizes, torch.bool)
-    dims = dimension_list(dims, sizes["d"])
-    gh, gw = grid_sides(grid, sizes["N"])
-    window_side(size)
-    out = x.clone()
+    dims, (gh, gw) = masked_tokens(x, mask, dims, grid, size)
+    out = x if inplace else x.clone()
     if not dims:
         return out
     before = x[..., dims]  # [B, N, |D_dis|]
@@ -193,11 +212,8 @@ def clamp_embeddings(
     Raises:
         ValueError: as `redistribute_embeddings`; threshold is not a number.
     """
-    sizes = tensor_sizes("x", x, "B N d")
-    tensor_sizes("mask", mask, "B N", sizes, torch.bool)
-    dims = dimension_list(dims, sizes["d"])
-    threshold = 5 / sizes["d"] if threshold is None else threshold
-    check_number("threshold", threshold)
+    dims, _ = masked_tokens(x, mask, dims, None)
+    _, threshold = scores_inputs(x, dims, threshold)
     values = x.to(_computing_dtype(x))
     least = values.amin(dim=-1, keepdim=True) if shifted else torch.zeros_like(values[..., :1])
     most = least + threshold * (values - least).sum(dim=-1, keepdim=True)  # [B, N, 1]
@@ -226,10 +242,7 @@ def filter_embeddings(
     Raises:
         ValueError: as `redistribute_embeddings`; statistic is neither "mean" nor "median".
     """
-    sizes = tensor_sizes("x", x, "B N d")
-    tensor_sizes("mask", mask, "B N", sizes, torch.bool)
-    gh, gw = grid_sides(grid, sizes["N"])
-    window_side(size)
+    _, (gh, gw) = masked_tokens(x, mask, None, grid, size)
     if statistic not in ("mean", "median"):
         raise ValueError(f'statistic must be "mean" or "median", got {statistic!r}')
     planes = x.to(_computing_dtype(x)).mT.unflatten(-1, (gh, gw))  # [B, d, gh, gw]
@@ -243,7 +256,9 @@ def filter_embeddings(
     return torch.where(mask[..., None], filtered.flatten(2).mT.to(x.dtype), x).contiguous()
 
 
-def key_similarity(k: Tensor, running: Tensor | None = None, count: int = 0, *, scale: float | None = None) -> Tensor:
+def key_similarity(
+    k: Tensor, running: Tensor | None = None, count: int = 0, *, scale: float | None = None, inplace: bool = False
+) -> Tensor:
     """Similarity of the patches' keys, averaged over the layers so far: equation 7 of the paper [P 7].
 
     S[l] = (1 / l) * sum over l' <= l of mean_h softmax(k k^T * scale), one layer a call: with S of the `count` layers
@@ -255,6 +270,7 @@ def key_similarity(k: Tensor, running: Tensor | None = None, count: int = 0, *, 
         running: the value returned for the layer before, [B, N, N] float32 (float64 if k is); None at the first layer.
         count: the number of layers in `running`; 0 at the first layer.
         scale: factor of the logits; None takes D ** -0.5.
+        inplace: write into `running`, where there is one, and return it.
 
     Returns:
         S [B, N, N], float32, or float64 for float64 input.
@@ -263,13 +279,12 @@ def key_similarity(k: Tensor, running: Tensor | None = None, count: int = 0, *, 
         ValueError: k is not a floating-point [B, H, T, D] with T >= 2; running is not a [B, N, N] of the dtype above;
             count is not an integer of at least 0; only one of running and count >= 1 is given.
     """
-    sizes = tensor_sizes("k", k, "B H T D")
-    layer_count(count, running)
+    _, scale = similarity_inputs(k, running, count, scale, _computing_dtype(k))
     new = _attention(k, k, scale)[:, :, 1:, 1:].mean(dim=1)
     if running is None:
         return new
-    tensor_sizes("running", running, "B N N", sizes, new.dtype)
-    return (running * count + new) / (count + 1)
+    mean = (running * count + new) / (count + 1)
+    return running.copy_(mean) if inplace else mean
 
 
 def fiedler_vector(similarity: Tensor, start: Tensor | None = None) -> Tensor:
@@ -294,9 +309,7 @@ def fiedler_vector(similarity: Tensor, start: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: similarity is not a floating-point [B, N, N]; start is not a floating-point [B, N].
     """
-    sizes = tensor_sizes("similarity", similarity, "B N N")
-    if start is not None:
-        tensor_sizes("start", start, "B N", sizes)
+    sizes = cut_inputs(similarity, start)
     S = similarity.to(_computing_dtype(similarity))
     if sizes["N"] == 1:
         return torch.zeros_like(S[..., 0])
@@ -328,9 +341,7 @@ def defocus_mask(fiedler: Tensor, *, threshold: str = "mean") -> Tensor:
     Raises:
         ValueError: fiedler is not a floating-point [B, N]; threshold is neither "mean" nor "otsu".
     """
-    N = tensor_sizes("fiedler", fiedler, "B N")["N"]
-    if threshold not in ("mean", "otsu"):
-        raise ValueError(f'threshold must be "mean" or "otsu", got {threshold!r}')
+    N = defocus_inputs(fiedler, threshold)
     y = fiedler.to(_computing_dtype(fiedler))
     if threshold == "mean" or N == 1:
         return y > y.mean(dim=-1, keepdim=True)
@@ -381,13 +392,8 @@ def refocused_attention(
         ValueError: q, k or v is not a floating-point [B, H, T, D] with T >= 2, or they differ in shape or dtype; a mask
             is not bool or of another shape; beta is not in [0, 1].
     """
-    sizes = tensor_sizes("q", q, "B H T D")
-    tensor_sizes("k", k, "B H T D", sizes, q.dtype)
-    tensor_sizes("v", v, "B H T D", sizes, q.dtype)
-    tensor_sizes("distraction", distraction, "B N", sizes, torch.bool)
-    tensor_sizes("target", target, "B N | B T", sizes, torch.bool)
-    check_number("beta", beta, 0, 1)
-    T = sizes["T"]
+    scale = refocused_inputs(q, k, v, distraction, target, beta, scale)
+    T = q.shape[2]
     dis = F.pad(distraction, (1, 0))  # [B, T], CLS is in no set unless the target says so
     tgt = F.pad(target, (T - target.shape[-1], 0)) & ~dis
     dis, tgt = dis[:, None, None, :], tgt[:, None, None, :]  # columns of A
@@ -400,7 +406,38 @@ def refocused_attention(
     # A / tgt_mass comes first: it is at most 1, while omega / tgt_mass can overflow.
     refocused = torch.where(dis, (1 - beta) * A, torch.where(tgt, A + omega * (A / tgt_mass), A))
     A = torch.where(patch_rows & (tgt_mass > 0), refocused, A)  # without mass on T_dis, omega = 0 changes nothing
-    return (A @ v.to(A.dtype)).to(v.dtype)
+    return _matmul(A, v).to(v.dtype)
+
+
+def self_attention(u: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float | None = None) -> Tensor:
+    """Attention of a vector with itself, softmax(u u^T * scale + bias) v, which most other methods build on.
+
+    SCLIP and ClearCLIP take u = q, k or both; NACLIP takes u = k and a Gaussian of the distance of two patches as bias.
+
+    Args:
+        u, v: queries or keys, and values, [B, H, T, D] of the same floating-point dtype, CLS being token 0.
+        bias: added to the logit of patches i and j at bias[row_i - row_j + gh - 1, column_i - column_j + gw - 1], a
+            floating-point [2 gh - 1, 2 gw - 1] with gh * gw = N, the same for all images and heads; the row and the
+            column of CLS have none.
+        scale: factor of the logits; None takes D ** -0.5.
+
+    Returns:
+        [B, H, T, D] of the inputs' dtype; logits, softmax and sums are in float32, or in float64 for float64.
+
+    Raises:
+        ValueError: u or v is not a floating-point [B, H, T, D] with T >= 2, or they differ in shape or dtype; the bias
+            is not as above.
+    """
+    scale = self_inputs(u, v, bias, scale)
+    matrix = None
+    if bias is not None:
+        gh, gw = ((side + 1) // 2 for side in bias.shape)
+        rows, columns = (torch.arange(side, device=u.device) for side in (gh, gw))
+        down = (rows[:, None] - rows + gh - 1)[:, None, :, None]
+        right = (columns[:, None] - columns + gw - 1)[None, :, None, :]
+        matrix = F.pad(bias.to(_computing_dtype(u))[down, right].reshape(gh * gw, gh * gw), (1, 0, 1, 0))
+    A = _attention(u, u, scale, matrix)
+    return _matmul(A, v).to(v.dtype)
 
 
 def proxy_attention(keys: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -421,22 +458,172 @@ def proxy_attention(keys: Tensor, v: Tensor, *, scale: float | None = None) -> T
         ValueError: keys is not a floating-point [L, B, H, T, D] with T >= 2; v is not a [B, H, T, D] of its sizes and
             dtype.
     """
-    sizes = tensor_sizes("keys", keys, "L B H T D")
-    tensor_sizes("v", v, "B H T D", sizes, keys.dtype)
-    Abar = sum(_attention(k, k, scale)[:, :, 1:, 1:] for k in keys) / sizes["L"]
-    return (Abar @ v[:, :, 1:].to(Abar.dtype)).to(v.dtype)
+    scale = proxy_inputs(keys, v, scale)
+    Abar = sum(_attention(k, k, scale)[:, :, 1:, 1:] for k in keys) / len(keys)
+    return _matmul(Abar, v[:, :, 1:]).to(v.dtype)
+
+
+def average_windows(logits: Tensor, corners: Sequence[tuple[int, int]], side: int, size: tuple[int, int]) -> Tensor:
+    """The patch logits of overlapping windows as logits of the pixels below them: step 9 of the method.
+
+    Each window is resized bilinearly (align_corners=False) to side x side pixels; a pixel's logits are the mean over
+    the windows that cover it.
+
+    Args:
+        logits: those of W windows for K names, [W, K, gh, gw], any floating-point dtype.
+        corners: the (top, left) pixel of each window, W pairs of integers.
+        side: height and width of a window in pixels.
+        size: (h, w) of the picture in pixels.
+
+    Returns:
+        [K, h, w], float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: logits is not a floating-point [W, K, gh, gw]; corners are not W pairs of integers; side or size is
+            not positive; a window is not inside the picture; there is a pixel that no window covers.
+    """
+    corners = averaging_inputs(logits, corners, side, size)
+    dtype = _computing_dtype(logits)
+    total = logits.new_zeros((logits.shape[1], *size), dtype=dtype)
+    seen = logits.new_zeros(size, dtype=dtype)
+    for window, (top, left) in zip(logits, corners, strict=True):
+        resized = F.interpolate(window[None].to(dtype), size=(side, side), mode="bilinear", align_corners=False)[0]
+        total[:, top : top + side, left : left + side] += resized
+        seen[top : top + side, left : left + side] += 1
+    return total.div_(seen)
+
+
+def class_probabilities(
+    logits: Tensor,
+    size: tuple[int, int],
+    logit_scale: float,
+    class_of_name: Tensor,
+    classes: int,
+    rows: range | None = None,
+) -> Tensor:
+    """The probability of each class at each pixel of a picture: step 9 of the method.
+
+    Logits are resized bilinearly (align_corners=False), multiplied by the scale and made probabilities by a softmax
+    over names; a class has the largest one of its names.
+
+    Args:
+        logits: those of K names, [K, h, w], any floating-point dtype.
+        size: (H, W) of the picture.
+        logit_scale: factor of the logits.
+        class_of_name: the class of each name, int64 [K] with values in 0 .. classes - 1, which are not checked. The
+            names of a class need not be neighbours. A class without a name has probability 0.
+        classes: C, the number of classes.
+        rows: which rows of the picture to return; None: all of them.
+
+    Returns:
+        [C, len(rows), W], float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: logits is not a floating-point [K, h, w]; class_of_name is not an int64 [K]; size or classes is not
+            positive; logit_scale is not a number; rows is not a range within the picture.
+    """
+    rows = probability_inputs(logits, size, logit_scale, class_of_name, classes, rows)
+    probability = _name_probabilities(logits, size, logit_scale, rows)
+    out = probability.new_zeros((classes, *probability.shape[1:]))
+    index = class_of_name[:, None, None].expand_as(probability)
+    return out.scatter_reduce_(0, index, probability, "amax")
+
+
+def upsample_argmax(
+    logits: Tensor,
+    size: tuple[int, int],
+    logit_scale: float,
+    class_of_name: Tensor,
+    threshold: float | None = None,
+) -> Tensor:
+    """The most probable class at each pixel of a picture: step 9 of the method.
+
+    It is the argmax over `class_probabilities`, the lowest class of equals, found without them, a band of rows at a
+    time: it is the class of the most probable name.
+
+    Args:
+        logits: those of K names, [K, h, w], any floating-point dtype.
+        size: (H, W) of the picture.
+        logit_scale: factor of the logits.
+        class_of_name: the class of each name, int64 [K] with values in 0 .. 2^31 - 2, which are not checked.
+        threshold: a pixel whose largest class probability is below it gets no class; None: every pixel gets one.
+
+    Returns:
+        int32 [H, W], the class, or -1 for none.
+
+    Raises:
+        ValueError: as `class_probabilities`; threshold is not in [0, 1].
+    """
+    upsampling_inputs(logits, size, logit_scale, class_of_name, threshold)
+    H, W = size
+    out = logits.new_empty(size, dtype=torch.int32)
+    band = max(1, BAND // (len(logits) * W))
+    for top in range(0, H, band):
+        rows = range(top, min(top + band, H))
+        probability = _name_probabilities(logits, size, logit_scale, rows)
+        best = probability.amax(dim=0)  # [rows, W]
+        none = torch.iinfo(torch.int32).max
+        label = torch.where(probability == best, class_of_name[:, None, None], none).amin(dim=0)
+        out[top : rows.stop] = label if threshold is None else torch.where(best < threshold, -1, label)
+    return out
+
+
+def pamr(image: Tensor, mask: Tensor, iterations: int = 10, dilations: Sequence[int] = (8, 16)) -> Tensor:
+    """Pixel-adaptive mask refinement: step 10 of the method.
+
+    Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020. A pixel's neighbours p are
+    the 8 places around it at each dilation d, at offsets of -d, 0 or d along both axes; beyond the border the picture
+    repeats its edge. In each iteration a pixel of the mask becomes the mean of its neighbours, itself left out,
+    weighted by the softmax over p of
+
+        mean over channels c of  -|image[c] - image[c, p]| / (1e-8 + 0.1 std[c])
+
+    with std[c] the unbiased standard deviation over all neighbours and, once for each dilation, the pixel itself.
+
+    Args:
+        image: [B, CI, H, W] of any number CI of channels, any floating-point dtype.
+        mask: scores or probabilities of C classes, [B, C, H, W], any floating-point dtype.
+        iterations: how often; 0 returns a copy of the mask.
+        dilations: in pixels; they may be larger than the picture.
+
+    Returns:
+        [B, C, H, W] of mask's dtype. It is computed in float64 where image or mask is float64, else in float32.
+
+    Raises:
+        ValueError: image is not a floating-point [B, CI, H, W], or mask not a floating-point [B, C, H, W] of its size;
+            iterations is not an integer of at least 0; dilations are not integers of at least 1, or there are none.
+    """
+    dilations = pamr_inputs(image, mask, iterations, dilations)
+    dtype = torch.promote_types(_computing_dtype(image), _computing_dtype(mask))
+    steps = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    around = [(d * dy, d * dx) for d in dilations for dy, dx in steps if (dy, dx) != (0, 0)]
+    x = image.to(dtype)
+    near = torch.stack([_shifted(x, *offset) for offset in around])  # [P, B, CI, H, W]
+    every = torch.cat([near, x.expand(len(dilations), *x.shape)])
+    std = ((every - every.mean(dim=0)).square().sum(dim=0) / (len(every) - 1)).sqrt()
+    weight = (-(x - near).abs() / (1e-8 + 0.1 * std)).mean(dim=2, keepdim=True).softmax(dim=0)  # [P, B, 1, H, W]
+    out = mask.to(dtype, copy=True)
+    for _ in range(iterations):
+        out = sum(w * _shifted(out, *offset) for w, offset in zip(weight, around, strict=True))
+    return out.to(mask.dtype).contiguous()
 
 
 def _computing_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _attention(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
-    """A = softmax(q k^T * scale) over all T keys, [B, H, T, T] in the computing dtype."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    check_number("scale", scale)
-    dtype = _computing_dtype(q)
-    return torch.softmax(q.to(dtype) @ k.to(dtype).mT * scale, dim=-1)  # [T, D] @ [D, T] -> [T, T]
+def _attention(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """A = softmax(q k^T * scale + bias) over all T keys, [B, H, T, T] in the computing dtype."""
+    logits = _matmul(q, k.mT) * scale  # [T, D] @ [D, T] -> [T, T]
+    return torch.softmax(logits if bias is None else logits + bias, dim=-1)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """The product in the computing dtype, also where autocast would lower it."""
+    dtype, device = _computing_dtype(a), a.device.type
+    plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with plain:
+        return a.to(dtype) @ b.to(dtype)
 
 
 def _neighbour_sum(planes: Tensor, size: int) -> Tensor:
@@ -447,3 +634,27 @@ def _neighbour_sum(planes: Tensor, size: int) -> Tensor:
     windows = F.unfold(planes, size, padding=size // 2).unflatten(1, (-1, size * size))  # [B, C, size^2, N]
     centre = size * size // 2
     return windows[:, :, :centre].sum(dim=2) + windows[:, :, centre + 1 :].sum(dim=2)
+
+
+def _name_probabilities(logits: Tensor, size: tuple[int, int], logit_scale: float, rows: range) -> Tensor:
+    """Softmax over names of some rows of logits [K, h, w] resized to `size`: [K, len(rows), W], computing dtype."""
+    resized = _resize_rows(logits.to(_computing_dtype(logits)), rows, size)
+    return (logit_scale * resized).softmax(dim=0)
+
+
+def _resize_rows(x: Tensor, rows: range, size: tuple[int, int]) -> Tensor:
+    """Some rows of x [K, h, w] resized bilinearly to `size`: [K, len(rows), W], as F.interpolate has them."""
+    places = torch.arange(rows.start, rows.stop, rows.step, dtype=x.dtype, device=x.device)
+    at = ((places + 0.5) * (x.shape[1] / size[0]) - 0.5).clamp(0, x.shape[1] - 1)
+    low = at.floor().long()
+    high = (low + 1).clamp(max=x.shape[1] - 1)
+    mixed = torch.lerp(x[:, low], x[:, high], (at - low)[:, None])
+    return F.interpolate(mixed, size=size[1], mode="linear", align_corners=False)
+
+
+def _shifted(x: Tensor, down: int, right: int) -> Tensor:
+    """The value `down` and `right` of each pixel of x [B, C, H, W], the edge repeating beyond the border."""
+    H, W = x.shape[2:]
+    rows = (torch.arange(H, device=x.device) + down).clamp(0, H - 1)
+    columns = (torch.arange(W, device=x.device) + right).clamp(0, W - 1)
+    return x[:, :, rows[:, None], columns]

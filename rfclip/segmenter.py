@@ -176,8 +176,8 @@ class Segmenter:
         short_side, window, stride: in pixels, the window a multiple of the patch; None: 3/2, 1 and 1/2 of the size
             that the model was trained at (336, 224 and 112 for ViT-B/16).
         logit_scale: factor of the cosines before the softmax.
-        memory_limit: about how many bytes a batch of windows, or a band of the final softmax, may take; the averaged
-            logits of the resized picture come on top, as does the model.
+        memory_limit: about how many bytes a batch of windows, or a band of the probabilities asked for, may take. On
+            top come the patch logits of all windows, the averaged logits of the resized picture, and the model.
         cache: folder for text embeddings; None: the user's cache folder; False: no cache on disk.
 
     Raises:
@@ -350,20 +350,14 @@ class Segmenter:
         x = TF.normalize(x, list(self.model.visual.image_mean), list(self.model.visual.image_std))
         corners = [(top, left) for top in self._starts(height) for left in self._starts(width)]
         text = text.to(weight.device)
-        total = x.new_zeros(len(text), height, width)
-        seen = x.new_zeros(height, width)
-        side = self.window
+        side, logits = self.window, []
         batch = max(1, self.memory_limit // self._bytes_per_window(len(text)))
         for start in range(0, len(corners), batch):
             part = corners[start : start + batch]
             windows = torch.stack([x[:, top : top + side, left : left + side] for top, left in part])
             features = F.normalize(dense_features(self.model, windows).float(), dim=1)
-            logits = torch.einsum("bchw,kc->bkhw", features, text)
-            logits = F.interpolate(logits, size=(side, side), mode="bilinear", align_corners=False)
-            for (top, left), window in zip(part, logits, strict=True):
-                total[:, top : top + side, left : left + side] += window
-                seen[top : top + side, left : left + side] += 1
-        return total.div_(seen)
+            logits.append(torch.einsum("bchw,kc->bkhw", features, text))
+        return self._forward.ops.average_windows(torch.cat(logits), corners, side, (height, width))
 
     def _starts(self, length: int) -> list[int]:
         """Where windows begin along one axis: every stride, the last one flush with the border."""
@@ -371,12 +365,12 @@ class Segmenter:
         return [*range(0, last, self.stride), last]
 
     def _bytes_per_window(self, names: int) -> int:
-        """About what a window takes: a block's matrices over heads, all keys, and logits before and after resizing."""
+        """About what a window takes in a batch: a block's matrices over heads, all keys, and logits of its patches."""
         visual = self.model.visual
         tokens = (self.window // int(np.max(visual.patch_size))) ** 2 + 1
         attention = 7 * visual.transformer.resblocks[0].attn.num_heads * tokens**2
         stream = (2 * visual.transformer.layers + 16) * tokens * visual.transformer.width
-        return 4 * (attention + stream + 2 * names * self.window**2)
+        return 4 * (attention + stream + names * (tokens - 1))
 
     def _labels(
         self,
@@ -387,37 +381,22 @@ class Segmenter:
         keep: bool,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Labels [H, W] from logits [K, h, w], and on demand probabilities [C, H, W], band of rows by band of rows."""
-        height, width = size
+        ops, (height, width) = self._forward.ops, size
         first_names = [names[0] for names in named]
         dtype = np.dtype(np.uint8 if len(named) < 256 else np.uint16)
         below = first_names.index("background") if "background" in first_names else np.iinfo(dtype).max
-        labels = np.empty(size, dtype)
-        dense = np.empty((len(named), *size), np.float32) if keep else None
         class_of_name = torch.tensor([c for c, names in enumerate(named) for _ in names], device=logits.device)
+        labels = ops.upsample_argmax(logits, size, self.logit_scale, class_of_name, threshold).cpu().numpy()
+        labels = np.where(labels < 0, below, labels).astype(dtype)
+        if not keep:
+            return labels, None
+        dense = np.empty((len(named), *size), np.float32)
         band = max(1, self.memory_limit // (4 * 4 * len(logits) * width))
         for top in range(0, height, band):
-            rows = torch.arange(top, min(top + band, height), device=logits.device)
-            probability = (self.logit_scale * _resize_rows(logits, rows, size)).softmax(dim=0)
-            index = class_of_name[:, None, None].expand_as(probability)
-            best = probability.new_zeros(len(named), *probability.shape[1:]).scatter_reduce(
-                0, index, probability, "amax"
-            )
-            value, label = best.max(dim=0)
-            if threshold is not None:
-                label = torch.where(value < threshold, below, label)
-            labels[top : top + len(rows)] = label.cpu().numpy().astype(dtype)
-            if dense is not None:
-                dense[:, top : top + len(rows)] = best.cpu().numpy()
+            rows = range(top, min(top + band, height))
+            found = ops.class_probabilities(logits, size, self.logit_scale, class_of_name, len(named), rows)
+            dense[:, top : rows.stop] = found.cpu().numpy()
         return labels, dense
-
-
-def _resize_rows(x: Tensor, rows: Tensor, size: tuple[int, int]) -> Tensor:
-    """The given rows of x [K, h, w] resized bilinearly to `size`: [K, len(rows), W], as F.interpolate has them."""
-    at = ((rows.to(x.dtype) + 0.5) * (x.shape[1] / size[0]) - 0.5).clamp(0, x.shape[1] - 1)
-    low = at.floor().long()
-    high = (low + 1).clamp(max=x.shape[1] - 1)
-    mixed = torch.lerp(x[:, low], x[:, high], (at - low)[:, None])
-    return F.interpolate(mixed, size=size[1], mode="linear", align_corners=False)
 
 
 def _resized(height: int, width: int, short_side: int) -> tuple[int, int]:

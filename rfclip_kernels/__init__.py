@@ -1,6 +1,33 @@
 """Triton kernels for the steps of `rfclip.reference`, under the same names and signatures.
 
-So far: `distraction_scores`, `distraction_mask` and `redistribute_embeddings` in `rfclip_kernels.distraction`,
-`refocused_attention` and `proxy_attention` in `rfclip_kernels.attention`, `key_similarity` and `received_attention` in
-`rfclip_kernels.similarity`. The other steps, and the backend that runs a tower on them, are being built.
+A kernel is loaded on first use, so that this package imports without Triton and without a GPU.
 """
+
+from importlib import import_module
+
+_MODULE_OF = {
+    "average_windows": "upsample",
+    "defocus_mask": "cut",
+    "distraction_mask": "distraction",
+    "distraction_scores": "distraction",
+    "fiedler_vector": "cut",
+    "key_similarity": "similarity",
+    "pamr": "refinement",
+    "proxy_attention": "attention",
+    "received_attention": "similarity",
+    "redistribute_embeddings": "distraction",
+    "refocused_attention": "attention",
+    "self_attention": "attention",
+    "upsample_argmax": "upsample",
+}
+__all__ = list(_MODULE_OF)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

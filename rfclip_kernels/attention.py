@@ -9,16 +9,19 @@ depends on the whole row, so the second run adds S and R to one accumulator, and
 merge through their maxima and sums. What S loses is given to T as `beta m_S` times T's own softmax, which needs no
 division by a mass that might underflow, and rows keep summing to 1 by construction.
 
-Proxy attention, for patches: (1 / L) sum over l of softmax(k_l k_l^T) v, CLS being a key whose value counts as 0.
+Self-attention of a vector with itself, as the peers use it: softmax(u u^T + bias) v. The bias depends on the offset of
+two patches on the grid, and is read from a table of offsets. Proxy attention is the same sweep, L times into one
+accumulator: (1 / L) sum over l of softmax(k_l k_l^T) v for the rows of patches, the value of CLS counting as 0.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from rfclip_kernels.checks import check_number, refuse_gradients, tensor_sizes
+from rfclip_kernels.checks import check_launch, proxy_inputs, refocused_inputs, self_inputs
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -35,12 +38,15 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(b_s, b_max, b_sum, b_acc):
-    """One step of the online softmax, in base 2: b_s [BM, BN] logits. Returns p, and the rescaled state."""
+def softmax_step(b_s, b_max, b_sum):
+    """One step of the online softmax, in base 2: b_s [BM, BN] logits.
+
+    Returns p, the new maximum and sum, and the factor that what was accumulated before has to take.
+    """
     b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
     b_shrink = tl.exp2(b_max - b_new)
     b_p = tl.exp2(b_s - b_new[:, None])  # [BM, BN]
-    return b_p, b_new, b_sum * b_shrink + tl.sum(b_p, axis=1), b_acc * b_shrink[:, None], b_shrink
+    return b_p, b_new, b_sum * b_shrink + tl.sum(b_p, axis=1), b_shrink
 
 
 @triton.jit
@@ -98,9 +104,9 @@ def refocused_attention_kernel(
         b_k = tl.load(p_k + i_k[None, :] * stride_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
         # [BM, BD] @ [BD, BN] -> [BM, BN]
         b_s = tl.where(m_n[None, :], dot(b_q, b_k, PRECISION) * scale, float("-inf"))
-        b_p, b_max, b_sum, b_acc, b_shrink = softmax_step(b_s, b_max, b_sum, b_acc)
+        b_p, b_max, b_sum, b_shrink = softmax_step(b_s, b_max, b_sum)
         b_v = tl.load(p_v + i_k[:, None] * stride_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
-        b_acc += dot(b_p.to(b_v.dtype), b_v, PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
+        b_acc = b_acc * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
 
     b_max_rest = tl.full([BM], -1e30, tl.float32)
     b_sum_rest = tl.zeros([BM], tl.float32)
@@ -113,11 +119,11 @@ def refocused_attention_kernel(
         m_taken = tl.load(p_taken + o_n, mask=m_n, other=0) != 0
         b_k = tl.load(p_k + i_k[None, :] * stride_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)
         b_s = tl.where(m_n[None, :], dot(b_q, b_k, PRECISION) * scale, float("-inf"))
-        b_p, b_max_rest, b_sum_rest, b_acc_rest, b_shrink = softmax_step(b_s, b_max_rest, b_sum_rest, b_acc_rest)
+        b_p, b_max_rest, b_sum_rest, b_shrink = softmax_step(b_s, b_max_rest, b_sum_rest)
         b_sum_taken = b_sum_taken * b_shrink + tl.sum(tl.where(m_taken[None, :], b_p, 0.0), axis=1)
         b_p = tl.where(m_taken[None, :], b_p * (1 - b_beta)[:, None], b_p)
         b_v = tl.load(p_v + i_k[:, None] * stride_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
-        b_acc_rest += dot(b_p.to(b_v.dtype), b_v, PRECISION)
+        b_acc_rest = b_acc_rest * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)
 
     b_top = tl.maximum(b_max, b_max_rest)
     b_target, b_rest = tl.exp2(b_max - b_top), tl.exp2(b_max_rest - b_top)
@@ -129,23 +135,28 @@ def refocused_attention_kernel(
 
 
 @triton.jit
-def proxy_attention_kernel(
-    k_ptr,  # [L, B, H, T, D]
+def self_attention_kernel(
+    u_ptr,  # [L, B, H, T, D]
     v_ptr,  # [B, H, T, D]
-    out_ptr,  # [B, N, H, D] contiguous
+    bias_ptr,  # [2 gh - 1, 2 gw - 1] fp32 contiguous, read where BIAS
+    out_ptr,  # [B, T - FIRST, H, D] contiguous
     L,
     H,
     T,
+    gh,
+    gw,
     scale,  # times log2(e)
-    stride_kl,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_kd,
+    stride_ul,
+    stride_ub,
+    stride_uh,
+    stride_ut,
+    stride_ud,
     stride_vb,
     stride_vh,
     stride_vt,
     stride_vd,
+    BIAS: tl.constexpr,
+    FIRST: tl.constexpr,  # 1 drops the row and the column of CLS after the softmax
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -153,15 +164,15 @@ def proxy_attention_kernel(
     PRECISION: tl.constexpr,
 ):
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    o_m = 1 + tl.program_id(0) * BM + tl.arange(0, BM)  # rows of patches
+    o_m = FIRST + tl.program_id(0) * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     m_m = (o_m < T)[:, None] & m_d[None, :]
     p_v = v_ptr + i_b * stride_vb + i_h * stride_vh + o_d[None, :] * stride_vd
-    p_k = k_ptr + i_b * stride_kb + i_h * stride_kh
+    p_u = u_ptr + i_b * stride_ub + i_h * stride_uh
     b_out = tl.zeros([BM, BD], tl.float32)
     for _layer in range(0, L):
-        b_q = tl.load(p_k + o_m[:, None] * stride_kt + o_d[None, :] * stride_kd, mask=m_m, other=0.0)  # [BM, BD]
+        b_q = tl.load(p_u + o_m[:, None] * stride_ut + o_d[None, :] * stride_ud, mask=m_m, other=0.0)  # [BM, BD]
         b_max = tl.full([BM], -1e30, tl.float32)
         b_sum = tl.zeros([BM], tl.float32)
         b_acc = tl.zeros([BM, BD], tl.float32)
@@ -169,15 +180,21 @@ def proxy_attention_kernel(
             o_n = start + tl.arange(0, BN)
             m_n = o_n < T
             m_k = m_d[:, None] & m_n[None, :]
-            b_k = tl.load(p_k + o_n[None, :] * stride_kt + o_d[:, None] * stride_kd, mask=m_k, other=0.0)  # [BD, BN]
-            b_s = tl.where(m_n[None, :], dot(b_q, b_k, PRECISION) * scale, float("-inf"))
-            b_p, b_max, b_sum, b_acc, b_shrink = softmax_step(b_s, b_max, b_sum, b_acc)
-            m_v = (m_n & (o_n > 0))[:, None] & m_d[None, :]  # the value of CLS counts as 0
+            b_k = tl.load(p_u + o_n[None, :] * stride_ut + o_d[:, None] * stride_ud, mask=m_k, other=0.0)  # [BD, BN]
+            b_s = dot(b_q, b_k, PRECISION) * scale
+            if BIAS:
+                i_m, i_n = o_m - 1, o_n - 1  # patches; the logits of CLS have no bias
+                down = i_m[:, None] // gw - i_n[None, :] // gw + gh - 1
+                right = i_m[:, None] % gw - i_n[None, :] % gw + gw - 1
+                m_bias = ((i_m >= 0) & (o_m < T))[:, None] & ((i_n >= 0) & m_n)[None, :]
+                b_s += tl.load(bias_ptr + down * (2 * gw - 1) + right, mask=m_bias, other=0.0) * LOG2E
+            b_p, b_max, b_sum, b_shrink = softmax_step(tl.where(m_n[None, :], b_s, float("-inf")), b_max, b_sum)
+            m_v = (m_n & (o_n >= FIRST))[:, None] & m_d[None, :]
             b_v = tl.load(p_v + o_n[:, None] * stride_vt, mask=m_v, other=0.0)
-            b_acc += dot(b_p.to(b_v.dtype), b_v, PRECISION)
+            b_acc = b_acc * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)
         b_out += b_acc / b_sum[:, None]
-        p_k += stride_kl
-    p_out = out_ptr + ((i_b * (T - 1) + o_m[:, None] - 1) * H + i_h) * D + o_d[None, :]
+        p_u += stride_ul
+    p_out = out_ptr + ((i_b * (T - FIRST) + o_m[:, None] - FIRST) * H + i_h) * D + o_d[None, :]
     tl.store(p_out, (b_out / L).to(out_ptr.dtype.element_ty), mask=m_m)
 
 
@@ -200,17 +217,29 @@ def precision(hip: bool) -> str:
     return "ieee" if hip else "tf32x3"
 
 
+def on_hip() -> bool:
+    return torch.version.hip is not None
+
+
+def constants(D: int, dtype: torch.dtype) -> dict[str, object]:
+    """Compile-time arguments and launch options of the kernels that multiply tiles [., D]."""
+    return launch_options(D, dtype, on_hip()) | {"D": D, "PRECISION": precision(on_hip())}
+
+
+def strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
+    return {f"stride_{name}{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
+
+
 @triton_op("rfclip::refocused_attention", mutates_args={})
 def _refocused_attention(
     q: Tensor, k: Tensor, v: Tensor, distraction: Tensor, target: Tensor, beta: float, scale: float
 ) -> Tensor:
     B, H, T, D = q.shape
-    taken = torch.nn.functional.pad(distraction, (1, 0))  # [B, T]
-    given = torch.nn.functional.pad(target, (T - target.shape[1], 0)) & ~taken
+    taken = F.pad(distraction, (1, 0))  # [B, T]
+    given = F.pad(target, (T - target.shape[1], 0)) & ~taken
     order = torch.argsort(~given, dim=1, stable=True)
     out = q.new_empty((B, T, H, D))
-    hip = torch.version.hip is not None
-    options = launch_options(D, q.dtype, hip)
+    options = constants(D, q.dtype)
     if B:
         wrap_triton(refocused_attention_kernel)[(triton.cdiv(T, options["BM"]), B * H)](
             q_ptr=q,
@@ -227,39 +256,36 @@ def _refocused_attention(
             **strides("q", q, "bhtd"),
             **strides("k", k, "bhtd"),
             **strides("v", v, "bhtd"),
-            D=D,
-            PRECISION=precision(hip),
             **options,
         )
     return out
 
 
-@triton_op("rfclip::proxy_attention", mutates_args={})
-def _proxy_attention(keys: Tensor, v: Tensor, scale: float) -> Tensor:
-    L, B, H, T, D = keys.shape
-    out = v.new_empty((B, T - 1, H, D))
-    hip = torch.version.hip is not None
-    options = launch_options(D, v.dtype, hip)
+@triton_op("rfclip::self_attention", mutates_args={})
+def _self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, first: int) -> Tensor:
+    L, B, H, T, D = u.shape
+    gh, gw = (1, 1) if bias is None else ((side + 1) // 2 for side in bias.shape)
+    out = v.new_empty((B, T - first, H, D))
+    options = constants(D, v.dtype)
     if B:
-        wrap_triton(proxy_attention_kernel)[(triton.cdiv(T - 1, options["BM"]), B * H)](
-            k_ptr=keys,
+        wrap_triton(self_attention_kernel)[(triton.cdiv(T - first, options["BM"]), B * H)](
+            u_ptr=u,
             v_ptr=v,
+            bias_ptr=out if bias is None else bias.float().contiguous(),
             out_ptr=out,
             L=L,
             H=H,
             T=T,
+            gh=gh,
+            gw=gw,
             scale=scale * LOG2E.value,
-            **strides("k", keys, "lbhtd"),
+            **strides("u", u, "lbhtd"),
             **strides("v", v, "bhtd"),
-            D=D,
-            PRECISION=precision(hip),
+            BIAS=bias is not None,
+            FIRST=first,
             **options,
         )
     return out
-
-
-def strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
-    return {f"stride_{name}{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
 
 
 def refocused_attention(
@@ -285,18 +311,29 @@ def refocused_attention(
         this gives what exact arithmetic gives.
 
     Raises:
-        ValueError: as the reference; an input is float64 or requires a gradient.
+        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
     """
-    sizes = tensor_sizes("q", q, "B H T D")
-    tensor_sizes("k", k, "B H T D", sizes, q.dtype)
-    tensor_sizes("v", v, "B H T D", sizes, q.dtype)
-    tensor_sizes("distraction", distraction, "B N", sizes, torch.bool)
-    tensor_sizes("target", target, "B N | B T", sizes, torch.bool)
-    check_number("beta", beta, 0, 1)
-    scale = sizes["D"] ** -0.5 if scale is None else scale
-    check_number("scale", scale)
-    refuse_gradients(q=q, k=k, v=v)
-    return _refocused_attention(q, k, v, distraction, target, float(beta), float(scale)).transpose(1, 2)
+    scale = refocused_inputs(q, k, v, distraction, target, beta, scale)
+    check_launch(q=q, k=k, v=v)
+    return _refocused_attention(q, k, v, distraction, target, float(beta), scale).transpose(1, 2)
+
+
+def self_attention(u: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float | None = None) -> Tensor:
+    """`rfclip.reference.self_attention` as one flash sweep; the bias is looked up, and never a matrix in memory.
+
+    Args:
+        u, v: [B, H, T, D] of one dtype, fp32, fp16 or bf16, with any strides.
+        bias, scale: as the reference.
+
+    Returns:
+        [B, H, T, D] of that dtype, a view of memory laid out [B, T, H, D]. Logits, softmax and sums are fp32.
+
+    Raises:
+        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
+    """
+    scale = self_inputs(u, v, bias, scale)
+    check_launch(u=u, v=v)
+    return _self_attention(u[None], v, bias, scale, 0).transpose(1, 2)
 
 
 def proxy_attention(keys: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -310,11 +347,8 @@ def proxy_attention(keys: Tensor, v: Tensor, *, scale: float | None = None) -> T
         [B, H, N, D] of that dtype, a view of memory laid out [B, N, H, D]. Logits, softmax and sums are fp32.
 
     Raises:
-        ValueError: as the reference; an input is float64 or requires a gradient.
+        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
     """
-    sizes = tensor_sizes("keys", keys, "L B H T D")
-    tensor_sizes("v", v, "B H T D", sizes, keys.dtype)
-    scale = sizes["D"] ** -0.5 if scale is None else scale
-    check_number("scale", scale)
-    refuse_gradients(keys=keys, v=v)
-    return _proxy_attention(keys, v, float(scale)).transpose(1, 2)
+    scale = proxy_inputs(keys, v, scale)
+    check_launch(keys=keys, v=v)
+    return _self_attention(keys, v, None, scale, 1).transpose(1, 2)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from rfclip_kernels.checks import check_number, dimension_list, grid_sides, refuse_gradients, tensor_sizes, window_side
+from rfclip_kernels.checks import check_launch, masked_tokens, scores_inputs
 
 BLOCK_TOKENS = 16
 BLOCK_WIDTH = 128
@@ -61,12 +61,11 @@ def distraction_scores_kernel(
 
 @triton.jit
 def redistribute_kernel(
-    x_ptr,  # [B, N, d], values before the update
+    before_ptr,  # [B, N, |D_dis|] contiguous, the values of x before the update
     mask_ptr,  # [B, N] bool
-    out_ptr,  # [B, N, d] contiguous, a copy of x
+    x_ptr,  # [B, N, d], updated
     gh,
     gw,
-    d,
     stride_xb,
     stride_xn,
     stride_xd,
@@ -81,7 +80,6 @@ def redistribute_kernel(
     m_n = o_n < gh * gw
     m_n &= tl.load(mask_ptr + i_b * stride_mb + o_n * stride_mn, mask=m_n, other=0) != 0
     row, column = o_n // gw, o_n % gw
-    p_x = x_ptr + i_b * stride_xb
     for j in tl.static_range(len(DIMS)):
         b_sum = tl.zeros([BN], tl.float32)
         b_count = tl.zeros([BN], tl.float32)
@@ -89,11 +87,11 @@ def redistribute_kernel(
             if place != SIZE * SIZE // 2:
                 r, c = row + place // SIZE - SIZE // 2, column + place % SIZE - SIZE // 2
                 m_near = m_n & (r >= 0) & (r < gh) & (c >= 0) & (c < gw)
-                b_x = tl.load(p_x + (r * gw + c) * stride_xn + DIMS[j] * stride_xd, mask=m_near, other=0.0)
-                b_sum += b_x.to(tl.float32)
+                p_near = before_ptr + (i_b * gh * gw + r * gw + c) * len(DIMS) + j
+                b_sum += tl.load(p_near, mask=m_near, other=0.0).to(tl.float32)
                 b_count += m_near.to(tl.float32)
-        b_mean = (b_sum / tl.maximum(b_count, 1.0)).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + (i_b * gh * gw + o_n) * d + DIMS[j], b_mean, mask=m_n & (b_count > 0))
+        b_mean = (b_sum / tl.maximum(b_count, 1.0)).to(x_ptr.dtype.element_ty)
+        tl.store(x_ptr + i_b * stride_xb + o_n * stride_xn + DIMS[j] * stride_xd, b_mean, mask=m_n & (b_count > 0))
 
 
 @triton_op("rfclip::distraction_scores", mutates_args={})
@@ -119,18 +117,16 @@ def _distraction_scores(x: Tensor, dims: list[int], threshold: float | None, shi
     return out
 
 
-@triton_op("rfclip::redistribute_embeddings", mutates_args={})
-def _redistribute_embeddings(x: Tensor, mask: Tensor, dims: list[int], gh: int, gw: int, size: int) -> Tensor:
-    B, N, d = x.shape
-    out = x.clone(memory_format=torch.contiguous_format)
+@triton_op("rfclip::redistribute_embeddings_", mutates_args={"x"})
+def _redistribute_embeddings_(x: Tensor, mask: Tensor, dims: list[int], gh: int, gw: int, size: int) -> None:
+    B, N, _ = x.shape
     if B:
         wrap_triton(redistribute_kernel)[(triton.cdiv(N, BLOCK_TOKENS), B)](
-            x_ptr=x,
+            before_ptr=torch.stack([x[:, :, j] for j in dims], dim=-1),
             mask_ptr=mask,
-            out_ptr=out,
+            x_ptr=x,
             gh=gh,
             gw=gw,
-            d=d,
             stride_xb=x.stride(0),
             stride_xn=x.stride(1),
             stride_xd=x.stride(2),
@@ -140,17 +136,16 @@ def _redistribute_embeddings(x: Tensor, mask: Tensor, dims: list[int], gh: int, 
             SIZE=size,
             BN=BLOCK_TOKENS,
         )
-    return out
 
 
 def distraction_scores(x: Tensor, dims: Sequence[int], *, shifted: bool = True) -> Tensor:
     """`rfclip.reference.distraction_scores` in one pass over x [B, N, d], fp32, fp16 or bf16: float32 [B, N].
 
     Raises:
-        ValueError: as the reference; x is float64 or requires a gradient.
+        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
     """
-    dims = dimension_list(dims, tensor_sizes("x", x, "B N d")["d"])
-    refuse_gradients(x=x)
+    dims, _ = scores_inputs(x, dims, None)
+    check_launch(x=x)
     if not dims:
         return x.new_zeros(x.shape[:2], dtype=torch.float32)
     return _distraction_scores(x, dims, None, shifted)
@@ -160,31 +155,28 @@ def distraction_mask(x: Tensor, dims: Sequence[int], threshold: float | None = N
     """`rfclip.reference.distraction_mask` in one pass over x [B, N, d], fp32, fp16 or bf16: bool [B, N].
 
     Raises:
-        ValueError: as the reference; x is float64 or requires a gradient.
+        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
     """
-    dims = dimension_list(dims, tensor_sizes("x", x, "B N d")["d"])
-    threshold = 5 / x.shape[-1] if threshold is None else threshold
-    check_number("threshold", threshold)
-    refuse_gradients(x=x)
+    dims, threshold = scores_inputs(x, dims, threshold)
+    check_launch(x=x)
     if not dims:
         return x.new_zeros(x.shape[:2], dtype=torch.bool)
-    return _distraction_scores(x, dims, float(threshold), shifted)
+    return _distraction_scores(x, dims, threshold, shifted)
 
 
 def redistribute_embeddings(
-    x: Tensor, mask: Tensor, dims: Sequence[int], grid: tuple[int, int], *, size: int = 3
+    x: Tensor, mask: Tensor, dims: Sequence[int], grid: tuple[int, int], *, size: int = 3, inplace: bool = False
 ) -> Tensor:
     """`rfclip.reference.redistribute_embeddings`: x [B, N, d], fp32, fp16 or bf16, and mask bool [B, N] to [B, N, d].
 
+    Only D_dis of masked tokens is written, from a copy of the D_dis of all tokens.
+
     Raises:
-        ValueError: as the reference; x is float64 or requires a gradient.
+        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
     """
-    sizes = tensor_sizes("x", x, "B N d")
-    tensor_sizes("mask", mask, "B N", sizes, torch.bool)
-    dims = dimension_list(dims, sizes["d"])
-    gh, gw = grid_sides(grid, sizes["N"])
-    window_side(size)
-    refuse_gradients(x=x)
-    if not dims:
-        return x.clone(memory_format=torch.contiguous_format)
-    return _redistribute_embeddings(x, mask, dims, gh, gw, size)
+    dims, (gh, gw) = masked_tokens(x, mask, dims, grid, size)
+    check_launch(x=x)
+    out = x if inplace else x.clone()
+    if dims:
+        _redistribute_embeddings_(out, mask, dims, gh, gw, size)
+    return out

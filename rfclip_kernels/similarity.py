@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from rfclip_kernels.attention import LOG2E, dot, launch_options, precision, strides
-from rfclip_kernels.checks import check_number, layer_count, refuse_gradients, tensor_sizes
+from rfclip_kernels.attention import LOG2E, constants, dot, softmax_step, strides
+from rfclip_kernels.checks import check_launch, query_key, similarity_inputs
 
 
 @triton.jit
@@ -53,9 +53,7 @@ def row_logsumexp_kernel(
         m_n = o_n < T
         b_k = tl.load(p_k + o_n[None, :] * stride_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
         b_s = tl.where(m_n[None, :], dot(b_q, b_k, PRECISION) * scale, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
-        b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_s - b_new[:, None]), axis=1)
-        b_max = b_new
+        _p, b_max, b_sum, _shrink = softmax_step(b_s, b_max, b_sum)
     tl.store(out_ptr + (i_b * H + i_h) * T + o_m, b_max + tl.log2(b_sum), mask=o_m < T)
 
 
@@ -63,16 +61,18 @@ def row_logsumexp_kernel(
 def key_similarity_kernel(
     k_ptr,  # [B, H, T, D]
     lse_ptr,  # [B, H, T]
-    running_ptr,  # [B, N, N] fp32 contiguous, read where count > 0
-    out_ptr,  # [B, N, N] fp32 contiguous
+    running_ptr,  # [B, N, N] fp32, read where count > 0, and written
     H,
     T,
     count,
-    scale,
+    scale,  # times log2(e)
     stride_kb,
     stride_kh,
     stride_kt,
     stride_kd,
+    stride_sb,
+    stride_sm,
+    stride_sn,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -94,11 +94,10 @@ def key_similarity_kernel(
         b_mean += tl.exp2(dot(b_q, b_k, PRECISION) * scale - b_lse[:, None])
         p_k += stride_kh
         p_lse += T
-    N = T - 1
     m_out = (o_m < T)[:, None] & (o_n < T)[None, :]
-    o_out = (i_b * N + o_m[:, None] - 1) * N + o_n[None, :] - 1
-    b_before = tl.load(running_ptr + o_out, mask=m_out & (count > 0), other=0.0)
-    tl.store(out_ptr + o_out, (b_before * count + b_mean / H) / (count + 1), mask=m_out)
+    p_out = running_ptr + i_b * stride_sb + (o_m[:, None] - 1) * stride_sm + (o_n[None, :] - 1) * stride_sn
+    b_before = tl.load(p_out, mask=m_out & (count > 0), other=0.0)
+    tl.store(p_out, (b_before * count + b_mean / H) / (count + 1), mask=m_out)
 
 
 @triton.jit
@@ -147,10 +146,11 @@ def received_attention_kernel(
     tl.store(out_ptr + i_b * (T - 1) + o_n - 1, b_sum / (H * (T - 1)), mask=o_n < T)
 
 
-def _row_logsumexp(q: Tensor, k: Tensor, scale: float, constants: dict[str, object]) -> Tensor:
-    B, H, T, _ = q.shape
+def _row_logsumexp(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    B, H, T, D = q.shape
     out = q.new_empty((B, H, T), dtype=torch.float32)
-    wrap_triton(row_logsumexp_kernel)[(triton.cdiv(T, constants["BM"]), B * H)](
+    options = constants(D, q.dtype)
+    wrap_triton(row_logsumexp_kernel)[(triton.cdiv(T, options["BM"]), B * H)](
         q_ptr=q,
         k_ptr=k,
         out_ptr=out,
@@ -159,86 +159,75 @@ def _row_logsumexp(q: Tensor, k: Tensor, scale: float, constants: dict[str, obje
         scale=scale * LOG2E.value,
         **strides("q", q, "bhtd"),
         **strides("k", k, "bhtd"),
-        **constants,
+        **options,
     )
     return out
 
 
-def _constants(k: Tensor) -> dict[str, object]:
-    hip = torch.version.hip is not None
-    return launch_options(k.shape[-1], k.dtype, hip) | {"D": k.shape[-1], "PRECISION": precision(hip)}
-
-
-@triton_op("rfclip::key_similarity", mutates_args={})
-def _key_similarity(k: Tensor, running: Tensor | None, count: int, scale: float) -> Tensor:
-    B, H, T, _ = k.shape
-    out = k.new_empty((B, T - 1, T - 1), dtype=torch.float32)
-    constants = _constants(k)
+@triton_op("rfclip::key_similarity_", mutates_args={"running"})
+def _key_similarity_(k: Tensor, running: Tensor, count: int, scale: float) -> None:
+    B, H, T, D = k.shape
+    options = constants(D, k.dtype)
     if B:
-        lse = _row_logsumexp(k, k, scale, constants)
-        grid = (triton.cdiv(T - 1, constants["BM"]), triton.cdiv(T - 1, constants["BN"]), B)
-        wrap_triton(key_similarity_kernel)[grid](
+        wrap_triton(key_similarity_kernel)[(triton.cdiv(T - 1, options["BM"]), triton.cdiv(T - 1, options["BN"]), B)](
             k_ptr=k,
-            lse_ptr=lse,
-            running_ptr=out if running is None else running.contiguous(),
-            out_ptr=out,
+            lse_ptr=_row_logsumexp(k, k, scale),
+            running_ptr=running,
             H=H,
             T=T,
             count=count,
             scale=scale * LOG2E.value,
             **strides("k", k, "bhtd"),
-            **constants,
+            **strides("s", running, "bmn"),
+            **options,
         )
-    return out
 
 
 @triton_op("rfclip::received_attention", mutates_args={})
 def _received_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    B, H, T, _ = q.shape
+    B, H, T, D = q.shape
     out = q.new_empty((B, T - 1), dtype=torch.float32)
-    constants = _constants(k)
+    options = constants(D, q.dtype)
     if B:
-        lse = _row_logsumexp(q, k, scale, constants)
-        wrap_triton(received_attention_kernel)[(triton.cdiv(T - 1, constants["BN"]), B)](
+        wrap_triton(received_attention_kernel)[(triton.cdiv(T - 1, options["BN"]), B)](
             q_ptr=q,
             k_ptr=k,
-            lse_ptr=lse,
+            lse_ptr=_row_logsumexp(q, k, scale),
             out_ptr=out,
             H=H,
             T=T,
             scale=scale * LOG2E.value,
             **strides("q", q, "bhtd"),
             **strides("k", k, "bhtd"),
-            **constants,
+            **options,
         )
     return out
 
 
-def key_similarity(k: Tensor, running: Tensor | None = None, count: int = 0, *, scale: float | None = None) -> Tensor:
+def key_similarity(
+    k: Tensor, running: Tensor | None = None, count: int = 0, *, scale: float | None = None, inplace: bool = False
+) -> Tensor:
     """`rfclip.reference.key_similarity`: k [B, H, T, D], fp32, fp16 or bf16, with any strides, to fp32 [B, N, N].
 
     Raises:
-        ValueError: as the reference; k is float64 or requires a gradient.
+        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
     """
-    sizes = tensor_sizes("k", k, "B H T D")
-    layer_count(count, running)
-    if running is not None:
-        tensor_sizes("running", running, "B N N", sizes, torch.float32)
-    scale = sizes["D"] ** -0.5 if scale is None else scale
-    check_number("scale", scale)
-    refuse_gradients(k=k)
-    return _key_similarity(k, running, count, float(scale))
+    sizes, scale = similarity_inputs(k, running, count, scale, torch.float32)
+    check_launch(k=k)
+    if running is None:
+        running = k.new_empty((sizes["B"], sizes["N"], sizes["N"]), dtype=torch.float32)
+    elif not inplace:
+        running = running.clone()
+    _key_similarity_(k, running, count, scale)
+    return running
 
 
 def received_attention(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
     """`rfclip.reference.received_attention`: q, k [B, H, T, D], fp32, fp16 or bf16, with any strides, to fp32 [B, N].
 
     Raises:
-        ValueError: as the reference; q or k is float64 or requires a gradient.
+        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
     """
-    sizes = tensor_sizes("q", q, "B H T D")
-    tensor_sizes("k", k, "B H T D", sizes, q.dtype)
-    scale = sizes["D"] ** -0.5 if scale is None else scale
-    check_number("scale", scale)
-    refuse_gradients(q=q, k=k)
-    return _received_attention(q, k, float(scale))
+    _, scale = query_key(scale, q=q, k=k)
+    check_launch(q=q, k=k)
+    return _received_attention(q, k, scale)

@@ -17,7 +17,7 @@ from rfclip import reference
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run as TRITON_INTERPRET=1 pytest tests/test_kernels.py"
 
-from rfclip_kernels import attention, distraction, similarity  # noqa: E402
+from rfclip_kernels import attention, cut, distraction, refinement, similarity, upsample  # noqa: E402
 
 # Largest relative RMS error against float64 on the same rounded inputs.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -25,8 +25,17 @@ GUARD = 64  # bytes on either side of a written buffer
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 # B, H, T, D: T below, at and beyond tiles of 64, and head dimensions that are no power of two.
-SIZES = [(1, 1, 2, 32), (2, 3, 17, 64), (1, 2, 65, 80), (1, 1, 130, 96), (1, 2, 64, 128), (2, 1, 198, 64)]
-sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: "B{}-H{}-T{}-D{}".format(*s))
+SIZES = [
+    (1, 1, 2, 32),
+    (2, 3, 17, 64),
+    (1, 2, 65, 80),
+    (1, 1, 130, 96),
+    (1, 2, 64, 128),
+    (2, 1, 198, 64),
+]
+CASES = [(size, dtype) for size in SIZES for dtype in TOLERANCE] + [((1, 1, 600, 64), torch.float32)]
+NAMES = ["B{}-H{}-T{}-D{}-{}".format(*size, str(dtype).removeprefix("torch.")) for size, dtype in CASES]
+sizes = pytest.mark.parametrize(("size", "dtype"), CASES, ids=NAMES)
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +140,10 @@ def test_redistribution(dtype, grid, size, pattern):
     want = reference.redistribute_embeddings(x.double(), mask, [0, 7], grid, size=size)
     got = distraction.redistribute_embeddings(inside_nan(x), mask, [0, 7], grid, size=size)
     check(got, want, dtype)
+    view = inside_nan(x)
+    assert distraction.redistribute_embeddings(view, mask, [0, 7], grid, size=size, inplace=True) is view
+    assert torch.equal(view, got)
+    assert view._base.isnan().sum() == view._base.numel() - view.numel()
     untouched = torch.ones(x.shape, dtype=torch.bool)
     untouched[..., [0, 7]] = ~mask[..., None]
     assert torch.equal(got[untouched], x[untouched])
@@ -139,7 +152,6 @@ def test_redistribution(dtype, grid, size, pattern):
 # Attention -----------------------------------------------------------------------------------------------------------
 
 
-@dtypes
 @sizes
 def test_refocused_attention(size, dtype):
     B, H, T, D = size
@@ -205,7 +217,6 @@ def test_scores_from_minus_sixty_to_sixty(dtype):
         check(attention.refocused_attention(q, k, v, dis, target, 0.7, scale=1.0), want, dtype)
 
 
-@dtypes
 @pytest.mark.parametrize("L", [1, 3])
 @sizes
 def test_proxy_attention(size, L, dtype):
@@ -215,6 +226,17 @@ def test_proxy_attention(size, L, dtype):
 
 
 @dtypes
+@pytest.mark.parametrize(("grid", "D"), [((1, 1), 32), ((4, 9), 64), ((7, 3), 80), ((9, 16), 32)], ids=str)
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+def test_self_attention(grid, D, biased, dtype):
+    u, v = (randn(2, 2, math.prod(grid) + 1, D, seed=seed, spread=0.6, dtype=dtype) for seed in (10, 11))
+    table = randn(2 * grid[0] - 1, 2 * grid[1] - 1, seed=12) if biased else None
+    want = reference.self_attention(u.double(), v.double(), table)
+    if biased and grid != (1, 1):
+        assert not torch.allclose(want, reference.self_attention(u.double(), v.double()), atol=0.01)
+    check(attention.self_attention(inside_nan(u), inside_nan(v), inside_nan(table) if biased else None), want, dtype)
+
+
 @sizes
 def test_key_similarity(size, dtype):
     first, second = (randn(*size, seed=seed, dtype=dtype) for seed in (6, 7))
@@ -222,15 +244,108 @@ def test_key_similarity(size, dtype):
     got = similarity.key_similarity(inside_nan(first))
     check(got, want, torch.float32)
     want = reference.key_similarity(second.double(), want, 1)
-    check(similarity.key_similarity(second, got, 1), want, torch.float32)
+    both = similarity.key_similarity(second, got, 1)
+    check(both, want, torch.float32)
+    view = inside_nan(got)
+    assert similarity.key_similarity(second, view, 1, inplace=True) is view
+    assert torch.equal(view, both)
+    assert view._base.isnan().sum() == view._base.numel() - view.numel()
 
 
-@dtypes
 @sizes
 def test_received_attention(size, dtype):
     q, k = (randn(*size, seed=seed, dtype=dtype) for seed in (8, 9))
     want = reference.received_attention(q.double(), k.double())
     check(similarity.received_attention(inside_nan(q), inside_nan(k)), want, torch.float32)
+
+
+# The graph cut --------------------------------------------------------------------------------------------------------
+
+
+def clusters(B, grid, dtype=torch.float32):
+    """S [B, N, N] of keys in two unequal groups."""
+    N = math.prod(grid)
+    keys = randn(B, 1, N + 1, 16, seed=0, spread=0.6)
+    keys[:, :, : 1 + N // 3, 0] += 3
+    keys[:, :, 1 + N // 3 :, 1] += 3
+    return reference.key_similarity(keys).to(dtype)
+
+
+def eigenvalues(S):
+    """Of Deg^-1/2 W Deg^-1/2, ascending, [B, N]."""
+    W = (S.double() + S.double().mT) / 2
+    root = W.sum(dim=-1).rsqrt()
+    return torch.linalg.eigvalsh(root[:, :, None] * W * root[:, None, :])
+
+
+def check_vector(got, similarity, tolerance):
+    want = reference.fiedler_vector(similarity.double())
+    assert got.dtype == torch.float32
+    assert got.isfinite().all()
+    error = (got.double() - want).norm(dim=-1) / want.norm(dim=-1)
+    assert (error <= tolerance).all(), error
+
+
+GRIDS = [((1, 2), torch.bfloat16), ((3, 3), torch.float16), ((5, 7), torch.float16), ((1, 32), torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("grid", "dtype"), [*GRIDS, ((10, 13), torch.float32), ((15, 20), torch.float32)], ids=str)
+def test_fiedler_vector(grid, dtype):
+    S = clusters(2, grid, dtype)
+    values = eigenvalues(S)
+    assert len(S[0]) < 3 or (values[:, -2] - values[:, -3] > 0.15).all()  # resolved
+    check_vector(cut.fiedler_vector(inside_nan(S)), S, 2e-5)
+
+
+def test_a_near_start_ends_nearer():
+    keys = randn(1, 1, 101, 16, seed=0, spread=0.7)
+    S, before = (reference.key_similarity(k) for k in (keys, keys + 0.05 * randn(1, 1, 101, 16, seed=1)))
+    start = reference.fiedler_vector(before)
+    with pytest.raises(AssertionError):
+        check_vector(start, S, 0.05)
+    check_vector(cut.fiedler_vector(S), S, 2e-5)
+    check_vector(cut.fiedler_vector(S, start), S, 2e-6)
+
+
+def test_what_fifteen_steps_cannot_resolve():
+    """Two eigenvalues less than 0.0015 apart: from nothing the vector is another, from the right one it stays."""
+    S = reference.key_similarity(randn(1, 1, 101, 16, seed=0, spread=0.9))
+    values = eigenvalues(S)[0]
+    assert 0.0001 < values[-2] - values[-3] < 0.0015
+    with pytest.raises(AssertionError):
+        check_vector(cut.fiedler_vector(S), S, 0.1)
+    check_vector(cut.fiedler_vector(S, reference.fiedler_vector(S)), S, 1e-4)
+
+
+def test_fiedler_vector_of_a_single_patch_and_of_tokens_like_no_other():
+    assert cut.fiedler_vector(torch.ones(2, 1, 1)).tolist() == [[0.0], [0.0]]
+    S = clusters(2, (3, 4))
+    S[:, 5], S[:, :, 5] = 0, 0
+    got = cut.fiedler_vector(S)
+    check_vector(got, S, 1e-5)
+    assert (got[:, 5] == 0).all()
+    degree = ((S + S.mT) / 2).sum(dim=-1)
+    torch.testing.assert_close((degree * got**2).sum(dim=-1), torch.ones(2))
+    assert (got.gather(1, got.abs().argmax(dim=1, keepdim=True)) > 0).all()
+
+
+def test_separate_groups():
+    """Without any similarity between two groups the second eigenvalue is 1 as well, and the vector tells them apart."""
+    S = torch.block_diag(torch.ones(5, 5), torch.ones(9, 9))[None]
+    check_vector(cut.fiedler_vector(S), S, 1e-5)
+
+
+@dtypes
+@pytest.mark.parametrize("threshold", ["mean", "otsu"])
+@pytest.mark.parametrize("N", [1, 2, 17, 300])
+def test_defocus_mask(N, threshold, dtype):
+    y = randn(3, N, seed=13, dtype=dtype)
+    y[0] = torch.where(torch.arange(N) % 3 == 0, y[0] + 2, y[0] * 0.1)
+    want = reference.defocus_mask(y.double(), threshold=threshold)
+    assert N == 1 or want.any(dim=1).all()
+    assert torch.equal(cut.defocus_mask(inside_nan(y), threshold=threshold), want)
+    equal = cut.defocus_mask(torch.full((1, N), 0.25, dtype=dtype), threshold=threshold)
+    assert not equal.any()
 
 
 def test_packed_projections_are_read_in_place_and_written_as_the_output_projection_reads():
@@ -269,6 +384,99 @@ def test_invariants(seed, T, beta, spread):
         torch.testing.assert_close(emptied, want, rtol=1e-4, atol=1e-5)
 
 
+# From patches to pixels ----------------------------------------------------------------------------------------------
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("K", "grid", "side", "size", "corners"),
+    [
+        (1, (1, 1), 1, (1, 3), [(0, 2), (0, 0), (0, 1)]),
+        (5, (2, 3), 5, (7, 6), [(0, 0), (0, 1), (2, 0), (1, 1), (2, 1)]),
+        (2, (7, 5), 4, (5, 4), [(1, 0), (0, 0)]),
+        (2, (2, 4), 6, (6, 20), [(0, left) for left in (0, 3, 6, 9, 12, 14)]),
+        (4, (6, 6), 3, (3, 3), [(0, 0)]),
+    ],
+    ids=str,
+)
+def test_average_windows(monkeypatch, dtype, K, grid, side, size, corners):
+    monkeypatch.setattr(upsample, "BLOCK_COLUMNS", 16)
+    logits = randn(len(corners), K, *grid, seed=10, dtype=dtype)
+    want = reference.average_windows(logits.double(), corners, side, size)
+    check(upsample.average_windows(inside_nan(logits), corners, side, size), want, torch.float32)
+
+
+PICTURES = [  # class of each name, size of the logits, size of the picture
+    ([0], (3, 4), (5, 6)),
+    ([0, 2, 1, 2, 0], (5, 9), (11, 150)),
+    ([3, 0, 1, 0, 7, 1, 2, 5, 5], (13, 12), (6, 5)),
+    ([1, 0, 1, 2], (1, 6), (1, 13)),
+    ([0, 1, 2], (6, 1), (9, 1)),
+]
+
+
+@dtypes
+@pytest.mark.parametrize("threshold", [None, 0.8], ids=str)
+@pytest.mark.parametrize(("names", "before", "size"), PICTURES, ids=str)
+def test_upsample_argmax(dtype, threshold, names, before, size):
+    logits, class_of_name = randn(len(names), *before, seed=11, dtype=dtype), torch.tensor(names)
+    classes = max(names) + 1
+    probabilities = reference.class_probabilities(logits.double(), size, 2.0, class_of_name, classes)
+    best, want = probabilities.max(dim=0)
+    clear = best - (probabilities.topk(2, dim=0).values[1] if classes > 1 else 0) > 1e-4
+    if threshold is not None:
+        want[best < threshold] = -1
+        clear &= (best - threshold).abs() > 1e-4
+        assert len(names) == 1 or 0 < (want == -1).sum() < want.numel()
+    assert clear.double().mean() > 0.99
+    every_second = torch.stack([class_of_name, class_of_name - 9], dim=1)[:, 0]
+    got = upsample.upsample_argmax(inside_nan(logits), size, 2.0, every_second, threshold)
+    assert got.dtype == torch.int32
+    assert torch.equal(got[clear].long(), want[clear])
+
+
+def test_the_lowest_of_equal_classes_wins():
+    plane = randn(1, 3, 4, seed=12)
+    low, equal = plane - 1, [plane] * 9  # names of one block, and of two
+    for logits, names, lowest in (
+        ([low, *equal[:3]], [0, 3, 1, 2], 1),
+        ([*equal, low], [8, 7, 6, 5, 4, 3, 2, 1, 9, 0], 1),
+        ([*equal, low], [1, 2, 3, 4, 5, 6, 7, 8, 9, 0], 1),
+        ([low, *equal], [0, *[5] * 9], 5),
+    ):
+        labels = upsample.upsample_argmax(torch.cat(logits), (5, 7), 9.0, torch.tensor(names))
+        assert labels.unique().tolist() == [lowest]
+        assert upsample.upsample_argmax(torch.cat(logits), (2, 2), 9.0, torch.tensor(names), 0.34).unique() == -1
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("size", "dilations", "iterations"),
+    [
+        ((2, 1, 3, 1, 1), (1,), 1),
+        ((1, 3, 2, 1, 135), (1, 8), 2),
+        ((1, 3, 2, 9, 1), (2, 1, 3), 3),
+        ((2, 3, 2, 5, 8), (8, 16), 3),
+        ((1, 4, 1, 4, 3), (1,), 0),
+    ],
+    ids=str,
+)
+def test_pamr(dtype, size, dilations, iterations):
+    B, channels, C, H, W = size
+    image, mask = randn(B, channels, H, W, seed=13, dtype=dtype), randn(B, C, H, W, seed=14, dtype=dtype)
+    want = reference.pamr(image.double(), mask.double(), iterations, dilations)
+    check(refinement.pamr(inside_nan(image), inside_nan(mask), iterations, dilations), want, dtype)
+
+
+def test_pamr_of_a_flat_picture_and_of_two_dtypes():
+    image, mask = torch.full((1, 3, 5, 6), 0.3), randn(1, 1, 5, 6, seed=14)
+    check(
+        refinement.pamr(image, mask, 2, (1, 2)), reference.pamr(image.double(), mask.double(), 2, (1, 2)), torch.float32
+    )
+    image, mask = randn(1, 3, 4, 5, seed=13), mask[..., :4, :5].half()
+    check(refinement.pamr(image, mask), reference.pamr(image.double(), mask.double()), torch.float16)
+
+
 # Errors --------------------------------------------------------------------------------------------------------------
 
 
@@ -278,11 +486,18 @@ def test_what_the_kernels_refuse():
     calls = [
         lambda t: attention.refocused_attention(t(q), q.to(t(q).dtype), q.to(t(q).dtype), mask, mask, 0.7),
         lambda t: attention.proxy_attention(t(q)[None], q.to(t(q).dtype)),
+        lambda t: attention.self_attention(t(q), q.to(t(q).dtype)),
         lambda t: similarity.key_similarity(t(q)),
         lambda t: similarity.received_attention(t(q), q.to(t(q).dtype)),
         lambda t: distraction.distraction_scores(t(x), [1]),
         lambda t: distraction.distraction_mask(t(x), [1]),
         lambda t: distraction.redistribute_embeddings(t(x), mask, [1], (1, 2)),
+        lambda t: cut.fiedler_vector(t(q)[0, :, :3, :3]),
+        lambda t: cut.defocus_mask(t(q)[0, 0]),
+        lambda t: upsample.average_windows(t(q), [(0, 0)], 2, (2, 2)),
+        lambda t: upsample.upsample_argmax(t(x), (2, 2), 1.0, torch.zeros(1, dtype=torch.int64)),
+        lambda t: refinement.pamr(t(q), q, 1),
+        lambda t: refinement.pamr(q, t(q), 1),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="is float64: the Triton kernels take.*use the reference"):
@@ -299,7 +514,11 @@ def test_an_empty_batch():
     q, mask, x = torch.zeros(0, 2, 5, 32), torch.zeros(0, 4, dtype=torch.bool), torch.zeros(0, 4, 8)
     assert attention.refocused_attention(q, q, q, mask, mask, 0.7).shape == (0, 2, 5, 32)
     assert attention.proxy_attention(q[None], q).shape == (0, 2, 4, 32)
+    assert attention.self_attention(q, q).shape == (0, 2, 5, 32)
     assert similarity.key_similarity(q).shape == (0, 4, 4)
+    assert cut.fiedler_vector(q[:, 0, :4, :4]).shape == (0, 4)
+    assert cut.defocus_mask(q[:, 0, :, 0]).shape == (0, 5)
     assert similarity.received_attention(q, q).shape == (0, 4)
     assert distraction.distraction_mask(x, [1]).shape == (0, 4)
     assert distraction.redistribute_embeddings(x, mask, [1], (2, 2)).shape == (0, 4, 8)
+    assert refinement.pamr(q, q, 2).shape == (0, 2, 5, 32)

@@ -189,6 +189,69 @@ def brute_filtered(x, mask, grid, size, statistic):
     return float64(after)
 
 
+def brute_resized(plane, H, W):
+    """Bilinear samples at the centres of H x W pixels over the plane; its edge repeats beyond its own centres."""
+    h, w = len(plane), len(plane[0])
+
+    def taps(place, length, size):
+        at = min(max((place + 0.5) * length / size - 0.5, 0.0), length - 1.0)
+        low = min(int(at), max(length - 2, 0))
+        return (low, 1 - (at - low)), (min(low + 1, length - 1), at - low)
+
+    def sample(Y, X):
+        rows, columns = taps(Y, h, H), taps(X, w, W)
+        return math.fsum(a * b * plane[y][x] for (y, a), (x, b) in product(rows, columns))
+
+    return [[sample(Y, X) for X in range(W)] for Y in range(H)]
+
+
+def brute_averaged(logits, corners, side, size):
+    h, w = size
+    windows = [[brute_resized(plane, side, side) for plane in window] for window in logits.tolist()]
+    found = [[[[] for _ in range(w)] for _ in range(h)] for _ in range(logits.shape[1])]
+    for (top, left), window in zip(corners, windows, strict=True):
+        for k, y, x in product(range(logits.shape[1]), range(side), range(side)):
+            found[k][top + y][left + x].append(window[k][y][x])
+    return float64([[[math.fsum(values) / len(values) for values in row] for row in plane] for plane in found])
+
+
+def brute_probabilities(logits, size, scale, class_of_name, classes):
+    planes = [brute_resized(plane, *size) for plane in logits.tolist()]
+    out = torch.zeros(classes, *size, dtype=torch.float64)
+    for y, x in product(range(size[0]), range(size[1])):
+        values = [scale * plane[y][x] for plane in planes]
+        shares = [math.exp(value - max(values)) for value in values]
+        for share, c in zip(shares, class_of_name, strict=True):
+            out[c, y, x] = max(out[c, y, x].item(), share / math.fsum(shares))
+    return out
+
+
+def brute_pamr(image, mask, iterations, dilations):
+    B, channels, H, W = image.shape
+    image, out = image.tolist(), mask.double().clone()
+
+    def near(y, x):
+        places = [(y + d * dy, x + d * dx) for d in dilations for dy, dx in product((-1, 0, 1), repeat=2) if dy or dx]
+        return [(min(max(r, 0), H - 1), min(max(c, 0), W - 1)) for r, c in places]
+
+    def weights(b, y, x):
+        logits = [0.0 for _ in near(y, x)]
+        for plane in image[b]:
+            values = [plane[r][c] for r, c in near(y, x)]
+            spread = 1e-8 + 0.1 * statistics.stdev([*values, *[plane[y][x]] * len(dilations)])
+            logits = [z - abs(plane[y][x] - v) / spread / channels for z, v in zip(logits, values, strict=True)]
+        shares = [math.exp(z - max(logits)) for z in logits]
+        return [share / math.fsum(shares) for share in shares]
+
+    for b in range(B):
+        table = {(y, x): list(zip(weights(b, y, x), near(y, x), strict=True)) for y, x in product(range(H), range(W))}
+        for _ in range(iterations):
+            before = out[b].tolist()
+            for c, (y, x) in product(range(out.shape[1]), table):
+                out[b, c, y, x] = math.fsum(weight * before[c][r][q] for weight, (r, q) in table[y, x])
+    return out
+
+
 def brute_fiedler(similarity):
     """By another route: the unsymmetric problem Deg^-1 (Deg - W) y = lambda y, its eigenvalues sorted by hand."""
     vectors = []
@@ -737,6 +800,25 @@ def test_proxy_attention_drops_cls_without_renormalizing(impl):
     torch.testing.assert_close(impl.proxy_attention(keys, v), (1 - to_cls).expand(2, 2, 8, 6))
 
 
+@dtypes()
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (4, 3)], ids=str)
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+def test_self_attention(impl, grid, dtype, biased):
+    (gh, gw), T = grid, math.prod(grid) + 1
+    u, _, v = qkv(2, 2, T, 6, dtype)
+    if not biased:
+        assert_matches(impl.self_attention(u, v), brute_plain(u, u, v), dtype)
+        return
+    bias = randn(2 * gh - 1, 2 * gw - 1, seed=8, dtype=score_dtype(dtype))
+    weights = brute_weights(u, u).log()
+    for i, j in product(range(1, T), range(1, T)):
+        down, right = (i - 1) // gw - (j - 1) // gw, (i - 1) % gw - (j - 1) % gw
+        weights[..., i, j] += bias[down + gh - 1, right + gw - 1]
+    want = brute_apply(weights.softmax(dim=-1), v)
+    assert T == 2 or differs(want, brute_plain(u, u, v))
+    assert_matches(impl.self_attention(u, v, bias), want, dtype)
+
+
 # Step 3, variants of tables 1 and 4 ----------------------------------------------------------------------------------
 
 
@@ -770,6 +852,127 @@ def test_filter_embeddings(impl, dtype, grid, size, statistic):
         assert_same_bits(got[~mask], x[~mask])
 
 
+# Steps 9 and 10: from patches to pixels ------------------------------------------------------------------------------
+
+WINDOWS = {  # K, patch grid, side, size, corners
+    "one": (3, (2, 3), 8, (8, 8), [(0, 0)]),
+    "uneven": (2, (3, 2), 6, (8, 11), [(0, 0), (0, 5), (2, 0), (1, 3), (2, 5)]),
+    "smaller than the grid": (2, (7, 5), 4, (5, 4), [(1, 0), (0, 0)]),
+    "one row of pixels": (1, (1, 1), 1, (1, 3), [(0, 2), (0, 0), (0, 1)]),
+    "one column of pixels": (1, (2, 1), 1, (2, 1), [(1, 0), (0, 0)]),
+}
+windows = pytest.mark.parametrize("case", WINDOWS)
+
+
+@dtypes()
+@windows
+def test_average_windows(impl, case, dtype):
+    K, grid, side, size, corners = WINDOWS[case]
+    logits = randn(len(corners), K, *grid, seed=9, dtype=dtype)
+    want = brute_averaged(logits, corners, side, size)
+    assert_matches(impl.average_windows(logits, corners, side, size), want, score_dtype(dtype))
+
+
+def test_one_window_is_resized_as_pytorch_does(impl):
+    logits = randn(1, 2, 14, 10, seed=9)
+    want = F.interpolate(logits, size=(56, 56), mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(impl.average_windows(logits, [(0, 0)], 56, (56, 56)), want)
+
+
+PICTURES = {  # class of each name, size of the logits, size of the picture
+    "larger": ([0, 2, 1, 2, 0], (3, 4), (7, 9)),
+    "smaller": ([1, 0, 1], (11, 9), (4, 5)),
+    "one row": ([2, 0, 1], (1, 6), (1, 9)),
+    "one column": ([0, 1], (5, 1), (8, 1)),
+    "one name": ([0], (3, 3), (5, 4)),
+    "a class without names": ([3, 0, 3], (2, 2), (3, 5)),
+}
+pictures = pytest.mark.parametrize("case", PICTURES)
+
+
+@dtypes()
+@pictures
+def test_class_probabilities(impl, case, dtype):
+    names, before, size = PICTURES[case]
+    logits, class_of_name, classes = randn(len(names), *before, seed=10, dtype=dtype), torch.tensor(names), 4
+    want = brute_probabilities(logits, size, 3.0, names, classes)
+    arguments = (logits, size, 3.0, class_of_name, classes)
+    tolerance = 3e-6 if dtype != torch.float64 else None
+    got = impl.class_probabilities(*arguments)
+    assert_matches(got, want, score_dtype(dtype), tolerance)
+    for rows in (range(size[0] - 1, size[0]), range(size[0])[: size[0] // 2 + 1], range(0, size[0], 3)):
+        part = impl.class_probabilities(*arguments, rows)
+        torch.testing.assert_close(part, got[:, rows.start : rows.stop : rows.step])
+
+
+@pytest.mark.parametrize("size", [(7, 9), (40, 23), (5, 80), (1, 1)], ids=str)
+def test_probabilities_are_those_of_logits_resized_as_pytorch_does(impl, size):
+    logits = randn(3, 11, 13, seed=10)
+    want = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0].softmax(dim=0)
+    got = [
+        impl.class_probabilities(logits, size, 1.0, torch.arange(3), 3, range(top, min(top + 4, size[0])))
+        for top in range(0, size[0], 4)
+    ]
+    torch.testing.assert_close(torch.cat(got, dim=1), want)
+
+
+@dtypes()
+@pictures
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.6, 1.0], ids=str)
+def test_upsample_argmax(impl, monkeypatch, case, dtype, threshold):
+    names, before, size = PICTURES[case]
+    logits, class_of_name = randn(len(names), *before, seed=10, dtype=dtype), torch.tensor(names)
+    probabilities = brute_probabilities(logits, size, 3.0, names, 4)
+    best, want = probabilities.max(dim=0)
+    clear = best - probabilities.topk(2, dim=0).values[1] > 1e-4
+    if threshold is not None:
+        want[best < threshold] = -1
+        clear &= ((best - threshold).abs() > 1e-4) | (best == threshold)
+    assert clear.double().mean() > 0.95
+    got = impl.upsample_argmax(logits, size, 3.0, class_of_name, threshold)
+    assert got.dtype == torch.int32
+    assert torch.equal(got[clear].long(), want[clear])
+    monkeypatch.setattr(reference, "BAND", 1)  # a band is then a row
+    assert torch.equal(impl.upsample_argmax(logits, size, 3.0, class_of_name, threshold), got)
+
+
+def test_the_lowest_of_equal_classes_wins(impl):
+    plane = randn(1, 3, 4, seed=10)
+    logits = torch.cat([plane - 1, plane, plane, plane])
+    for names, lowest in (([0, 3, 1, 2], 1), ([3, 2, 2, 1], 1), ([0, 5, 5, 5], 5)):
+        assert impl.upsample_argmax(logits, (5, 7), 9.0, torch.tensor(names)).unique().tolist() == [lowest]
+    assert impl.upsample_argmax(logits, (5, 7), 0.0, torch.tensor([4, 3, 2, 6])).unique().tolist() == [2]
+    assert impl.upsample_argmax(logits, (5, 7), 9.0, torch.tensor([0, 3, 1, 2]), 0.34).unique().tolist() == [-1]
+
+
+@dtypes()
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (7, 1), (5, 8)], ids=str)
+@pytest.mark.parametrize("dilations", [(1,), (2, 1), (1, 8, 16)], ids=str)
+def test_pamr(impl, size, dilations, dtype):
+    image, mask = rand(2, 3, *size, seed=11).to(dtype), rand(2, 2, *size, seed=12).to(dtype)
+    for iterations in (0, 1, 3):
+        want = brute_pamr(image, mask, iterations, dilations)
+        if min(size) > 1:  # in a line, a place beyond the border is the pixel itself, which then outweighs the others
+            assert differs(want, mask) == (iterations > 0)
+        tolerance = 3e-6 if dtype == torch.float32 else None
+        assert_matches(impl.pamr(image, mask, iterations, dilations), want, dtype, tolerance)
+
+
+def test_pamr_of_a_constant_mask_and_of_a_flat_picture(impl):
+    mask = rand(1, 1, 5, 6, seed=12)
+    torch.testing.assert_close(impl.pamr(rand(1, 3, 5, 6, seed=11), torch.ones_like(mask)), torch.ones_like(mask))
+    padded = F.pad(mask, (1,) * 4, mode="replicate")
+    mean = (F.avg_pool2d(padded, 3, stride=1) * 9 - mask) / 8
+    torch.testing.assert_close(impl.pamr(torch.full((1, 1, 5, 6), 0.3, dtype=mask.dtype), mask, 1, (1,)), mean)
+
+
+def test_pamr_takes_two_dtypes_and_defaults_to_the_papers(impl):
+    image, mask = rand(1, 3, 9, 9, seed=11), rand(1, 2, 9, 9, seed=12)
+    got = impl.pamr(image.float(), mask.half())
+    assert got.dtype == torch.float16
+    assert_matches(got, brute_pamr(image.float(), mask.half(), 10, (8, 16)), torch.float16)
+
+
 # Every function ------------------------------------------------------------------------------------------------------
 
 DIMS = (1, 4)
@@ -797,8 +1000,25 @@ CALLS = {  # name: the tensors it takes, batched (keys along axis 1), and how it
         lambda impl, *tensors: impl.refocused_attention(*tensors, 0.7),
     ),
     "proxy_attention": (("keys", "v"), lambda impl, keys, v: impl.proxy_attention(keys, v)),
+    "self_attention": (("q", "v"), lambda impl, q, v: impl.self_attention(q, v)),
+    "pamr": (("image", "scores"), lambda impl, image, scores: impl.pamr(image, scores, 2, (1, 2))),
 }
-every_call = pytest.mark.parametrize("call", CALLS)
+PICTURE_CALLS = {  # the same for the functions of one picture
+    "average_windows": (
+        ("windows",),
+        lambda impl, windows: impl.average_windows(windows, [(0, 0), (0, 2), (1, 1), (1, 0), (1, 2)], 3, (4, 5)),
+    ),
+    "class_probabilities": (
+        ("logits",),
+        lambda impl, x: impl.class_probabilities(x, (5, 6), 4.0, torch.tensor([1, 0, 1], device=x.device), 2),
+    ),
+    "upsample_argmax": (
+        ("logits",),
+        lambda impl, x: impl.upsample_argmax(x, (5, 6), 4.0, torch.tensor([1, 0, 1], device=x.device), 0.5),
+    ),
+}
+every_call = pytest.mark.parametrize("call", CALLS | PICTURE_CALLS)
+batched_call = pytest.mark.parametrize("call", CALLS)
 
 
 def example(call, dtype=torch.float64, B=3):
@@ -818,8 +1038,12 @@ def example(call, dtype=torch.float64, B=3):
         "similarity": clustered_similarity(B, N, dtype),
         "start": randn(B, N, seed=6, dtype=dtype),
         "y": randn(B, N, seed=7, dtype=dtype),
+        "image": rand(B, 3, 3, 4, seed=11).to(dtype),
+        "scores": rand(B, 2, 3, 4, seed=12).to(dtype),
+        "windows": randn(5, 2, 2, 3, seed=9, dtype=dtype),
+        "logits": randn(3, 3, 4, seed=10, dtype=dtype),
     }
-    names, function = CALLS[call]
+    names, function = (CALLS | PICTURE_CALLS)[call]
     return {name: inputs[name] for name in names}, function
 
 
@@ -836,7 +1060,23 @@ def test_inputs_are_not_modified_and_results_are_new(impl, call, dtype):
         assert torch.equal(tensor, before[name]), name
 
 
-@every_call
+@dtypes()
+def test_in_place(impl, dtype):
+    tensors, _ = example("redistribute_embeddings", dtype)
+    x, mask = tensors.values()
+    want = impl.redistribute_embeddings(x, mask, DIMS, (3, 4))
+    view = F.pad(x, (0, 0, 1, 0))[:, 1:]  # the patches of a block's input
+    assert impl.redistribute_embeddings(view, mask, DIMS, (3, 4), inplace=True) is view
+    assert_same_bits(view, want)
+    tensors, _ = example("key_similarity", dtype)
+    k, running = tensors.values()
+    want = impl.key_similarity(k, running, 2)
+    assert impl.key_similarity(k, running, 2, inplace=True) is running
+    assert_same_bits(running, want)
+    assert_same_bits(impl.key_similarity(k, inplace=True), impl.key_similarity(k))
+
+
+@batched_call
 @dtypes()
 def test_a_batch_equals_its_images_one_by_one(impl, call, dtype):
     tensors, function = example(call, dtype)
@@ -858,7 +1098,7 @@ def test_strided_inputs(impl, call):
         torch.testing.assert_close(function(impl, *variant), want)
 
 
-@every_call
+@batched_call
 def test_an_empty_batch(impl, call):
     tensors, function = example(call)
     shape = function(impl, *tensors.values()).shape
@@ -893,7 +1133,7 @@ def test_scale(impl, scale):
 
 
 def test_public_names(impl):
-    assert sorted(impl.__all__) == sorted({call.split("-")[0] for call in CALLS})
+    assert sorted(impl.__all__) == sorted({call.split("-")[0] for call in CALLS | PICTURE_CALLS})
     for name in impl.__all__:
         parameters = inspect.signature(getattr(reference, name)).parameters
         assert list(inspect.signature(getattr(impl, name)).parameters) == list(parameters)
@@ -905,6 +1145,7 @@ X = torch.ones(2, 6, 8)
 Q = torch.ones(2, 3, 7, 4)
 M = torch.zeros(2, 6, dtype=torch.bool)
 S = torch.ones(2, 6, 6)
+C = torch.zeros(2, dtype=torch.int64)  # a class for each of X's two planes
 
 ERRORS = {
     # tensors: rank, size, dtype, emptiness, type
@@ -977,6 +1218,51 @@ ERRORS = {
     "proxy-no-layers": (lambda f: f.proxy_attention(Q[None][:0], Q), "keys", "L>=1", "[0, 2, 3, 7, 4]"),
     "proxy-v": (lambda f: f.proxy_attention(Q[None], Q[:, :, 1:]), "v must be", "T=7", "[2, 3, 6, 4]"),
     "proxy-v-dtype": (lambda f: f.proxy_attention(Q[None], Q.half()), "v must be a float32", "float16"),
+    "self-v": (lambda f: f.self_attention(Q, Q[:, :, 1:]), "v must be", "T=7", "[2, 3, 6, 4]"),
+    "self-bias-even": (lambda f: f.self_attention(Q, Q, torch.ones(3, 4)), "bias", "2 gh - 1", "[3, 4]"),
+    "self-bias-grid": (lambda f: f.self_attention(Q, Q, torch.ones(3, 3)), "bias", "gh * gw = N = 6", "[3, 3]"),
+    "self-bias-dtype": (lambda f: f.self_attention(Q, Q, M.int()), "bias", "int32"),
+    "self-bias-no-tensor": (lambda f: f.self_attention(Q, Q, 1.0), "bias", "got float"),
+    "average-rank": (
+        lambda f: f.average_windows(X, [(0, 0)], 2, (2, 2)),
+        "logits must be",
+        "[W>=1, K>=1, gh>=1, gw>=1]",
+    ),
+    "average-corners": (lambda f: f.average_windows(Q, [(0, 0)], 2, (2, 2)), "corners", "W=2", "[(0, 0)]"),
+    "average-corner": (lambda f: f.average_windows(Q, [(0, 0), (0, 0.5)], 2, (2, 2)), "two integers", "(0, 0.5)"),
+    "average-pairs": (lambda f: f.average_windows(Q, [(0, 0), (0,)], 2, (2, 2)), "(top, left)", "(0,)"),
+    "average-side": (lambda f: f.average_windows(Q, [(0, 0)] * 2, 0, (2, 2)), "side", "at least 1", "got 0"),
+    "average-size": (lambda f: f.average_windows(Q, [(0, 0)] * 2, 2, (2,)), "size must be (height, width)", "(2,)"),
+    "average-outside": (
+        lambda f: f.average_windows(Q, [(0, 0), (1, 2)], 2, (3, 3)),
+        "2 x 2 at (1, 2) is not inside a picture 3 x 3",
+    ),
+    "average-negative": (lambda f: f.average_windows(Q, [(0, 0), (-1, 0)], 2, (2, 2)), "(-1, 0) is not inside"),
+    "average-gap-right": (lambda f: f.average_windows(Q, [(0, 0)] * 2, 2, (2, 3)), "covers pixel (0, 2)", "2 x 3"),
+    "average-gap-between": (lambda f: f.average_windows(Q, [(0, 3), (0, 0)], 2, (2, 5)), "covers pixel (0, 2)"),
+    "average-gap-below": (lambda f: f.average_windows(Q, [(0, 0), (0, 1)], 2, (4, 3)), "covers pixel (2, 0)"),
+    "average-gap-corner": (lambda f: f.average_windows(Q, [(0, 0), (1, 1)], 2, (3, 3)), "covers pixel (0, 2)"),
+    "argmax-rank": (lambda f: f.upsample_argmax(Q, (2, 2), 1.0, C), "logits must be", "[K>=1, h>=1, w>=1]"),
+    "argmax-classes": (lambda f: f.upsample_argmax(X, (2, 2), 1.0, C[:1]), "class_of_name must be an int64", "K=2"),
+    "argmax-class-dtype": (lambda f: f.upsample_argmax(X, (2, 2), 1.0, C.int()), "class_of_name", "int32"),
+    "argmax-size": (lambda f: f.upsample_argmax(X, (2, 0), 1.0, C), "size must be (height, width)", "(2, 0)"),
+    "argmax-scale": (lambda f: f.upsample_argmax(X, (2, 2), "40", C), "logit_scale must be a number", "'40'"),
+    "argmax-threshold": (lambda f: f.upsample_argmax(X, (2, 2), 1.0, C, 1.5), "threshold", "[0, 1]", "got 1.5"),
+    "probabilities-rank": (lambda f: f.class_probabilities(Q, (2, 2), 1.0, C, 1), "logits must be", "[2, 3, 7, 4]"),
+    "probabilities-classes": (lambda f: f.class_probabilities(X, (2, 2), 1.0, C, 0), "classes", "at least 1", "got 0"),
+    "probabilities-rows": (
+        lambda f: f.class_probabilities(X, (2, 2), 1.0, C, 1, range(1, 3)),
+        "rows must be a range",
+        "0 .. 1",
+        "range(1, 3)",
+    ),
+    "probabilities-no-rows": (lambda f: f.class_probabilities(X, (2, 2), 1.0, C, 1, range(0)), "rows", "not empty"),
+    "pamr-image": (lambda f: f.pamr(X, Q), "image must be", "[B>=0, CI>=1, H>=1, W>=1]", "[2, 6, 8]"),
+    "pamr-mask": (lambda f: f.pamr(Q, Q[..., 1:]), "mask must be", "[B=2, C>=1, H=7, W=4]", "[2, 3, 7, 3]"),
+    "pamr-mask-dtype": (lambda f: f.pamr(Q, Q.int()), "mask must be a floating-point", "int32"),
+    "pamr-iterations": (lambda f: f.pamr(Q, Q, -1), "iterations", "at least 0", "got -1"),
+    "pamr-dilations": (lambda f: f.pamr(Q, Q, 1, (8, 0)), "dilations", "at least 1", "(8, 0)"),
+    "pamr-no-dilations": (lambda f: f.pamr(Q, Q, 1, ()), "dilations", "not empty", "()"),
     # dims
     "dims-too-large": (lambda f: f.distraction_scores(X, [1, 8]), "dims", "0 .. 7", "[1, 8]"),
     "dims-negative": (lambda f: f.distraction_mask(X, [-1]), "dims", "0 .. 7", "[-1]"),

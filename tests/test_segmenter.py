@@ -17,7 +17,7 @@ import rfclip
 from rfclip import RefocusConfig, Segmenter
 from rfclip.models import tiny_folder
 from rfclip.scenes import CLASSES, make_scene
-from rfclip.segmenter import Segmentation, _resize_rows, palette, parse_classes
+from rfclip.segmenter import Segmentation, palette, parse_classes
 
 SCENE = make_scene((4, 0), 200, objects=(3, 3), object_size=(70, 76))
 NAMES = [[CLASSES[c], f"{CLASSES[c]}s"] for c in SCENE.present()]
@@ -98,14 +98,6 @@ def test_memory_limit_changes_nothing_but_the_batches(model, segmenter, picture)
     assert len(batches) > 1
     assert set(batches) == {1}
     del model.visual.forward.dense
-
-
-@pytest.mark.parametrize("size", [(7, 9), (40, 23), (5, 80), (1, 1)], ids=str)
-def test_resizing_by_rows_is_bilinear_resizing(size):
-    x = torch.randn(3, 11, 13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    want = F.interpolate(x[None], size=size, mode="bilinear", align_corners=False)[0]
-    for rows in torch.arange(size[0]).split(4):
-        torch.testing.assert_close(_resize_rows(x, rows, size), want[:, rows])
 
 
 def test_threshold(segmenter, picture):

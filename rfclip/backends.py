@@ -1,0 +1,68 @@
+"""Which implementation of the method's functions runs: the PyTorch reference, or the Triton kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+import rfclip_kernels
+from rfclip import reference
+from rfclip_kernels.checks import interpreted
+
+BACKENDS = ("auto", "reference", "triton")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, and why it is the one that runs."""
+
+    backend: str
+    reason: str
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    """The backend that runs a model with weights of this device and dtype. A named one is never replaced by another.
+
+    Raises:
+        ValueError: backend is unknown, or is "triton" where the kernels cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
+    if backend == "reference":
+        return Choice("reference", "it was asked for")
+    obstacle = _obstacle(device, dtype)
+    if backend == "triton":
+        if obstacle is not None and not (device.type == "cpu" and _interpreting()):
+            raise ValueError(f'backend="triton": {obstacle}; use backend="reference", or "auto"')
+        return Choice("triton", "it was asked for")
+    if obstacle is None:
+        return Choice("triton", f"Triton has compiled kernels for {torch.cuda.get_device_name(device)}")
+    return Choice("reference", obstacle)
+
+
+def functions(backend: str) -> SimpleNamespace:
+    """The functions of `rfclip.reference` by name, each from the backend where that has it and else the reference's."""
+    found = {name: getattr(reference, name) for name in reference.__all__}
+    if backend == "triton":
+        found |= {name: getattr(rfclip_kernels, name) for name in rfclip_kernels.__all__}
+    return SimpleNamespace(**found)
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps the Triton kernels from running there, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type != "cuda":  # PyTorch calls ROCm devices so, too
+        return f"the model is on {device}, and Triton's kernels run on CUDA and ROCm devices"
+    if dtype == torch.float64:
+        return "the weights are float64, and the kernels take float32, float16 or bfloat16"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has a compute capability under 8.0, where no kernel was compiled"
+    return None
+
+
+def _interpreting() -> bool:
+    return importlib.util.find_spec("triton") is not None and interpreted()

@@ -1,0 +1,251 @@
+"""From patch logits of overlapping windows to labels of pixels: step 9 of the method.
+
+mean[k, y, x] = mean over the windows that cover (y, x) of their bilinearly resized logits of name k
+label[y, x] = class of argmax_k l[k],  l = logit_scale * mean bilinearly resized at (y, x)
+probability[y, x] = max_k softmax(l)[k] = 1 / sum_k exp(l[k] - max l)
+
+Neither the resized windows [W, K, side, side] nor the upsampled logits [K, H, W] are in memory. Since the largest
+probability of a class is that of its best name, labels and threshold need no number of classes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from rfclip_kernels.attention import LOG2E, strides
+from rfclip_kernels.checks import averaging_inputs, check_launch, upsampling_inputs
+
+BLOCK_NAMES = 4
+BLOCK_COLUMNS = 128
+NUM_WARPS = 4
+NO_CLASS = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def source(place, scale, size):
+    """The two source indices of output pixels, and the weight of the second; scale is source over output size."""
+    at = tl.maximum((place + 0.5) * scale - 0.5, 0.0)
+    low = tl.minimum(at.to(tl.int32), size - 1)
+    return low, tl.minimum(low + 1, size - 1), at - low
+
+
+@triton.jit
+def bilinear(p_x, stride_h, stride_w, low_y, high_y, part_y, low_x, high_x, part_x, mask):
+    """Bilinear samples of planes at p_x [BK, 1], in one row and at columns [1, BX]: fp32 [BK, BX], 0 off the mask."""
+    p_low, p_high = p_x + low_y * stride_h, p_x + high_y * stride_h
+    b_ll = tl.load(p_low + low_x * stride_w, mask=mask, other=0.0).to(tl.float32)
+    b_lh = tl.load(p_low + high_x * stride_w, mask=mask, other=0.0).to(tl.float32)
+    b_hl = tl.load(p_high + low_x * stride_w, mask=mask, other=0.0).to(tl.float32)
+    b_hh = tl.load(p_high + high_x * stride_w, mask=mask, other=0.0).to(tl.float32)
+    b_low, b_high = b_ll * (1 - part_x) + b_lh * part_x, b_hl * (1 - part_x) + b_hh * part_x
+    return b_low * (1 - part_y) + b_high * part_y
+
+
+@triton.jit
+def average_windows_kernel(
+    logits_ptr,  # [W, K, gh, gw]
+    corners_ptr,  # [W, 2] int32 contiguous, top and left
+    out_ptr,  # [K, h, w] fp32 contiguous
+    W,
+    K,
+    gh,
+    gw,
+    side,
+    h,
+    w,
+    scale_h,  # gh / side
+    scale_w,  # gw / side
+    stride_lw,
+    stride_lk,
+    stride_lh,
+    stride_lc,
+    BK: tl.constexpr,
+    BX: tl.constexpr,
+):
+    y = tl.program_id(1)
+    o_x = tl.program_id(0) * BX + tl.arange(0, BX)
+    o_k = tl.program_id(2) * BK + tl.arange(0, BK)
+    m_k = o_k < K
+    p_logits, p_corner = logits_ptr, corners_ptr
+    b_sum = tl.zeros([BK, BX], tl.float32)
+    b_count = tl.zeros([BX], tl.float32)
+    for _window in range(0, W):
+        top, left = tl.load(p_corner), tl.load(p_corner + 1)
+        if (top <= y) & (y < top + side):
+            m_x = (o_x >= left) & (o_x < left + side) & (o_x < w)
+            low_y, high_y, part_y = source(y - top, scale_h, gh)
+            low_x, high_x, part_x = source(o_x - left, scale_w, gw)
+            m_in = m_k[:, None] & m_x[None, :]
+            b_sum += bilinear(
+                p_logits + o_k[:, None] * stride_lk,
+                stride_lh,
+                stride_lc,
+                low_y,
+                high_y,
+                part_y,
+                low_x[None, :],
+                high_x[None, :],
+                part_x[None, :],
+                m_in,
+            )
+            b_count += m_x.to(tl.float32)
+        p_logits += stride_lw
+        p_corner += 2
+    p_out = out_ptr + (o_k[:, None].to(tl.int64) * h + y) * w + o_x[None, :]
+    tl.store(p_out, b_sum / tl.maximum(b_count, 1.0)[None, :], mask=m_k[:, None] & (o_x < w)[None, :])
+
+
+@triton.jit
+def upsample_argmax_kernel(
+    logits_ptr,  # [K, h, w]
+    class_ptr,  # [K] int64
+    out_ptr,  # [H, W] int32 contiguous
+    K,
+    h,
+    w,
+    W,
+    scale,  # of the logits, times log2(e)
+    scale_h,  # h / H
+    scale_w,  # w / W
+    threshold,  # negative for none
+    stride_lk,
+    stride_lh,
+    stride_lw,
+    stride_ck,
+    BK: tl.constexpr,
+    BX: tl.constexpr,
+):
+    y = tl.program_id(1)
+    o_x = tl.program_id(0) * BX + tl.arange(0, BX)
+    m_x = o_x < W
+    low_y, high_y, part_y = source(y, scale_h, h)
+    low_x, high_x, part_x = source(o_x, scale_w, w)
+    b_max = tl.full([BX], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BX], tl.float32)
+    b_label = tl.full([BX], NO_CLASS, tl.int32)
+    for start in range(0, K, BK):
+        o_k = start + tl.arange(0, BK)
+        m_k = o_k < K
+        b_l = bilinear(
+            logits_ptr + o_k[:, None].to(tl.int64) * stride_lk,
+            stride_lh,
+            stride_lw,
+            low_y,
+            high_y,
+            part_y,
+            low_x[None, :],
+            high_x[None, :],
+            part_x[None, :],
+            m_k[:, None] & m_x[None, :],
+        )
+        b_l = tl.where(m_k[:, None], b_l * scale, float("-inf"))  # [BK, BX]
+        b_class = tl.load(class_ptr + o_k * stride_ck, mask=m_k, other=0).to(tl.int32)
+        b_top = tl.max(b_l, axis=0)  # [BX]
+        b_first = tl.min(tl.where(b_l == b_top[None, :], b_class[:, None], NO_CLASS), axis=0)
+        b_lower = tl.minimum(b_label, b_first)
+        b_label = tl.where(b_top > b_max, b_first, tl.where(b_top == b_max, b_lower, b_label))
+        b_new = tl.maximum(b_max, b_top)
+        b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_l - b_new[None, :]), axis=0)
+        b_max = b_new
+    b_label = tl.where(1.0 / b_sum < threshold, -1, b_label)
+    tl.store(out_ptr + y.to(tl.int64) * W + o_x, b_label, mask=m_x)
+
+
+@triton_op("rfclip::average_windows", mutates_args={})
+def _average_windows(logits: Tensor, corners: Tensor, side: int, h: int, w: int) -> Tensor:
+    W, K, gh, gw = logits.shape
+    out = logits.new_empty((K, h, w), dtype=torch.float32)
+    wrap_triton(average_windows_kernel)[(triton.cdiv(w, BLOCK_COLUMNS), h, triton.cdiv(K, BLOCK_NAMES))](
+        logits_ptr=logits,
+        corners_ptr=corners,
+        out_ptr=out,
+        W=W,
+        K=K,
+        gh=gh,
+        gw=gw,
+        side=side,
+        h=h,
+        w=w,
+        scale_h=gh / side,
+        scale_w=gw / side,
+        **strides("l", logits, "wkhc"),
+        BK=BLOCK_NAMES,
+        BX=BLOCK_COLUMNS,
+        num_warps=NUM_WARPS,
+    )
+    return out
+
+
+@triton_op("rfclip::upsample_argmax", mutates_args={})
+def _upsample_argmax(
+    logits: Tensor, H: int, W: int, logit_scale: float, class_of_name: Tensor, threshold: float
+) -> Tensor:
+    K, h, w = logits.shape
+    out = logits.new_empty((H, W), dtype=torch.int32)
+    wrap_triton(upsample_argmax_kernel)[(triton.cdiv(W, BLOCK_COLUMNS), H)](
+        logits_ptr=logits,
+        class_ptr=class_of_name,
+        out_ptr=out,
+        K=K,
+        h=h,
+        w=w,
+        W=W,
+        scale=logit_scale * LOG2E.value,
+        scale_h=h / H,
+        scale_w=w / W,
+        threshold=threshold,
+        **strides("l", logits, "khw"),
+        stride_ck=class_of_name.stride(0),
+        BK=BLOCK_NAMES,
+        BX=BLOCK_COLUMNS,
+        num_warps=NUM_WARPS,
+    )
+    return out
+
+
+def average_windows(logits: Tensor, corners: Sequence[tuple[int, int]], side: int, size: tuple[int, int]) -> Tensor:
+    """`rfclip.reference.average_windows` in one launch, each pixel written once.
+
+    Args:
+        logits: [W, K, gh, gw], fp32, fp16 or bf16, with any strides.
+        corners, side, size: as the reference. Corners go to the device without waiting for it.
+
+    Returns:
+        fp32 [K, h, w].
+
+    Raises:
+        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
+    """
+    corners = averaging_inputs(logits, corners, side, size)
+    check_launch(logits=logits)
+    on_device = torch.tensor(corners, dtype=torch.int32).to(logits.device, non_blocking=True)
+    return _average_windows(logits, on_device, side, *size)
+
+
+def upsample_argmax(
+    logits: Tensor,
+    size: tuple[int, int],
+    logit_scale: float,
+    class_of_name: Tensor,
+    threshold: float | None = None,
+) -> Tensor:
+    """`rfclip.reference.upsample_argmax` in one launch that stores nothing but labels.
+
+    Args:
+        logits: [K, h, w], fp32, fp16 or bf16, with any strides.
+        size, logit_scale, class_of_name, threshold: as the reference.
+
+    Returns:
+        int32 [H, W]. Interpolation and softmax are fp32; names are equal where their logits are.
+
+    Raises:
+        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
+    """
+    upsampling_inputs(logits, size, logit_scale, class_of_name, threshold)
+    check_launch(logits=logits)
+    below = -1.0 if threshold is None else float(threshold)
+    return _upsample_argmax(logits, *size, float(logit_scale), class_of_name, below)

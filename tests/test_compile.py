@@ -1,0 +1,119 @@
+"""The refocused tower on the Triton kernels as PyTorch's tools see it: traced, exported, compiled, and never waiting.
+
+No GPU is needed: the model and its input are CUDA tensors without data.
+"""
+
+import pytest
+import torch
+from open_clip.model import CLIP
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from towers import DIMS
+
+import rfclip
+
+PAPER = {"rfclip.distraction_scores", "rfclip.redistribute_embeddings_", "rfclip.key_similarity_"}
+PAPER |= {"rfclip.fiedler_vector", "rfclip.defocus_mask", "rfclip.refocused_attention", "rfclip.self_attention"}
+CONFIGS = {
+    "paper": ({}, PAPER),
+    "received": ({"tau_attn": 1.0}, PAPER | {"rfclip.received_attention"}),
+    "otsu": ({"cut_threshold": "otsu", "similarity": "vv", "layers": (2,)}, PAPER),
+    "rest": ({"target": "rest"}, PAPER - {"rfclip.key_similarity_", "rfclip.fiedler_vector", "rfclip.defocus_mask"}),
+}
+every_config = pytest.mark.parametrize("case", CONFIGS)
+
+
+class Dense(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return rfclip.dense_features(self.model, images)
+
+
+class NeverWaits(TorchDispatchMode):
+    """Refuse whatever brings data from the device to the host or back, where a CUDA graph could not be captured."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        places = [
+            {leaf.device.type for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.dim()}
+            for tree in ((args, kwargs), out)
+        ]
+        assert "cpu" not in places[0] | places[1], f"{function} on {places}"
+        return out
+
+
+@pytest.fixture
+def tower(monkeypatch):
+    """A model and images as CUDA tensors without data, and the mode to run them in."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    vision = {"image_size": 32, "patch_size": 8, "width": 48, "head_width": 16, "layers": 4, "mlp_ratio": 2.0}
+    text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
+    with FakeTensorMode() as mode, torch.device("cuda"):
+        model, images = CLIP(20, vision, text).eval(), torch.empty(2, 3, 32, 40)
+    return model, images, mode
+
+
+def operators(graph):
+    names = {str(node.target) for node in graph.nodes}
+    return {name.removesuffix(".default") for name in names if name.startswith("rfclip.")}
+
+
+@every_config
+def test_nothing_waits_for_the_device(tower, case):
+    model, images, mode = tower
+    config = rfclip.RefocusConfig(distraction_dims=DIMS, **CONFIGS[case][0])
+    with rfclip.refocus(model, config, backend="triton"), mode, torch.no_grad(), NeverWaits():
+        assert rfclip.dense_features(model, images).shape == (2, 20, 4, 5)
+        assert model.encode_image(images).shape == (2, 20)
+
+
+def test_what_waiting_looks_like(tower):
+    _, images, mode = tower
+    with mode, NeverWaits():
+        for call in (lambda: images.sum().item(), lambda: images[images > 0], lambda: images.nonzero()):
+            with pytest.raises((DataDependentOutputException, RuntimeError)):
+                call()
+        for call in (images.cpu, lambda: images[0, 0, [1, 2]], lambda: torch.ones(3).cuda()):
+            with pytest.raises(AssertionError, match="cpu"):
+                call()
+
+
+@every_config
+def test_export(tower, case):
+    model, images, mode = tower
+    changes, expected = CONFIGS[case]
+    config = rfclip.RefocusConfig(distraction_dims=DIMS, **changes)
+    with rfclip.refocus(model, config, backend="triton"), mode, torch.no_grad():
+        exported = torch.export.export(Dense(model), (images,))
+    assert operators(exported.graph) == expected
+
+
+@every_config
+@pytest.mark.parametrize("function", ["dense_features", "encode_image"])
+def test_compile_in_one_graph(tower, case, function):
+    model, images, mode = tower
+    changes, expected = CONFIGS[case]
+    module = Dense(model) if function == "dense_features" else model.visual
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.graph)
+        return graph
+
+    config = rfclip.RefocusConfig(distraction_dims=DIMS, **changes)
+    with rfclip.refocus(model, config, backend="triton"), mode, torch.no_grad():
+        torch.compile(module, fullgraph=True, backend=keep)(images)
+    assert len(graphs) == 1
+    assert operators(graphs[0]) == expected - ({"rfclip.self_attention"} if function == "encode_image" else set())
+
+
+def test_compile_through_autograd_and_functionalization(tower):
+    model, images, mode = tower
+    config = rfclip.RefocusConfig(distraction_dims=DIMS)
+    with rfclip.refocus(model, config, backend="triton"), mode, torch.no_grad():
+        compiled = torch.compile(Dense(model), fullgraph=True, backend="aot_eager")
+        assert compiled(images).shape == (2, 20, 4, 5)

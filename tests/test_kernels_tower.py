@@ -1,0 +1,122 @@
+"""Whole image towers on the Triton kernels, in Triton's interpreter, against the reference.
+
+Run in a process of its own: TRITON_INTERPRET=1 pytest tests/test_kernels_tower.py, as `make test` does.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from open_clip.transformer import VisionTransformer
+from torchvision.transforms.v2 import functional as TF
+from towers import DIMS, pictures, small_clip
+
+import rfclip
+from rfclip.evaluate import INJECTED_DIMS, inject_distraction
+from rfclip.images import to_rgb
+from rfclip.models import tiny_folder
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run as TRITON_INTERPRET=1 pytest tests/test_kernels_tower.py"
+
+CONFIGS = {
+    "paper": {},
+    "received attention too": {"tau_attn": 1.0},
+    "target cls": {"target": "cls"},
+    "target rest, beta 1": {"target": "rest", "beta": 1.0},
+    "otsu": {"cut_threshold": "otsu"},
+    "similarity qq, window 5": {"similarity": "qq", "neighbourhood": 5},
+    "two layers": {"layers": (1, 3)},
+    "proxy qq": {"proxy": "qq"},
+    "median": {"embedding": "median"},
+    "clamp": {"embedding": "clamp"},
+}
+
+
+def features(model, images, config, backend, read=rfclip.dense_features):
+    """The dense features (or what `read` gives), and every mask of distraction tokens found on the way."""
+    masks = []
+    with rfclip.refocus(model, config, backend=backend), torch.inference_mode():
+        forward = model.visual.forward
+        locate = forward._locate
+        forward._locate = lambda *arguments: masks.append(locate(*arguments)) or masks[-1]
+        return read(model, images), masks
+
+
+def relative_error(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_small_tower(case):
+    config = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0, **CONFIGS[case])
+    images = pictures(count=2, height=32, width=40, dtype=torch.float32)
+    got, masks = features(small_clip(dtype=torch.float32), images, config, "triton")
+    want, want_masks = features(small_clip(), images.double(), config, "reference")
+    assert 0 < torch.stack(masks).float().mean() < 1
+    for mask, want_mask in zip(masks, want_masks, strict=True):
+        assert torch.equal(mask, want_mask)
+    assert relative_error(got, want) <= 1e-5
+    plain, _ = features(small_clip(), images.double(), rfclip.RefocusConfig(distraction_dims=()), "reference")
+    assert relative_error(want, plain) > 0.01
+
+
+def test_the_cls_embedding():
+    config, images = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0), pictures(count=2)
+    got, want = (
+        features(small_clip(dtype=dtype), images.to(dtype), config, backend, lambda model, x: model.encode_image(x))[0]
+        for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference"))
+    )
+    assert relative_error(got, want) <= 1e-5
+    assert relative_error(small_clip().encode_image(images), want) > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_precision(dtype):
+    """The half-precision tower on the kernels is as near to float64 as it is on the reference."""
+    config, images = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0), pictures(count=2)
+    want, _ = features(small_clip(), images, config, "reference")
+    triton, reference = (
+        features(small_clip(dtype=dtype), images.to(dtype), config, name)[0] for name in ("triton", "reference")
+    )
+    assert triton.dtype == dtype
+    assert relative_error(triton, want) <= 1.5 * relative_error(reference, want)
+
+
+def test_a_block_of_vit_b_16():
+    """Width 768, 12 heads and 196 patches of a picture; the second block is there to read the first one's effect."""
+    torch.manual_seed(0)
+    visual = VisionTransformer(224, 16, 768, 2, 12, 4.0, output_dim=64).eval()
+    with torch.no_grad():
+        visual.positional_embedding[1::7, 4] += 15
+    model = torch.nn.Module()
+    model.visual = visual
+    config = rfclip.RefocusConfig.preset("ViT-B-16", "openai")
+    picture = TF.to_dtype(TF.pil_to_tensor(to_rgb(tiny_folder() / "scene.png")), torch.float32, scale=True)
+    images = 4 * TF.resize(picture[None], [224, 224]) - 2
+    got, masks = features(model, images, config, "triton")
+    assert 0 < masks[0].float().mean() < 1
+    want, want_masks = features(model.double(), images.double(), config, "reference")
+    assert torch.equal(masks[0], want_masks[0])
+    assert relative_error(got, want) <= 1e-5
+
+
+@pytest.mark.parametrize(("share", "short_side"), [(0.0, None), (0.1, 112)], ids=["as it is", "injected distraction"])
+def test_the_shipped_scene(share, short_side):
+    """As `rfclip segment` does it, in four windows; and in one, with something to refocus."""
+    model = rfclip.load_model("rfclip-tiny")
+    config = rfclip.RefocusConfig(distraction_dims=INJECTED_DIMS) if share else model.refocus_config
+    classes, found = "dog, cactus, octopus, sailboat, grass, sky", {}
+    for backend in ("triton", "reference"):
+        with (
+            inject_distraction(model, share),
+            rfclip.Segmenter(model, config=config, backend=backend, short_side=short_side) as segmenter,
+        ):
+            found[backend] = segmenter(tiny_folder() / "scene.png", classes, probabilities=True)
+    want = found["reference"]
+    np.testing.assert_allclose(found["triton"].probabilities, want.probabilities, atol=1e-4)
+    best, second = np.sort(want.probabilities, axis=0)[[-1, -2]]
+    clear = best - second > 1e-3
+    assert clear.mean() > 0.99
+    assert np.array_equal(found["triton"].labels[clear], want.labels[clear])
+    assert len(np.unique(want.labels)) == 6
