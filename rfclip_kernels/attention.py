@@ -4,10 +4,11 @@ Refocused attention, for the row of a patch, with keys in T (target), S (distrac
 
     out = o_R + (1 - beta) o_S + (1 + beta m_S / m_T) o_T,   m_G the softmax mass of a group and o_G its sum of p v
 
-The keys of each image are ordered on the device, T first, and swept in two runs of an online softmax. Only T's factor
-depends on the whole row, so the second run adds S and R to one accumulator, and two accumulators are enough. The runs
-merge through their maxima and sums. What S loses is given to T as `beta m_S` times T's own softmax, which needs no
-division by a mass that might underflow, and rows keep summing to 1 by construction.
+The patches of each image are ordered on the device, T first, and swept as keys in two runs of an online softmax. Only
+T's factor depends on the whole row, so the second run adds S and R to one accumulator: two accumulators are enough. The
+runs merge through their maxima and sums. What S loses is given to T as `beta m_S` times T's own softmax, which needs no
+division by a mass that might underflow, and rows keep summing to 1 by construction. CLS is where a run starts, so that
+the tiles hold the N keys of the patches, and N is rounder than N + 1.
 
 Self-attention of a vector with itself, as the peers use it: softmax(u u^T + bias) v. The bias depends on the offset of
 two patches on the grid, and is read from a table of offsets. Proxy attention is the same sweep, L times into one
@@ -15,7 +16,6 @@ accumulator: (1 / L) sum over l of softmax(k_l k_l^T) v for the rows of patches,
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -50,13 +50,21 @@ def softmax_step(b_s, b_max, b_sum):
 
 
 @triton.jit
+def cls_logits(b_q, p_k, m_d, scale):
+    """The logits of the key of CLS, which p_k points to: [BM]."""
+    b_k = tl.load(p_k, mask=m_d, other=0.0).to(tl.float32)  # [BD]
+    return tl.sum(b_q.to(tl.float32) * b_k[None, :], axis=1) * scale
+
+
+@triton.jit
 def refocused_attention_kernel(
     q_ptr,  # [B, H, T, D]
     k_ptr,  # [B, H, T, D]
     v_ptr,  # [B, H, T, D]
-    order_ptr,  # [B, T] int32, the keys of T first
-    taken_ptr,  # [B, T] bool, in that order: is the key one of S
-    count_ptr,  # [B] int32, the number of keys in T
+    order_ptr,  # [B, N] int32, the patches of T first, numbered as tokens
+    taken_ptr,  # [B, N] bool, in that order: is the patch one of S
+    count_ptr,  # [B] int32, the number of patches in T
+    cls_ptr,  # [B] bool, is CLS in T
     out_ptr,  # [B, T, H, D] contiguous
     H,
     T,
@@ -87,42 +95,48 @@ def refocused_attention_kernel(
     m_q = (o_m < T)[:, None] & m_d[None, :]
     p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + o_m[:, None] * stride_qt + o_d[None, :] * stride_qd
     b_q = tl.load(p_q, mask=m_q, other=0.0)  # [BM, BD]
-    p_k = k_ptr + i_b * stride_kb + i_h * stride_kh + o_d[:, None] * stride_kd
-    p_v = v_ptr + i_b * stride_vb + i_h * stride_vh + o_d[None, :] * stride_vd
-    p_order, p_taken = order_ptr + i_b * T, taken_ptr + i_b * T
+    p_k = k_ptr + i_b * stride_kb + i_h * stride_kh + o_d * stride_kd
+    p_v = v_ptr + i_b * stride_vb + i_h * stride_vh + o_d * stride_vd
+    N = T - 1
+    p_order, p_taken = order_ptr + i_b * N, taken_ptr + i_b * N
     n_target = tl.load(count_ptr + i_b)
+    with_cls = tl.load(cls_ptr + i_b) != 0
     # The row of CLS, and every row of an image without target, stays as it is.
-    b_beta = tl.where((o_m > 0) & (n_target > 0), beta, 0.0)  # [BM]
+    b_beta = tl.where((o_m > 0) & ((n_target > 0) | with_cls), beta, 0.0)  # [BM]
+    b_cls = cls_logits(b_q, p_k, m_d, scale)
+    b_v_cls = tl.load(p_v, mask=m_d, other=0.0).to(tl.float32)  # [BD]
 
-    b_max = tl.full([BM], -1e30, tl.float32)
-    b_sum = tl.zeros([BM], tl.float32)
-    b_acc = tl.zeros([BM, BD], tl.float32)
+    b_max = tl.where(with_cls, b_cls, -1e30)
+    b_sum = tl.zeros([BM], tl.float32) + tl.where(with_cls, 1.0, 0.0)
+    b_acc = tl.zeros([BM, BD], tl.float32) + tl.where(with_cls, b_v_cls, 0.0)[None, :]
     for start in range(0, n_target, BN):
         o_n = start + tl.arange(0, BN)
         m_n = o_n < n_target
         i_k = tl.load(p_order + o_n, mask=m_n, other=0)
-        b_k = tl.load(p_k + i_k[None, :] * stride_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
+        m_k = m_d[:, None] & m_n[None, :]
+        b_k = tl.load(p_k[:, None] + i_k[None, :] * stride_kt, mask=m_k, other=0.0)  # [BD, BN]
         # [BM, BD] @ [BD, BN] -> [BM, BN]
         b_s = tl.where(m_n[None, :], dot(b_q, b_k, PRECISION) * scale, float("-inf"))
         b_p, b_max, b_sum, b_shrink = softmax_step(b_s, b_max, b_sum)
-        b_v = tl.load(p_v + i_k[:, None] * stride_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
+        b_v = tl.load(p_v[None, :] + i_k[:, None] * stride_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
         b_acc = b_acc * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
 
-    b_max_rest = tl.full([BM], -1e30, tl.float32)
-    b_sum_rest = tl.zeros([BM], tl.float32)
+    b_max_rest = tl.where(with_cls, -1e30, b_cls)
+    b_sum_rest = tl.zeros([BM], tl.float32) + tl.where(with_cls, 0.0, 1.0)
     b_sum_taken = tl.zeros([BM], tl.float32)  # of S alone
-    b_acc_rest = tl.zeros([BM, BD], tl.float32)
-    for start in range(n_target, T, BN):
+    b_acc_rest = tl.zeros([BM, BD], tl.float32) + tl.where(with_cls, 0.0, b_v_cls)[None, :]
+    for start in range(n_target, N, BN):
         o_n = start + tl.arange(0, BN)
-        m_n = o_n < T
+        m_n = o_n < N
         i_k = tl.load(p_order + o_n, mask=m_n, other=0)
         m_taken = tl.load(p_taken + o_n, mask=m_n, other=0) != 0
-        b_k = tl.load(p_k + i_k[None, :] * stride_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)
+        m_k = m_d[:, None] & m_n[None, :]
+        b_k = tl.load(p_k[:, None] + i_k[None, :] * stride_kt, mask=m_k, other=0.0)
         b_s = tl.where(m_n[None, :], dot(b_q, b_k, PRECISION) * scale, float("-inf"))
         b_p, b_max_rest, b_sum_rest, b_shrink = softmax_step(b_s, b_max_rest, b_sum_rest)
         b_sum_taken = b_sum_taken * b_shrink + tl.sum(tl.where(m_taken[None, :], b_p, 0.0), axis=1)
         b_p = tl.where(m_taken[None, :], b_p * (1 - b_beta)[:, None], b_p)
-        b_v = tl.load(p_v + i_k[:, None] * stride_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
+        b_v = tl.load(p_v[None, :] + i_k[:, None] * stride_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
         b_acc_rest = b_acc_rest * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)
 
     b_top = tl.maximum(b_max, b_max_rest)
@@ -168,29 +182,29 @@ def self_attention_kernel(
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     m_m = (o_m < T)[:, None] & m_d[None, :]
-    p_v = v_ptr + i_b * stride_vb + i_h * stride_vh + o_d[None, :] * stride_vd
-    p_u = u_ptr + i_b * stride_ub + i_h * stride_uh
+    p_v = v_ptr + i_b * stride_vb + i_h * stride_vh + o_d * stride_vd
+    p_u = u_ptr + i_b * stride_ub + i_h * stride_uh + o_d * stride_ud
+    b_cls = tl.load(p_v, mask=m_d & (FIRST == 0), other=0.0).to(tl.float32)  # [BD]
     b_out = tl.zeros([BM, BD], tl.float32)
     for _layer in range(0, L):
-        b_q = tl.load(p_u + o_m[:, None] * stride_ut + o_d[None, :] * stride_ud, mask=m_m, other=0.0)  # [BM, BD]
-        b_max = tl.full([BM], -1e30, tl.float32)
-        b_sum = tl.zeros([BM], tl.float32)
-        b_acc = tl.zeros([BM, BD], tl.float32)
-        for start in range(0, T, BN):
+        b_q = tl.load(p_u[None, :] + o_m[:, None] * stride_ut, mask=m_m, other=0.0)  # [BM, BD]
+        b_max = cls_logits(b_q, p_u, m_d, scale)
+        b_sum = tl.full([BM], 1.0, tl.float32)
+        b_acc = tl.zeros([BM, BD], tl.float32) + b_cls[None, :]
+        for start in range(1, T, BN):
             o_n = start + tl.arange(0, BN)
             m_n = o_n < T
             m_k = m_d[:, None] & m_n[None, :]
-            b_k = tl.load(p_u + o_n[None, :] * stride_ut + o_d[:, None] * stride_ud, mask=m_k, other=0.0)  # [BD, BN]
+            b_k = tl.load(p_u[:, None] + o_n[None, :] * stride_ut, mask=m_k, other=0.0)  # [BD, BN]
             b_s = dot(b_q, b_k, PRECISION) * scale
             if BIAS:
-                i_m, i_n = o_m - 1, o_n - 1  # patches; the logits of CLS have no bias
+                i_m, i_n = o_m - 1, o_n - 1  # patches; the row of CLS has no bias
                 down = i_m[:, None] // gw - i_n[None, :] // gw + gh - 1
                 right = i_m[:, None] % gw - i_n[None, :] % gw + gw - 1
-                m_bias = ((i_m >= 0) & (o_m < T))[:, None] & ((i_n >= 0) & m_n)[None, :]
+                m_bias = ((i_m >= 0) & (o_m < T))[:, None] & m_n[None, :]
                 b_s += tl.load(bias_ptr + down * (2 * gw - 1) + right, mask=m_bias, other=0.0) * LOG2E
             b_p, b_max, b_sum, b_shrink = softmax_step(tl.where(m_n[None, :], b_s, float("-inf")), b_max, b_sum)
-            m_v = (m_n & (o_n >= FIRST))[:, None] & m_d[None, :]
-            b_v = tl.load(p_v + o_n[:, None] * stride_vt, mask=m_v, other=0.0)
+            b_v = tl.load(p_v[None, :] + o_n[:, None] * stride_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
             b_acc = b_acc * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)
         b_out += b_acc / b_sum[:, None]
         p_u += stride_ul
@@ -200,12 +214,15 @@ def self_attention_kernel(
 
 def launch_options(D: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
     """Tile sizes, warps and stages for a head dimension; `python -m rfclip_kernels.report` finds no spill in any."""
-    single = dtype == torch.float32
+    if dtype == torch.float32:
+        rows, columns, warps = (32 if D <= 64 else 16), 32, 8
+    else:
+        rows, columns, warps = (64, 32, 4) if D <= 64 else (32, 64, 4)
     return {
-        "BM": 64 if not single else 32 if D <= 64 else 16,
-        "BN": 32,
+        "BM": rows,
+        "BN": columns,
         "BD": max(16, triton.next_power_of_2(D)),
-        "num_warps": 8 if single or D > 64 else 4,
+        "num_warps": warps,
         "num_stages": 1 if hip else 2,
     }
 
@@ -235,8 +252,8 @@ def _refocused_attention(
     q: Tensor, k: Tensor, v: Tensor, distraction: Tensor, target: Tensor, beta: float, scale: float
 ) -> Tensor:
     B, H, T, D = q.shape
-    taken = F.pad(distraction, (1, 0))  # [B, T]
-    given = F.pad(target, (T - target.shape[1], 0)) & ~taken
+    with_cls = target[:, 0] if target.shape[1] == T else target.new_zeros(B)
+    given = target[:, -(T - 1) :] & ~distraction  # [B, N]
     order = torch.argsort(~given, dim=1, stable=True)
     out = q.new_empty((B, T, H, D))
     options = constants(D, q.dtype)
@@ -245,9 +262,10 @@ def _refocused_attention(
             q_ptr=q,
             k_ptr=k,
             v_ptr=v,
-            order_ptr=order.to(torch.int32),
-            taken_ptr=taken.gather(1, order),
+            order_ptr=order.to(torch.int32) + 1,
+            taken_ptr=distraction.gather(1, order),
             count_ptr=given.sum(dim=1, dtype=torch.int32),
+            cls_ptr=with_cls.contiguous(),
             out_ptr=out,
             H=H,
             T=T,

@@ -46,7 +46,7 @@ def remainder(p_w, p_basis, o_n, N, step, b_first, b_second, R: tl.constexpr):
     return b_w - combine(b_first, b_basis) - combine(b_second, b_basis)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])
 def lanczos_kernel(
     affinity_ptr,  # [B, N, N] fp32 contiguous, W
     scale_ptr,  # [B, N] fp32, Deg^-1/2
@@ -241,6 +241,7 @@ def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
             R=BASIS,
             SQUARINGS=SQUARINGS,
             BN=BLOCK_COLUMNS,
+            num_warps=8,
         )
     return y
 

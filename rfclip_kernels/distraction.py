@@ -83,13 +83,12 @@ def redistribute_kernel(
     for j in tl.static_range(len(DIMS)):
         b_sum = tl.zeros([BN], tl.float32)
         b_count = tl.zeros([BN], tl.float32)
-        for place in tl.static_range(SIZE * SIZE):
-            if place != SIZE * SIZE // 2:
-                r, c = row + place // SIZE - SIZE // 2, column + place % SIZE - SIZE // 2
-                m_near = m_n & (r >= 0) & (r < gh) & (c >= 0) & (c < gw)
-                p_near = before_ptr + (i_b * gh * gw + r * gw + c) * len(DIMS) + j
-                b_sum += tl.load(p_near, mask=m_near, other=0.0).to(tl.float32)
-                b_count += m_near.to(tl.float32)
+        for place in range(SIZE * SIZE):
+            r, c = row + place // SIZE - SIZE // 2, column + place % SIZE - SIZE // 2
+            m_near = m_n & (r >= 0) & (r < gh) & (c >= 0) & (c < gw) & (place != SIZE * SIZE // 2)
+            p_near = before_ptr + (i_b * gh * gw + r * gw + c) * len(DIMS) + j
+            b_sum += tl.load(p_near, mask=m_near, other=0.0).to(tl.float32)
+            b_count += m_near.to(tl.float32)
         b_mean = (b_sum / tl.maximum(b_count, 1.0)).to(x_ptr.dtype.element_ty)
         tl.store(x_ptr + i_b * stride_xb + o_n * stride_xn + DIMS[j] * stride_xd, b_mean, mask=m_n & (b_count > 0))
 

@@ -92,7 +92,7 @@ class Op:
     """A public operator, called as `function(*inputs(shape))`.
 
     An operator that multiplies matrices is compared with `sweeps` plain flash attentions of `rows` queries. The least
-    for each is `products` of [rows, D] with [D, T] a head.
+    for each is a product of [rows, D] with [D, T] a head and, where `products` is 2, one of [rows, N] with [N, D].
     """
 
     name: str
@@ -181,23 +181,25 @@ class Kernel:
     """What a launch does not tell.
 
     `tiles` gives the products of [BM, BD] with [BD, BN] in one program, one number for each possible count of target
-    keys where it depends on that. Tensors named in `updated` are read and written; of those in `sparse` only a few
-    places are, which count nothing.
+    keys where it depends on that, and `vectors` those of [BM, BD] with [BD], the key of CLS. Tensors named in `updated`
+    are read and written; of those in `sparse` only a few places are, which count nothing.
     """
 
     tiles: Callable[[dict], Iterable[int]] | None = None
+    vectors: Callable[[dict], int] = lambda a: 0
     updated: tuple[str, ...] = ()
     sparse: tuple[str, ...] = ()
 
 
 def _two_runs(a: dict) -> list[int]:
-    return [2 * (cdiv(n, a["BN"]) + cdiv(a["T"] - n, a["BN"])) for n in range(a["T"] + 1)]
+    N = a["T"] - 1
+    return [2 * (cdiv(n, a["BN"]) + cdiv(N - n, a["BN"])) for n in range(N + 1)]
 
 
 KERNELS = {
-    "refocused_attention_kernel": Kernel(_two_runs),
-    "self_attention_kernel": Kernel(lambda a: [2 * a["L"] * cdiv(a["T"], a["BN"])]),
-    "row_logsumexp_kernel": Kernel(lambda a: [cdiv(a["T"], a["BN"])]),
+    "refocused_attention_kernel": Kernel(_two_runs, lambda a: 1),
+    "self_attention_kernel": Kernel(lambda a: [2 * a["L"] * cdiv(a["T"] - 1, a["BN"])], lambda a: a["L"]),
+    "row_logsumexp_kernel": Kernel(lambda a: [cdiv(a["T"] - 1, a["BN"])], lambda a: 1),
     "key_similarity_kernel": Kernel(lambda a: [a["H"]], updated=("running_ptr",)),
     "received_attention_kernel": Kernel(lambda a: [a["H"] * cdiv(a["T"] - 1, a["BM"])]),
     "redistribute_kernel": Kernel(sparse=("x_ptr",)),
@@ -218,9 +220,10 @@ class Launch:
 
     @property
     def operations(self) -> np.ndarray:
-        """Of the matrix products, padding included, for each possible count of target keys."""
+        """Of the products, padding included, for each possible count of target keys."""
         a = self.arguments
-        return np.array(self.facts.tiles(a)) * math.prod(self.grid) * 2.0 * a["BM"] * a["BN"] * a["BD"]
+        columns = np.array(self.facts.tiles(a)) * a["BN"] + self.facts.vectors(a)
+        return columns * math.prod(self.grid) * 2.0 * a["BM"] * a["BD"]
 
 
 @dataclass
@@ -317,6 +320,6 @@ def cost(op: Op, shape: Shape) -> Cost:
     rows, a = op.rows(shape), matrix[0].arguments
     heads = op.sweeps(shape) * shape.H
     flash = heads * 2 * cdiv(rows, a["BM"]) * cdiv(shape.T, a["BN"]) * 2 * a["BM"] * a["BN"] * a["BD"]
-    least = heads * op.products * 2 * rows * shape.T * shape.D
+    least = heads * 2 * rows * (shape.T + (op.products - 1) * shape.N) * shape.D  # the value of CLS starts the sum
     operations = sum(launch.operations for launch in matrix)
     return Cost(moved, operations.mean() / flash, operations.max() / flash, operations.mean() / least)

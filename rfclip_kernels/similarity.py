@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from rfclip_kernels.attention import LOG2E, constants, dot, softmax_step, strides
+from rfclip_kernels.attention import LOG2E, cls_logits, constants, dot, softmax_step, strides
 from rfclip_kernels.checks import check_launch, query_key, similarity_inputs
 
 
@@ -45,19 +45,19 @@ def row_logsumexp_kernel(
     m_d = o_d < D
     p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + o_m[:, None] * stride_qt + o_d[None, :] * stride_qd
     b_q = tl.load(p_q, mask=(o_m < T)[:, None] & m_d[None, :], other=0.0)  # [BM, BD]
-    p_k = k_ptr + i_b * stride_kb + i_h * stride_kh + o_d[:, None] * stride_kd
-    b_max = tl.full([BM], -1e30, tl.float32)
-    b_sum = tl.zeros([BM], tl.float32)
-    for start in range(0, T, BN):
+    p_k = k_ptr + i_b * stride_kb + i_h * stride_kh + o_d * stride_kd
+    b_max = cls_logits(b_q, p_k, m_d, scale)
+    b_sum = tl.full([BM], 1.0, tl.float32)
+    for start in range(1, T, BN):
         o_n = start + tl.arange(0, BN)
         m_n = o_n < T
-        b_k = tl.load(p_k + o_n[None, :] * stride_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
+        b_k = tl.load(p_k[:, None] + o_n[None, :] * stride_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
         b_s = tl.where(m_n[None, :], dot(b_q, b_k, PRECISION) * scale, float("-inf"))
         _p, b_max, b_sum, _shrink = softmax_step(b_s, b_max, b_sum)
     tl.store(out_ptr + (i_b * H + i_h) * T + o_m, b_max + tl.log2(b_sum), mask=o_m < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def key_similarity_kernel(
     k_ptr,  # [B, H, T, D]
     lse_ptr,  # [B, H, T]

@@ -1,6 +1,6 @@
 """The refocused tower on the Triton kernels as PyTorch's tools see it: traced, exported, compiled, and never waiting.
 
-No GPU is needed: the model and its input are CUDA tensors without data.
+No GPU is needed: the model and its input are CUDA tensors without data. The reference runs, on the CPU.
 """
 
 import pytest
@@ -9,7 +9,7 @@ from open_clip.model import CLIP
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from towers import DIMS
+from towers import DIMS, pictures, small_clip
 
 import rfclip
 
@@ -111,9 +111,19 @@ def test_compile_in_one_graph(tower, case, function):
     assert operators(graphs[0]) == expected - ({"rfclip.self_attention"} if function == "encode_image" else set())
 
 
-def test_compile_through_autograd_and_functionalization(tower):
+def test_compile_down_to_single_operators(tower):
     model, images, mode = tower
     config = rfclip.RefocusConfig(distraction_dims=DIMS)
     with rfclip.refocus(model, config, backend="triton"), mode, torch.no_grad():
         compiled = torch.compile(Dense(model), fullgraph=True, backend="aot_eager")
         assert compiled(images).shape == (2, 20, 4, 5)
+
+
+def test_the_reference_compiles_and_exports():
+    model, images = small_clip(), pictures()
+    config = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0, tau_attn=1.0)
+    with rfclip.refocus(model, config, backend="reference"), torch.no_grad():
+        want = rfclip.dense_features(model, images)
+        compiled = torch.compile(Dense(model), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(images), want)
+        torch.testing.assert_close(torch.export.export(Dense(model), (images,)).module()(images), want)
