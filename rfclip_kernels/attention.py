@@ -56,7 +56,7 @@ def cls_logits(b_q, p_k, m_d, scale):
     return tl.sum(b_q.to(tl.float32) * b_k[None, :], axis=1) * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "T"])
 def refocused_attention_kernel(
     q_ptr,  # [B, H, T, D]
     k_ptr,  # [B, H, T, D]
@@ -148,7 +148,7 @@ def refocused_attention_kernel(
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "T"])
 def self_attention_kernel(
     u_ptr,  # [L, B, H, T, D]
     v_ptr,  # [B, H, T, D]
@@ -185,6 +185,10 @@ def self_attention_kernel(
     p_v = v_ptr + i_b * stride_vb + i_h * stride_vh + o_d * stride_vd
     p_u = u_ptr + i_b * stride_ub + i_h * stride_uh + o_d * stride_ud
     b_cls = tl.load(p_v, mask=m_d & (FIRST == 0), other=0.0).to(tl.float32)  # [BD]
+    # The bias of patches m and n is at (row_m - row_n + gh - 1) (2 gw - 1) + column_m - column_n + gw - 1.
+    i_m = o_m - 1
+    to_m = (i_m // gw + gh - 1) * (2 * gw - 1) + i_m % gw + gw - 1
+    m_biased = (i_m >= 0) & (o_m < T)  # the row of CLS has none
     b_out = tl.zeros([BM, BD], tl.float32)
     for _layer in range(0, L):
         b_q = tl.load(p_u[None, :] + o_m[:, None] * stride_ut, mask=m_m, other=0.0)  # [BM, BD]
@@ -198,11 +202,10 @@ def self_attention_kernel(
             b_k = tl.load(p_u[:, None] + o_n[None, :] * stride_ut, mask=m_k, other=0.0)  # [BD, BN]
             b_s = dot(b_q, b_k, PRECISION) * scale
             if BIAS:
-                i_m, i_n = o_m - 1, o_n - 1  # patches; the row of CLS has no bias
-                down = i_m[:, None] // gw - i_n[None, :] // gw + gh - 1
-                right = i_m[:, None] % gw - i_n[None, :] % gw + gw - 1
-                m_bias = ((i_m >= 0) & (o_m < T))[:, None] & m_n[None, :]
-                b_s += tl.load(bias_ptr + down * (2 * gw - 1) + right, mask=m_bias, other=0.0) * LOG2E
+                i_n = o_n - 1
+                from_n = i_n // gw * (2 * gw - 1) + i_n % gw
+                m_bias = m_biased[:, None] & m_n[None, :]
+                b_s += tl.load(bias_ptr + to_m[:, None] - from_n[None, :], mask=m_bias, other=0.0) * LOG2E
             b_p, b_max, b_sum, b_shrink = softmax_step(tl.where(m_n[None, :], b_s, float("-inf")), b_max, b_sum)
             b_v = tl.load(p_v[None, :] + o_n[:, None] * stride_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
             b_acc = b_acc * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)

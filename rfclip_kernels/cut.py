@@ -99,7 +99,7 @@ def lanczos_kernel(
     tl.store(out_ptr + i_b * N + o_m, b_out, mask=o_m < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def ritz_kernel(
     scale_ptr,  # [B, N] fp32, Deg^-1/2
     w_ptr,  # [B, N] fp32, M times the last basis vector
@@ -149,7 +149,7 @@ def ritz_kernel(
         tl.store(out_ptr + i_b * N + o_n, b_y, mask=o_n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def defocus_kernel(
     y_ptr,  # [B, N]
     out_ptr,  # [B, N] bool

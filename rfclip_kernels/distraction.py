@@ -18,7 +18,7 @@ BLOCK_TOKENS = 16
 BLOCK_WIDTH = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def distraction_scores_kernel(
     x_ptr,  # [B, N, d]
     out_ptr,  # [B, N], fp32 scores, or bool where MASK
@@ -59,7 +59,7 @@ def distraction_scores_kernel(
         tl.store(out_ptr + i_b * N + o_n, b_phi, mask=m_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gh", "gw"])
 def redistribute_kernel(
     before_ptr,  # [B, N, |D_dis|] contiguous, the values of x before the update
     mask_ptr,  # [B, N] bool

@@ -22,7 +22,7 @@ BLOCK = 2048  # places of a tile [BP, BX]: 16 a thread
 NUM_WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["CI", "C", "H", "W"])
 def pamr_kernel(
     image_ptr,  # [B, CI, H, W]
     mask_ptr,  # [B, C, H, W]

@@ -17,7 +17,7 @@ from rfclip_kernels.attention import LOG2E, cls_logits, constants, dot, softmax_
 from rfclip_kernels.checks import check_launch, query_key, similarity_inputs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "T"])
 def row_logsumexp_kernel(
     q_ptr,  # [B, H, T, D]
     k_ptr,  # [B, H, T, D]
@@ -57,7 +57,7 @@ def row_logsumexp_kernel(
     tl.store(out_ptr + (i_b * H + i_h) * T + o_m, b_max + tl.log2(b_sum), mask=o_m < T)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["H", "T", "count"])
 def key_similarity_kernel(
     k_ptr,  # [B, H, T, D]
     lse_ptr,  # [B, H, T]
@@ -100,7 +100,7 @@ def key_similarity_kernel(
     tl.store(p_out, (b_before * count + b_mean / H) / (count + 1), mask=m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "T"])
 def received_attention_kernel(
     q_ptr,  # [B, H, T, D]
     k_ptr,  # [B, H, T, D]

@@ -45,7 +45,7 @@ def bilinear(p_x, stride_h, stride_w, low_y, high_y, part_y, low_x, high_x, part
     return b_low * (1 - part_y) + b_high * part_y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["W", "K", "gh", "gw", "side", "h", "w"])
 def average_windows_kernel(
     logits_ptr,  # [W, K, gh, gw]
     corners_ptr,  # [W, 2] int32 contiguous, top and left
@@ -99,7 +99,7 @@ def average_windows_kernel(
     tl.store(p_out, b_sum / tl.maximum(b_count, 1.0)[None, :], mask=m_k[:, None] & (o_x < w)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "h", "w", "W"])
 def upsample_argmax_kernel(
     logits_ptr,  # [K, h, w]
     class_ptr,  # [K] int64
