@@ -1,4 +1,4 @@
-"""Which implementation of the method's functions runs: the PyTorch reference, or the Triton kernels."""
+"""Which implementation of the method's functions runs: the reference, fast PyTorch, or the Triton kernels."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import torch
 
 import rfclip_kernels
-from rfclip import reference
+from rfclip import eager, reference
 from rfclip_kernels.checks import interpreted
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "eager", "reference", "triton")
+HEADS_BUDGET = 128 << 20  # bytes that "eager" may take for sums over layers of each head's attention
 
 
 @dataclass(frozen=True)
@@ -31,24 +32,27 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
-    if backend == "reference":
-        return Choice("reference", "it was asked for")
+    if backend in ("eager", "reference"):
+        return Choice(backend, "it was asked for")
     obstacle = _obstacle(device, dtype)
     if backend == "triton":
         if obstacle is not None and not (device.type == "cpu" and _interpreting()):
-            raise ValueError(f'backend="triton": {obstacle}; use backend="reference", or "auto"')
+            raise ValueError(f'backend="triton": {obstacle}; use backend="eager", or "auto"')
         return Choice("triton", "it was asked for")
     if obstacle is None:
         return Choice("triton", f"Triton has compiled kernels for {torch.cuda.get_device_name(device)}")
-    return Choice("reference", obstacle)
+    return Choice("eager", obstacle)
 
 
 def functions(backend: str) -> SimpleNamespace:
-    """The functions of `rfclip.reference` by name, each from the backend where that has it and else the reference's."""
+    """The functions of `rfclip.reference` by name, each from the backend where that has it and else the reference's.
+
+    `heads_budget` says how many bytes `key_similarity` and `proxy_attention` may share in `heads`.
+    """
+    module = {"reference": reference, "eager": eager, "triton": rfclip_kernels}[backend]
     found = {name: getattr(reference, name) for name in reference.__all__}
-    if backend == "triton":
-        found |= {name: getattr(rfclip_kernels, name) for name in rfclip_kernels.__all__}
-    return SimpleNamespace(**found)
+    found |= {name: getattr(module, name) for name in module.__all__}
+    return SimpleNamespace(**found, heads_budget=HEADS_BUDGET if backend == "eager" else 0)
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

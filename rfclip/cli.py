@@ -46,7 +46,7 @@ Model = Annotated[str, typer.Option(help="An open_clip model; `rfclip models` li
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag for its weights, or a path to safetensors.")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
 Config = Annotated[Path | None, typer.Option(help="A refocusing config in JSON, as `rfclip calibrate` writes it.")]
-Backend = Annotated[str, typer.Option(help="auto, triton or reference; `rfclip info` says which auto takes.")]
+Backend = Annotated[str, typer.Option(help="auto, eager, reference or triton; `rfclip info` says which auto takes.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
 
 

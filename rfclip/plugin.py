@@ -44,29 +44,32 @@ class RefocusedForward:
 
     def __call__(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """What the tower's own forward returns, with every block refocused and the last one run as it was."""
-        x, query_key_value, _ = self._run(images)
+        x, query_key_value, *_ = self._run(images)
         return self.tower.pool(self.tower.blocks[-1].finish(x, F.scaled_dot_product_attention(*query_key_value)))
 
     def dense(self, images: Tensor) -> Tensor:
         """Patch embeddings [B, N, C]: the last block's values gathered by the proxy attention [P 14]."""
         proxy, last = self.config.proxy, self.tower.blocks[-1]
-        x, (q, k, v), keys = self._run(images, keep_keys=proxy == "kk-mean")
+        x, (q, k, v), keys, heads, count = self._run(images, keep_keys=proxy == "kk-mean")
         if proxy == "none":
             return self.tower.readout(last.finish(x, F.scaled_dot_product_attention(q, k, v))[:, 1:])
         if proxy == "qk":  # like the others without the row and the column of CLS, not renormalized [D]
             without_cls = torch.cat([torch.zeros_like(v[:, :, :1]), v[:, :, 1:]], dim=2)
-            heads = F.scaled_dot_product_attention(q, k, without_cls)[:, :, 1:]
+            gathered = F.scaled_dot_product_attention(q, k, without_cls)[:, :, 1:]
+        elif proxy == "kk-mean":
+            gathered = self.ops.proxy_attention(keys, v, heads=heads, count=count)
         else:
-            heads = self.ops.proxy_attention({"kk-mean": keys, "kk": k[None], "qq": q[None], "vv": v[None]}[proxy], v)
-        return self.tower.readout(last.project(heads))
+            gathered = self.ops.proxy_attention({"kk": k, "qq": q, "vv": v}[proxy][None], v)
+        return self.tower.readout(last.project(gathered))
 
     def _run(
         self, images: Tensor, keep_keys: bool = False
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor | None]:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor | None, Tensor | None, int]:
         """All blocks but the last one's attention.
 
-        Returns the input of the last block after its redistribution [B, T, d], that block's q, k and v, and on demand
-        the keys of all L blocks [L, B, H, T, D].
+        Returns the input of the last block after its redistribution [B, T, d] and that block's q, k and v. On demand
+        also what the proxy attention reads: the keys of the blocks [., B, H, T, D], and in place of the first `count`
+        of them, where the backend asks for it, the sum of their attention [B, H, N, N].
         """
         self.tower.check_eval()
         config, ops, blocks = self.config, self.ops, self.tower.blocks
@@ -75,30 +78,38 @@ class RefocusedForward:
         refocused = range(1, len(blocks) + 1) if config.layers is None else config.layers
         refocused = refocused if config.distraction_dims else ()
         cut = config.beta > 0 and config.target == "defocused"
-        keys = similarity = fiedler = None
+        # The similarity is averaged over the blocks up to this one.
+        averaged = min(max(refocused, default=0), len(blocks) - 1) if cut and config.similarity == "kk-mean" else 0
+        N, count = grid[0] * grid[1], 0
+        keys = heads = similarity = fiedler = None
+        if keep_keys and 4 * len(x) * blocks[0].heads * N * N <= ops.heads_budget:
+            count = averaged
         for number, block in enumerate(blocks, 1):
             distraction = None
             if number in refocused:
                 distraction = self._locate(block, x, number)
                 x = self._repair(x, distraction, grid)
             q, k, v = block.query_key_value(x)
-            if keep_keys:
-                keys = k.new_empty((len(blocks), *k.shape)) if keys is None else keys
-                keys[number - 1] = k
+            if keep_keys and number > count:
+                keys = k.new_empty((len(blocks) - count, *k.shape)) if keys is None else keys
+                keys[number - 1 - count] = k
             if number == len(blocks):
                 break
-            if cut and config.similarity == "kk-mean" and number <= max(refocused, default=0):
-                similarity = ops.key_similarity(k, similarity, number - 1, inplace=not k.requires_grad)
+            if number <= averaged:
+                if count and heads is None:
+                    heads = k.new_zeros((*k.shape[:2], N, N), dtype=reference.computing_dtype(k))
+                similarity = ops.key_similarity(k, similarity, number - 1, inplace=not k.requires_grad, heads=heads)
             elif cut and distraction is not None:
                 similarity = ops.key_similarity({"kk": k, "qq": q, "vv": v}[config.similarity])
             if distraction is None or config.beta == 0:
-                heads = F.scaled_dot_product_attention(q, k, v)
+                attended = F.scaled_dot_product_attention(q, k, v)
             else:
                 if cut:
                     fiedler = ops.fiedler_vector(similarity, fiedler)
-                heads = ops.refocused_attention(q, k, v, distraction, self._target(distraction, fiedler), config.beta)
-            x = block.finish(x, heads)
-        return x, (q, k, v), keys
+                target = self._target(distraction, fiedler)
+                attended = ops.refocused_attention(q, k, v, distraction, target, config.beta)
+            x = block.finish(x, attended)
+        return x, (q, k, v), keys, heads, count
 
     def _locate(self, block: Block, x: Tensor, number: int) -> Tensor:
         """T_dis, bool [B, N], from the input of a block [B, T, d]: steps 1 and 2."""
@@ -181,7 +192,7 @@ def refocus(model: nn.Module, config: RefocusConfig | None = None, *, backend: s
     Args:
         model: an open_clip CLIP model, in eval mode.
         config: what to do; None takes the one that belongs to a model loaded by `rfclip.load_model`.
-        backend: "triton", "reference" or "auto", the best there is for the model's device, also when it is moved
+        backend: "eager", "reference", "triton" or "auto", the best there is for the model's device, also when it is moved
             afterwards. A named backend is never replaced by another.
 
     Returns:

@@ -21,7 +21,7 @@ the device, and a batch may be empty. Wrong arguments raise ValueError, which sa
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,7 @@ def dimension_weights(x: Tensor, *, shifted: bool = True) -> Tensor:
         ValueError: x is not a floating-point [B, N, d].
     """
     tensor_sizes("x", x, "B N d")
-    f = x.to(_computing_dtype(x))
+    f = x.to(computing_dtype(x))
     if shifted:
         f = f - f.amin(dim=-1, keepdim=True)
     total = f.sum(dim=-1, keepdim=True)
@@ -109,7 +109,7 @@ def distraction_scores(x: Tensor, dims: Sequence[int], *, shifted: bool = True) 
     """
     dims, _ = scores_inputs(x, dims, None)
     if not dims:
-        return x.new_zeros(x.shape[:2], dtype=_computing_dtype(x))
+        return x.new_zeros(x.shape[:2], dtype=computing_dtype(x))
     return dimension_weights(x, shifted=shifted)[..., dims].amax(dim=-1)
 
 
@@ -188,7 +188,7 @@ def redistribute_embeddings(
     if not dims:
         return out
     before = x[..., dims]  # [B, N, |D_dis|]
-    planes = before.to(_computing_dtype(x)).mT.unflatten(-1, (gh, gw))  # [B, |D_dis|, gh, gw]
+    planes = before.to(computing_dtype(x)).mT.unflatten(-1, (gh, gw))  # [B, |D_dis|, gh, gw]
     count = _neighbour_sum(torch.ones_like(planes[:1, :1]), size)  # [1, 1, N]
     mean = (_neighbour_sum(planes, size) / count).mT.to(x.dtype)  # [B, N, |D_dis|]
     out[..., dims] = torch.where(mask[..., None] & (count > 0).mT, mean, before)
@@ -214,7 +214,7 @@ def clamp_embeddings(
     """
     dims, _ = masked_tokens(x, mask, dims, None)
     _, threshold = scores_inputs(x, dims, threshold)
-    values = x.to(_computing_dtype(x))
+    values = x.to(computing_dtype(x))
     least = values.amin(dim=-1, keepdim=True) if shifted else torch.zeros_like(values[..., :1])
     most = least + threshold * (values - least).sum(dim=-1, keepdim=True)  # [B, N, 1]
     out = x.clone()
@@ -245,7 +245,7 @@ def filter_embeddings(
     _, (gh, gw) = masked_tokens(x, mask, None, grid, size)
     if statistic not in ("mean", "median"):
         raise ValueError(f'statistic must be "mean" or "median", got {statistic!r}')
-    planes = x.to(_computing_dtype(x)).mT.unflatten(-1, (gh, gw))  # [B, d, gh, gw]
+    planes = x.to(computing_dtype(x)).mT.unflatten(-1, (gh, gw))  # [B, d, gh, gw]
     padded = F.pad(planes, (size // 2,) * 4, value=float("nan"))
     windows = padded.unfold(2, size, 1).unfold(3, size, 1).flatten(4)  # [B, d, gh, gw, size^2]
     if statistic == "mean":
@@ -257,7 +257,13 @@ def filter_embeddings(
 
 
 def key_similarity(
-    k: Tensor, running: Tensor | None = None, count: int = 0, *, scale: float | None = None, inplace: bool = False
+    k: Tensor,
+    running: Tensor | None = None,
+    count: int = 0,
+    *,
+    scale: float | None = None,
+    inplace: bool = False,
+    heads: Tensor | None = None,
 ) -> Tensor:
     """Similarity of the patches' keys, averaged over the layers so far: equation 7 of the paper [P 7].
 
@@ -271,6 +277,8 @@ def key_similarity(
         count: the number of layers in `running`; 0 at the first layer.
         scale: factor of the logits; None takes D ** -0.5.
         inplace: write into `running`, where there is one, and return it.
+        heads: the sum over layers of softmax(k k^T * scale) for each head, [B, H, N, N] of the dtype of `running`: this
+            layer's is added to it in place, so that `proxy_attention` need not compute it again.
 
     Returns:
         S [B, N, N], float32, or float64 for float64 input.
@@ -279,8 +287,11 @@ def key_similarity(
         ValueError: k is not a floating-point [B, H, T, D] with T >= 2; running is not a [B, N, N] of the dtype above;
             count is not an integer of at least 0; only one of running and count >= 1 is given.
     """
-    _, scale = similarity_inputs(k, running, count, scale, _computing_dtype(k))
-    new = _attention(k, k, scale)[:, :, 1:, 1:].mean(dim=1)
+    _, scale = similarity_inputs(k, running, count, scale, computing_dtype(k), heads)
+    A = _attention(k, k, scale)[:, :, 1:, 1:]
+    if heads is not None:
+        heads += A
+    new = A.mean(dim=1)
     if running is None:
         return new
     mean = (running * count + new) / (count + 1)
@@ -310,7 +321,7 @@ def fiedler_vector(similarity: Tensor, start: Tensor | None = None) -> Tensor:
         ValueError: similarity is not a floating-point [B, N, N]; start is not a floating-point [B, N].
     """
     sizes = cut_inputs(similarity, start)
-    S = similarity.to(_computing_dtype(similarity))
+    S = similarity.to(computing_dtype(similarity))
     if sizes["N"] == 1:
         return torch.zeros_like(S[..., 0])
     W = (S + S.mT) / 2
@@ -342,7 +353,7 @@ def defocus_mask(fiedler: Tensor, *, threshold: str = "mean") -> Tensor:
         ValueError: fiedler is not a floating-point [B, N]; threshold is neither "mean" nor "otsu".
     """
     N = defocus_inputs(fiedler, threshold)
-    y = fiedler.to(_computing_dtype(fiedler))
+    y = fiedler.to(computing_dtype(fiedler))
     if threshold == "mean" or N == 1:
         return y > y.mean(dim=-1, keepdim=True)
     ordered = y.sort(dim=-1).values
@@ -406,7 +417,7 @@ def refocused_attention(
     # A / tgt_mass comes first: it is at most 1, while omega / tgt_mass can overflow.
     refocused = torch.where(dis, (1 - beta) * A, torch.where(tgt, A + omega * (A / tgt_mass), A))
     A = torch.where(patch_rows & (tgt_mass > 0), refocused, A)  # without mass on T_dis, omega = 0 changes nothing
-    return _matmul(A, v).to(v.dtype)
+    return matmul(A, v).to(v.dtype)
 
 
 def self_attention(u: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float | None = None) -> Tensor:
@@ -429,18 +440,14 @@ def self_attention(u: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: f
             is not as above.
     """
     scale = self_inputs(u, v, bias, scale)
-    matrix = None
-    if bias is not None:
-        gh, gw = ((side + 1) // 2 for side in bias.shape)
-        rows, columns = (torch.arange(side, device=u.device) for side in (gh, gw))
-        down = (rows[:, None] - rows + gh - 1)[:, None, :, None]
-        right = (columns[:, None] - columns + gw - 1)[None, :, None, :]
-        matrix = F.pad(bias.to(_computing_dtype(u))[down, right].reshape(gh * gw, gh * gw), (1, 0, 1, 0))
+    matrix = None if bias is None else offset_bias(bias.to(computing_dtype(u)))
     A = _attention(u, u, scale, matrix)
-    return _matmul(A, v).to(v.dtype)
+    return matmul(A, v).to(v.dtype)
 
 
-def proxy_attention(keys: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+def proxy_attention(
+    keys: Tensor, v: Tensor, *, scale: float | None = None, heads: Tensor | None = None, count: int = 0
+) -> Tensor:
     """The attention of the dense prediction, before the output projection: equation 14 of the paper [P 14].
 
     Abar = (1 / L) * sum over l of softmax(k[l] k[l]^T * scale) per head, its row and column of CLS dropped afterwards
@@ -450,6 +457,7 @@ def proxy_attention(keys: Tensor, v: Tensor, *, scale: float | None = None) -> T
         keys: the keys of the L layers [L, B, H, T, D], any floating-point dtype, CLS being token 0.
         v: the values of the last layer [B, H, T, D], of the same dtype.
         scale: factor of the logits; None takes D ** -0.5.
+        heads, count: the sum of softmax(k k^T * scale) over `count` more layers, as `key_similarity` adds it up.
 
     Returns:
         Abar v, [B, H, N, D] of the inputs' dtype.
@@ -458,9 +466,10 @@ def proxy_attention(keys: Tensor, v: Tensor, *, scale: float | None = None) -> T
         ValueError: keys is not a floating-point [L, B, H, T, D] with T >= 2; v is not a [B, H, T, D] of its sizes and
             dtype.
     """
-    scale = proxy_inputs(keys, v, scale)
-    Abar = sum(_attention(k, k, scale)[:, :, 1:, 1:] for k in keys) / len(keys)
-    return _matmul(Abar, v[:, :, 1:]).to(v.dtype)
+    scale = proxy_inputs(keys, v, scale, heads, count)
+    total = sum(_attention(k, k, scale)[:, :, 1:, 1:] for k in keys)
+    Abar = (total if heads is None else heads + total) / (len(keys) + count)
+    return matmul(Abar, v[:, :, 1:]).to(v.dtype)
 
 
 def average_windows(logits: Tensor, corners: Sequence[tuple[int, int]], side: int, size: tuple[int, int]) -> Tensor:
@@ -483,7 +492,7 @@ def average_windows(logits: Tensor, corners: Sequence[tuple[int, int]], side: in
             not positive; a window is not inside the picture; there is a pixel that no window covers.
     """
     corners = averaging_inputs(logits, corners, side, size)
-    dtype = _computing_dtype(logits)
+    dtype = computing_dtype(logits)
     total = logits.new_zeros((logits.shape[1], *size), dtype=dtype)
     seen = logits.new_zeros(size, dtype=dtype)
     for window, (top, left) in zip(logits, corners, strict=True):
@@ -594,7 +603,7 @@ def pamr(image: Tensor, mask: Tensor, iterations: int = 10, dilations: Sequence[
             iterations is not an integer of at least 0; dilations are not integers of at least 1, or there are none.
     """
     dilations = pamr_inputs(image, mask, iterations, dilations)
-    dtype = torch.promote_types(_computing_dtype(image), _computing_dtype(mask))
+    dtype = torch.promote_types(computing_dtype(image), computing_dtype(mask))
     steps = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
     around = [(d * dy, d * dx) for d in dilations for dy, dx in steps if (dy, dx) != (0, 0)]
     x = image.to(dtype)
@@ -608,22 +617,36 @@ def pamr(image: Tensor, mask: Tensor, iterations: int = 10, dilations: Sequence[
     return out.to(mask.dtype).contiguous()
 
 
-def _computing_dtype(tensor: Tensor) -> torch.dtype:
+def computing_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _attention(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """A = softmax(q k^T * scale + bias) over all T keys, [B, H, T, T] in the computing dtype."""
-    logits = _matmul(q, k.mT) * scale  # [T, D] @ [D, T] -> [T, T]
+    logits = matmul(q, k.mT) * scale  # [T, D] @ [D, T] -> [T, T]
     return torch.softmax(logits if bias is None else logits + bias, dim=-1)
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+def offset_bias(bias: Tensor) -> Tensor:
+    """The matrix [T, T] of a bias by offset [2 gh - 1, 2 gw - 1], 0 in the row and the column of CLS."""
+    gh, gw = ((side + 1) // 2 for side in bias.shape)
+    rows, columns = (torch.arange(side, device=bias.device) for side in (gh, gw))
+    down = (rows[:, None] - rows + gh - 1)[:, None, :, None]
+    right = (columns[:, None] - columns + gw - 1)[None, :, None, :]
+    return F.pad(bias[down, right].reshape(gh * gw, gh * gw), (1, 0, 1, 0))
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
     """The product in the computing dtype, also where autocast would lower it."""
-    dtype, device = _computing_dtype(a), a.device.type
-    plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-    with plain:
+    dtype = computing_dtype(a)
+    with no_autocast(a.device):
         return a.to(dtype) @ b.to(dtype)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """Products in the dtype of their factors; a device without autocast needs nothing."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def _neighbour_sum(planes: Tensor, size: int) -> Tensor:
@@ -638,7 +661,7 @@ def _neighbour_sum(planes: Tensor, size: int) -> Tensor:
 
 def _name_probabilities(logits: Tensor, size: tuple[int, int], logit_scale: float, rows: range) -> Tensor:
     """Softmax over names of some rows of logits [K, h, w] resized to `size`: [K, len(rows), W], computing dtype."""
-    resized = _resize_rows(logits.to(_computing_dtype(logits)), rows, size)
+    resized = _resize_rows(logits.to(computing_dtype(logits)), rows, size)
     return (logit_scale * resized).softmax(dim=0)
 
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from rfclip_kernels.checks import check_launch, proxy_inputs, refocused_inputs, self_inputs
+from rfclip_kernels.checks import check_launch, proxy_inputs, refocused_inputs, refuse_heads, self_inputs
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -357,12 +357,15 @@ def self_attention(u: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: f
     return _self_attention(u[None], v, bias, scale, 0).transpose(1, 2)
 
 
-def proxy_attention(keys: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+def proxy_attention(
+    keys: Tensor, v: Tensor, *, scale: float | None = None, heads: None = None, count: int = 0
+) -> Tensor:
     """`rfclip.reference.proxy_attention` as L flash sweeps into one accumulator.
 
     Args:
         keys, v: [L, B, H, T, D] and [B, H, T, D] of one dtype, fp32, fp16 or bf16, with any strides.
         scale: as the reference.
+        heads, count: None and 0; nothing is kept for each head.
 
     Returns:
         [B, H, N, D] of that dtype, a view of memory laid out [B, N, H, D]. Logits, softmax and sums are fp32.
@@ -370,6 +373,7 @@ def proxy_attention(keys: Tensor, v: Tensor, *, scale: float | None = None) -> T
     Raises:
         ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
     """
-    scale = proxy_inputs(keys, v, scale)
+    scale = proxy_inputs(keys, v, scale, heads, count)
     check_launch(keys=keys, v=v)
+    refuse_heads(heads)
     return _self_attention(keys, v, None, scale, 1).transpose(1, 2)

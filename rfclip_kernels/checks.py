@@ -65,6 +65,10 @@ def check_number(name: str, value: float, low: float = float("-inf"), high: floa
         raise ValueError(f"{name} must be a number{within}, got {value!r}")
 
 
+LANCZOS_STEPS = 15  # of the graph cut, on every backend but the reference
+LANCZOS_BREAKDOWN = 1e-6  # a vector of which less than this is new ends the basis
+
+
 def query_key(scale: float | None, **tensors: Tensor) -> tuple[dict[str, int], float]:
     """Queries, keys or values [B, H, T, D] of one shape and dtype. Returns the sizes, and the scale, filled in."""
     sizes, dtype = None, None
@@ -81,9 +85,14 @@ def attention_scale(scale: float | None, D: int) -> float:
 
 
 def similarity_inputs(
-    k: Tensor, running: Tensor | None, count: int, scale: float | None, dtype: torch.dtype
+    k: Tensor,
+    running: Tensor | None,
+    count: int,
+    scale: float | None,
+    dtype: torch.dtype,
+    heads: Tensor | None = None,
 ) -> tuple[dict[str, int], float]:
-    """The arguments of `key_similarity`, whose running mean has the given dtype. Returns the sizes and the scale."""
+    """The arguments of `key_similarity`, whose sums have the given dtype. Returns the sizes and the scale."""
     sizes, scale = query_key(scale, k=k)
     if not isinstance(count, Integral) or count < 0:
         raise ValueError(f"count must be an integer of at least 0, got {count!r}")
@@ -94,6 +103,8 @@ def similarity_inputs(
         )
     if running is not None:
         tensor_sizes("running", running, "B N N", sizes, dtype)
+    if heads is not None:
+        tensor_sizes("heads", heads, "B H N N", sizes, dtype)
     return sizes, scale
 
 
@@ -122,10 +133,14 @@ def self_inputs(u: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) 
     return scale
 
 
-def proxy_inputs(keys: Tensor, v: Tensor, scale: float | None) -> float:
+def proxy_inputs(keys: Tensor, v: Tensor, scale: float | None, heads: Tensor | None = None, count: int = 0) -> float:
     """The arguments of `proxy_attention`. Returns the scale."""
     sizes = tensor_sizes("keys", keys, "L B H T D")
     tensor_sizes("v", v, "B H T D", sizes, keys.dtype)
+    if (heads is None) != (count == 0) or not isinstance(count, Integral) or count < 0:
+        raise ValueError(f"heads must come with count >= 1, and None with count 0, got count {count!r}")
+    if heads is not None:
+        tensor_sizes("heads", heads, "B H N N", sizes)
     return attention_scale(scale, sizes["D"])
 
 
@@ -263,6 +278,11 @@ def check_launch(**tensors: Tensor) -> None:
                 f"{name} is on {tensor.device}: the Triton kernels run on CUDA and ROCm devices, and in Triton's "
                 "interpreter (TRITON_INTERPRET=1 before the first import); use the reference"
             )
+
+
+def refuse_heads(heads: Tensor | None) -> None:
+    if heads is not None:
+        raise ValueError("heads must be None: the Triton kernels keep no sum of each head, and sweep the keys instead")
 
 
 def interpreted() -> bool:

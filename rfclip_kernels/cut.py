@@ -16,11 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from rfclip_kernels.checks import check_launch, cut_inputs, defocus_inputs
+from rfclip_kernels.checks import LANCZOS_BREAKDOWN, LANCZOS_STEPS, check_launch, cut_inputs, defocus_inputs
 
-BASIS = 16  # the known vector, and one a step
+BASIS = LANCZOS_STEPS + 1  # the known vector, and one a step
 SQUARINGS = 16
-BREAKDOWN = tl.constexpr(1e-6)  # a vector of which less than this is new ends the basis
 BLOCK_ROWS = 32
 BLOCK_COLUMNS = 128
 
@@ -224,7 +223,7 @@ def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
                 N=N,
                 step=step,
                 R=BASIS,
-                BREAKDOWN=BREAKDOWN,
+                BREAKDOWN=LANCZOS_BREAKDOWN,
                 BM=BLOCK_ROWS,
                 BN=BLOCK_COLUMNS,
                 num_warps=8,

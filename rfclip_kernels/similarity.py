@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from rfclip_kernels.attention import LOG2E, cls_logits, constants, dot, softmax_step, strides
-from rfclip_kernels.checks import check_launch, query_key, similarity_inputs
+from rfclip_kernels.checks import check_launch, query_key, refuse_heads, similarity_inputs
 
 
 @triton.jit(do_not_specialize=["H", "T"])
@@ -205,15 +205,24 @@ def _received_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def key_similarity(
-    k: Tensor, running: Tensor | None = None, count: int = 0, *, scale: float | None = None, inplace: bool = False
+    k: Tensor,
+    running: Tensor | None = None,
+    count: int = 0,
+    *,
+    scale: float | None = None,
+    inplace: bool = False,
+    heads: None = None,
 ) -> Tensor:
     """`rfclip.reference.key_similarity`: k [B, H, T, D], fp32, fp16 or bf16, with any strides, to fp32 [B, N, N].
+
+    Nothing is kept for each head: `heads` must be None.
 
     Raises:
         ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
     """
     sizes, scale = similarity_inputs(k, running, count, scale, torch.float32)
     check_launch(k=k)
+    refuse_heads(heads)
     if running is None:
         running = k.new_empty((sizes["B"], sizes["N"], sizes["N"]), dtype=torch.float32)
     elif not inplace:

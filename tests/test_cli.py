@@ -360,7 +360,7 @@ ERRORS = {
     "threshold-above": (["--threshold", "1.5"], ["--threshold 1.5", "from 0 to 1"]),
     "threshold-below": (["--threshold=-0.1"], ["--threshold -0.1", "from 0 to 1"]),
     "threshold-nan": (["--threshold", "nan"], ["--threshold nan", "from 0 to 1"]),
-    "backend": (["--backend", "magic"], ["backend='magic'", "auto, reference"]),
+    "backend": (["--backend", "magic"], ["backend='magic'", "auto, eager, reference, triton"]),
     "precision": (["--precision", "fp8"], ["--precision fp8", "fp32, bf16 or fp16"]),
     "device": (["--device", "toaster"], ["--device toaster", "--device cpu"]),
     "device-without-data": (["--device", "meta"], ["--device meta", "--device cpu"]),

@@ -737,7 +737,7 @@ def test_a_model_whose_config_is_not_known(model):
 
 @pytest.mark.parametrize("backend", ["cuda", "", None], ids=["cuda", "empty", "none"])
 def test_unknown_backend(model, backend):
-    with pytest.raises(ValueError, match="backend=.*auto, reference"):
+    with pytest.raises(ValueError, match="backend=.*auto, eager, reference, triton"):
         rfclip.refocus(model, DEFAULT, backend=backend)
 
 
