@@ -192,8 +192,8 @@ def refocus(model: nn.Module, config: RefocusConfig | None = None, *, backend: s
     Args:
         model: an open_clip CLIP model, in eval mode.
         config: what to do; None takes the one that belongs to a model loaded by `rfclip.load_model`.
-        backend: "eager", "reference", "triton" or "auto", the best there is for the model's device, also when it is moved
-            afterwards. A named backend is never replaced by another.
+        backend: "eager", "reference", "triton" or "auto", the best there is for where the model's weights are, or are
+            moved to. A named backend is never replaced by another.
 
     Returns:
         A handle; `handle.remove()`, or leaving `with rfclip.refocus(model):`, undoes it, also after an exception.
