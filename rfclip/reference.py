@@ -654,9 +654,10 @@ def _neighbour_sum(planes: Tensor, size: int) -> Tensor:
 
     The centre is left out rather than subtracted: it can outweigh its neighbours by orders of magnitude.
     """
-    windows = F.unfold(planes, size, padding=size // 2).unflatten(1, (-1, size * size))  # [B, C, size^2, N]
-    centre = size * size // 2
-    return windows[:, :, :centre].sum(dim=2) + windows[:, :, centre + 1 :].sum(dim=2)
+    (gh, gw), centre = planes.shape[2:], size // 2
+    padded = F.pad(planes, (centre,) * 4)
+    places = [(r, c) for r in range(size) for c in range(size) if (r, c) != (centre, centre)]
+    return sum(padded[:, :, r : r + gh, c : c + gw] for r, c in places).flatten(2)
 
 
 def _name_probabilities(logits: Tensor, size: tuple[int, int], logit_scale: float, rows: range) -> Tensor:
