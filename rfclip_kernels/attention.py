@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from rfclip_kernels.checks import check_launch, proxy_inputs, refocused_inputs, refuse_heads, self_inputs
+from rfclip_kernels.checks import check_launch, on_device, proxy_inputs, refocused_inputs, refuse_heads, self_inputs
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -261,24 +261,25 @@ def _refocused_attention(
     out = q.new_empty((B, T, H, D))
     options = constants(D, q.dtype)
     if B:
-        wrap_triton(refocused_attention_kernel)[(triton.cdiv(T, options["BM"]), B * H)](
-            q_ptr=q,
-            k_ptr=k,
-            v_ptr=v,
-            order_ptr=order.to(torch.int32) + 1,
-            taken_ptr=distraction.gather(1, order),
-            count_ptr=given.sum(dim=1, dtype=torch.int32),
-            cls_ptr=with_cls.contiguous(),
-            out_ptr=out,
-            H=H,
-            T=T,
-            beta=beta,
-            scale=scale * LOG2E.value,
-            **strides("q", q, "bhtd"),
-            **strides("k", k, "bhtd"),
-            **strides("v", v, "bhtd"),
-            **options,
-        )
+        with on_device(q):
+            wrap_triton(refocused_attention_kernel)[(triton.cdiv(T, options["BM"]), B * H)](
+                q_ptr=q,
+                k_ptr=k,
+                v_ptr=v,
+                order_ptr=order.to(torch.int32) + 1,
+                taken_ptr=distraction.gather(1, order),
+                count_ptr=given.sum(dim=1, dtype=torch.int32),
+                cls_ptr=with_cls.contiguous(),
+                out_ptr=out,
+                H=H,
+                T=T,
+                beta=beta,
+                scale=scale * LOG2E.value,
+                **strides("q", q, "bhtd"),
+                **strides("k", k, "bhtd"),
+                **strides("v", v, "bhtd"),
+                **options,
+            )
     return out
 
 
@@ -289,23 +290,24 @@ def _self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, fir
     out = v.new_empty((B, T - first, H, D))
     options = constants(D, v.dtype)
     if B:
-        wrap_triton(self_attention_kernel)[(triton.cdiv(T - first, options["BM"]), B * H)](
-            u_ptr=u,
-            v_ptr=v,
-            bias_ptr=out if bias is None else bias.float().contiguous(),
-            out_ptr=out,
-            L=L,
-            H=H,
-            T=T,
-            gh=gh,
-            gw=gw,
-            scale=scale * LOG2E.value,
-            **strides("u", u, "lbhtd"),
-            **strides("v", v, "bhtd"),
-            BIAS=bias is not None,
-            FIRST=first,
-            **options,
-        )
+        with on_device(v):
+            wrap_triton(self_attention_kernel)[(triton.cdiv(T - first, options["BM"]), B * H)](
+                u_ptr=u,
+                v_ptr=v,
+                bias_ptr=out if bias is None else bias.float().contiguous(),
+                out_ptr=out,
+                L=L,
+                H=H,
+                T=T,
+                gh=gh,
+                gw=gw,
+                scale=scale * LOG2E.value,
+                **strides("u", u, "lbhtd"),
+                **strides("v", v, "bhtd"),
+                BIAS=bias is not None,
+                FIRST=first,
+                **options,
+            )
     return out
 
 

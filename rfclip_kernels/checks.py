@@ -1,6 +1,7 @@
 """What every implementation asks of its arguments, said once: ValueError tells what was expected and what was given."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
 
 import torch
@@ -283,6 +284,12 @@ def check_launch(**tensors: Tensor) -> None:
 def refuse_heads(heads: Tensor | None) -> None:
     if heads is not None:
         raise ValueError("heads must be None: the Triton kernels keep no sum of each head, and sweep the keys instead")
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """Make the tensor's GPU the current one, on which Triton launches, where there are several."""
+    several = tensor.is_cuda and torch.cuda.device_count() > 1
+    return torch.cuda.device(tensor.device) if several else nullcontext()
 
 
 def interpreted() -> bool:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from rfclip_kernels.checks import LANCZOS_BREAKDOWN, LANCZOS_STEPS, check_launch, cut_inputs, defocus_inputs
+from rfclip_kernels.checks import LANCZOS_BREAKDOWN, LANCZOS_STEPS, check_launch, cut_inputs, defocus_inputs, on_device
 
 BASIS = LANCZOS_STEPS + 1  # the known vector, and one a step
 SQUARINGS = 16
@@ -212,36 +212,38 @@ def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
     if B:
         for step in range(1, BASIS):
             out = S.new_empty((B, N))
-            wrap_triton(lanczos_kernel)[(triton.cdiv(N, BLOCK_ROWS), B)](
-                affinity_ptr=W,
+            with on_device(W):
+                wrap_triton(lanczos_kernel)[(triton.cdiv(N, BLOCK_ROWS), B)](
+                    affinity_ptr=W,
+                    scale_ptr=inv_sqrt,
+                    w_ptr=w,
+                    basis_ptr=basis,
+                    diagonal_ptr=diagonal,
+                    beside_ptr=beside,
+                    out_ptr=out,
+                    N=N,
+                    step=step,
+                    R=BASIS,
+                    BREAKDOWN=LANCZOS_BREAKDOWN,
+                    BM=BLOCK_ROWS,
+                    BN=BLOCK_COLUMNS,
+                    num_warps=8,
+                )
+            w = out
+        with on_device(W):
+            wrap_triton(ritz_kernel)[(B,)](
                 scale_ptr=inv_sqrt,
                 w_ptr=w,
                 basis_ptr=basis,
                 diagonal_ptr=diagonal,
                 beside_ptr=beside,
-                out_ptr=out,
+                out_ptr=y,
                 N=N,
-                step=step,
                 R=BASIS,
-                BREAKDOWN=LANCZOS_BREAKDOWN,
-                BM=BLOCK_ROWS,
+                SQUARINGS=SQUARINGS,
                 BN=BLOCK_COLUMNS,
                 num_warps=8,
             )
-            w = out
-        wrap_triton(ritz_kernel)[(B,)](
-            scale_ptr=inv_sqrt,
-            w_ptr=w,
-            basis_ptr=basis,
-            diagonal_ptr=diagonal,
-            beside_ptr=beside,
-            out_ptr=y,
-            N=N,
-            R=BASIS,
-            SQUARINGS=SQUARINGS,
-            BN=BLOCK_COLUMNS,
-            num_warps=8,
-        )
     return y
 
 
@@ -250,15 +252,16 @@ def _defocus_mask(fiedler: Tensor, threshold: str) -> Tensor:
     B, N = fiedler.shape
     out = fiedler.new_empty((B, N), dtype=torch.bool)
     if B:
-        wrap_triton(defocus_kernel)[(B,)](
-            y_ptr=fiedler,
-            out_ptr=out,
-            N=N,
-            stride_yb=fiedler.stride(0),
-            stride_yn=fiedler.stride(1),
-            OTSU=threshold == "otsu",
-            BN=BLOCK_COLUMNS,
-        )
+        with on_device(fiedler):
+            wrap_triton(defocus_kernel)[(B,)](
+                y_ptr=fiedler,
+                out_ptr=out,
+                N=N,
+                stride_yb=fiedler.stride(0),
+                stride_yn=fiedler.stride(1),
+                OTSU=threshold == "otsu",
+                BN=BLOCK_COLUMNS,
+            )
     return out
 
 

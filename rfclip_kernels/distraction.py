@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from rfclip_kernels.checks import check_launch, masked_tokens, scores_inputs
+from rfclip_kernels.checks import check_launch, masked_tokens, on_device, scores_inputs
 
 BLOCK_TOKENS = 16
 BLOCK_WIDTH = 128
@@ -98,21 +98,22 @@ def _distraction_scores(x: Tensor, dims: list[int], threshold: float | None, shi
     B, N, d = x.shape
     out = x.new_empty((B, N), dtype=torch.float32 if threshold is None else torch.bool)
     if B:
-        wrap_triton(distraction_scores_kernel)[(triton.cdiv(N, BLOCK_TOKENS), B)](
-            x_ptr=x,
-            out_ptr=out,
-            N=N,
-            d=d,
-            threshold=0.0 if threshold is None else threshold,
-            stride_xb=x.stride(0),
-            stride_xn=x.stride(1),
-            stride_xd=x.stride(2),
-            DIMS=tuple(dims),
-            SHIFTED=shifted,
-            MASK=threshold is not None,
-            BN=BLOCK_TOKENS,
-            BD=BLOCK_WIDTH,
-        )
+        with on_device(x):
+            wrap_triton(distraction_scores_kernel)[(triton.cdiv(N, BLOCK_TOKENS), B)](
+                x_ptr=x,
+                out_ptr=out,
+                N=N,
+                d=d,
+                threshold=0.0 if threshold is None else threshold,
+                stride_xb=x.stride(0),
+                stride_xn=x.stride(1),
+                stride_xd=x.stride(2),
+                DIMS=tuple(dims),
+                SHIFTED=shifted,
+                MASK=threshold is not None,
+                BN=BLOCK_TOKENS,
+                BD=BLOCK_WIDTH,
+            )
     return out
 
 
@@ -120,21 +121,22 @@ def _distraction_scores(x: Tensor, dims: list[int], threshold: float | None, shi
 def _redistribute_embeddings_(x: Tensor, mask: Tensor, dims: list[int], gh: int, gw: int, size: int) -> None:
     B, N, _ = x.shape
     if B:
-        wrap_triton(redistribute_kernel)[(triton.cdiv(N, BLOCK_TOKENS), B)](
-            before_ptr=torch.stack([x[:, :, j] for j in dims], dim=-1),
-            mask_ptr=mask,
-            x_ptr=x,
-            gh=gh,
-            gw=gw,
-            stride_xb=x.stride(0),
-            stride_xn=x.stride(1),
-            stride_xd=x.stride(2),
-            stride_mb=mask.stride(0),
-            stride_mn=mask.stride(1),
-            DIMS=tuple(dims),
-            SIZE=size,
-            BN=BLOCK_TOKENS,
-        )
+        with on_device(x):
+            wrap_triton(redistribute_kernel)[(triton.cdiv(N, BLOCK_TOKENS), B)](
+                before_ptr=torch.stack([x[:, :, j] for j in dims], dim=-1),
+                mask_ptr=mask,
+                x_ptr=x,
+                gh=gh,
+                gw=gw,
+                stride_xb=x.stride(0),
+                stride_xn=x.stride(1),
+                stride_xd=x.stride(2),
+                stride_mb=mask.stride(0),
+                stride_mn=mask.stride(1),
+                DIMS=tuple(dims),
+                SIZE=size,
+                BN=BLOCK_TOKENS,
+            )
 
 
 def distraction_scores(x: Tensor, dims: Sequence[int], *, shifted: bool = True) -> Tensor:

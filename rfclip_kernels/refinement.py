@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from rfclip_kernels.attention import strides
-from rfclip_kernels.checks import check_launch, pamr_inputs
+from rfclip_kernels.checks import check_launch, on_device, pamr_inputs
 
 BLOCK = 2048  # places of a tile [BP, BX]: 16 a thread
 NUM_WARPS = 4
@@ -93,21 +93,22 @@ def _pamr(image: Tensor, mask: Tensor, iterations: int, dilations: list[int]) ->
     out = mask
     for step in range(iterations if B else 0):
         before, out = out, buffers[step % 2]
-        wrap_triton(pamr_kernel)[(triton.cdiv(W, BX), H, B)](
-            image_ptr=image,
-            mask_ptr=before,
-            out_ptr=out,
-            CI=image.shape[1],
-            C=C,
-            H=H,
-            W=W,
-            **strides("i", image, "bchw"),
-            **strides("m", before, "bchw"),
-            DILATIONS=tuple(dilations),
-            BP=BP,
-            BX=BX,
-            num_warps=NUM_WARPS,
-        )
+        with on_device(image):
+            wrap_triton(pamr_kernel)[(triton.cdiv(W, BX), H, B)](
+                image_ptr=image,
+                mask_ptr=before,
+                out_ptr=out,
+                CI=image.shape[1],
+                C=C,
+                H=H,
+                W=W,
+                **strides("i", image, "bchw"),
+                **strides("m", before, "bchw"),
+                DILATIONS=tuple(dilations),
+                BP=BP,
+                BX=BX,
+                num_warps=NUM_WARPS,
+            )
     return out.clone(memory_format=torch.contiguous_format) if out is mask else out.to(mask.dtype)
 
 

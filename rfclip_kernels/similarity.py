@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from rfclip_kernels.attention import LOG2E, cls_logits, constants, dot, softmax_step, strides
-from rfclip_kernels.checks import check_launch, query_key, refuse_heads, similarity_inputs
+from rfclip_kernels.checks import check_launch, on_device, query_key, refuse_heads, similarity_inputs
 
 
 @triton.jit(do_not_specialize=["H", "T"])
@@ -150,49 +150,10 @@ def _row_logsumexp(q: Tensor, k: Tensor, scale: float) -> Tensor:
     B, H, T, D = q.shape
     out = q.new_empty((B, H, T), dtype=torch.float32)
     options = constants(D, q.dtype)
-    wrap_triton(row_logsumexp_kernel)[(triton.cdiv(T, options["BM"]), B * H)](
-        q_ptr=q,
-        k_ptr=k,
-        out_ptr=out,
-        H=H,
-        T=T,
-        scale=scale * LOG2E.value,
-        **strides("q", q, "bhtd"),
-        **strides("k", k, "bhtd"),
-        **options,
-    )
-    return out
-
-
-@triton_op("rfclip::key_similarity_", mutates_args={"running"})
-def _key_similarity_(k: Tensor, running: Tensor, count: int, scale: float) -> None:
-    B, H, T, D = k.shape
-    options = constants(D, k.dtype)
-    if B:
-        wrap_triton(key_similarity_kernel)[(triton.cdiv(T - 1, options["BM"]), triton.cdiv(T - 1, options["BN"]), B)](
-            k_ptr=k,
-            lse_ptr=_row_logsumexp(k, k, scale),
-            running_ptr=running,
-            H=H,
-            T=T,
-            count=count,
-            scale=scale * LOG2E.value,
-            **strides("k", k, "bhtd"),
-            **strides("s", running, "bmn"),
-            **options,
-        )
-
-
-@triton_op("rfclip::received_attention", mutates_args={})
-def _received_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    B, H, T, D = q.shape
-    out = q.new_empty((B, T - 1), dtype=torch.float32)
-    options = constants(D, q.dtype)
-    if B:
-        wrap_triton(received_attention_kernel)[(triton.cdiv(T - 1, options["BN"]), B)](
+    with on_device(q):
+        wrap_triton(row_logsumexp_kernel)[(triton.cdiv(T, options["BM"]), B * H)](
             q_ptr=q,
             k_ptr=k,
-            lse_ptr=_row_logsumexp(q, k, scale),
             out_ptr=out,
             H=H,
             T=T,
@@ -201,6 +162,50 @@ def _received_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
             **strides("k", k, "bhtd"),
             **options,
         )
+    return out
+
+
+@triton_op("rfclip::key_similarity_", mutates_args={"running"})
+def _key_similarity_(k: Tensor, running: Tensor, count: int, scale: float) -> None:
+    B, H, T, D = k.shape
+    options = constants(D, k.dtype)
+    if B:
+        with on_device(k):
+            wrap_triton(key_similarity_kernel)[
+                (triton.cdiv(T - 1, options["BM"]), triton.cdiv(T - 1, options["BN"]), B)
+            ](
+                k_ptr=k,
+                lse_ptr=_row_logsumexp(k, k, scale),
+                running_ptr=running,
+                H=H,
+                T=T,
+                count=count,
+                scale=scale * LOG2E.value,
+                **strides("k", k, "bhtd"),
+                **strides("s", running, "bmn"),
+                **options,
+            )
+
+
+@triton_op("rfclip::received_attention", mutates_args={})
+def _received_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    B, H, T, D = q.shape
+    out = q.new_empty((B, T - 1), dtype=torch.float32)
+    options = constants(D, q.dtype)
+    if B:
+        with on_device(q):
+            wrap_triton(received_attention_kernel)[(triton.cdiv(T - 1, options["BN"]), B)](
+                q_ptr=q,
+                k_ptr=k,
+                lse_ptr=_row_logsumexp(q, k, scale),
+                out_ptr=out,
+                H=H,
+                T=T,
+                scale=scale * LOG2E.value,
+                **strides("q", q, "bhtd"),
+                **strides("k", k, "bhtd"),
+                **options,
+            )
     return out
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from rfclip_kernels.attention import LOG2E, strides
-from rfclip_kernels.checks import averaging_inputs, check_launch, upsampling_inputs
+from rfclip_kernels.checks import averaging_inputs, check_launch, on_device, upsampling_inputs
 
 BLOCK_NAMES = 4
 BLOCK_COLUMNS = 128
@@ -159,24 +159,25 @@ def upsample_argmax_kernel(
 def _average_windows(logits: Tensor, corners: Tensor, side: int, h: int, w: int) -> Tensor:
     W, K, gh, gw = logits.shape
     out = logits.new_empty((K, h, w), dtype=torch.float32)
-    wrap_triton(average_windows_kernel)[(triton.cdiv(w, BLOCK_COLUMNS), h, triton.cdiv(K, BLOCK_NAMES))](
-        logits_ptr=logits,
-        corners_ptr=corners,
-        out_ptr=out,
-        W=W,
-        K=K,
-        gh=gh,
-        gw=gw,
-        side=side,
-        h=h,
-        w=w,
-        scale_h=gh / side,
-        scale_w=gw / side,
-        **strides("l", logits, "wkhc"),
-        BK=BLOCK_NAMES,
-        BX=BLOCK_COLUMNS,
-        num_warps=NUM_WARPS,
-    )
+    with on_device(logits):
+        wrap_triton(average_windows_kernel)[(triton.cdiv(w, BLOCK_COLUMNS), h, triton.cdiv(K, BLOCK_NAMES))](
+            logits_ptr=logits,
+            corners_ptr=corners,
+            out_ptr=out,
+            W=W,
+            K=K,
+            gh=gh,
+            gw=gw,
+            side=side,
+            h=h,
+            w=w,
+            scale_h=gh / side,
+            scale_w=gw / side,
+            **strides("l", logits, "wkhc"),
+            BK=BLOCK_NAMES,
+            BX=BLOCK_COLUMNS,
+            num_warps=NUM_WARPS,
+        )
     return out
 
 
@@ -186,24 +187,25 @@ def _upsample_argmax(
 ) -> Tensor:
     K, h, w = logits.shape
     out = logits.new_empty((H, W), dtype=torch.int32)
-    wrap_triton(upsample_argmax_kernel)[(triton.cdiv(W, BLOCK_COLUMNS), H)](
-        logits_ptr=logits,
-        class_ptr=class_of_name,
-        out_ptr=out,
-        K=K,
-        h=h,
-        w=w,
-        W=W,
-        scale=logit_scale * LOG2E.value,
-        scale_h=h / H,
-        scale_w=w / W,
-        threshold=threshold,
-        **strides("l", logits, "khw"),
-        stride_ck=class_of_name.stride(0),
-        BK=BLOCK_NAMES,
-        BX=BLOCK_COLUMNS,
-        num_warps=NUM_WARPS,
-    )
+    with on_device(logits):
+        wrap_triton(upsample_argmax_kernel)[(triton.cdiv(W, BLOCK_COLUMNS), H)](
+            logits_ptr=logits,
+            class_ptr=class_of_name,
+            out_ptr=out,
+            K=K,
+            h=h,
+            w=w,
+            W=W,
+            scale=logit_scale * LOG2E.value,
+            scale_h=h / H,
+            scale_w=w / W,
+            threshold=threshold,
+            **strides("l", logits, "khw"),
+            stride_ck=class_of_name.stride(0),
+            BK=BLOCK_NAMES,
+            BX=BLOCK_COLUMNS,
+            num_warps=NUM_WARPS,
+        )
     return out
 
 

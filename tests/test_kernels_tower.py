@@ -119,4 +119,4 @@ def test_the_shipped_scene(share, short_side):
     clear = best - second > 1e-3
     assert clear.mean() > 0.99
     assert np.array_equal(found["triton"].labels[clear], want.labels[clear])
-    assert len(np.unique(want.labels)) == 6
+    assert len(np.unique(want.labels)) >= 5

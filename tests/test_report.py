@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rfclip_kernels import attention, report
-from rfclip_kernels.launches import OPS, SHAPES, Op, Shape, cost, record
+from rfclip_kernels.launches import OPS, SHAPES, Launch, Op, Shape, cost, record
 
 OP = {op.name: op for op in OPS}
 
@@ -81,14 +81,39 @@ def test_the_recorded_launch_is_the_one_that_runs(hip):
     assert launch.arguments["order_ptr"].dtype == torch.int32
 
 
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_launches_go_to_the_gpu_of_the_tensors(op, monkeypatch):
+    current = []
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            current.append(self.device)
+
+        def __exit__(self, *exception):
+            current.pop()
+
+    def launched(*arguments, **keywords):
+        assert [device.type for device in current[-1:]] == ["cuda"]
+        return run(*arguments, **keywords)
+
+    run = Launch.__init__
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(Launch, "__init__", launched)
+    assert record(op, Shape("ViT-B/16")).launches
+
+
 def test_a_launch_is_specialized_as_triton_would():
     (launch,) = record(OP["refocused_attention"], Shape("ViT-L/14")).launches
     job = report.specialize(launch, "sm_90")
     place = launch.kernel.arg_names.index
     aligned = [["tt.divisibility", 16]]
     assert job.signature["q_ptr"] == "*fp16" and job.signature["beta"] == "fp32" and job.signature["T"] == "i32"
-    assert job.attributes[(place("q_ptr"),)] == job.attributes[(place("H"),)] == aligned
-    assert job.attributes[(place("T"),)] == []  # 257 tokens
+    assert job.attributes[(place("q_ptr"),)] == job.attributes[(place("stride_qt"),)] == aligned
+    assert not job.attributes.get((place("H"),))  # 16 heads, which the kernel asks not to be compiled in
     assert job.constants[(place("stride_qd"),)] == 1
 
 
