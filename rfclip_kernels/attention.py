@@ -337,7 +337,7 @@ def refocused_attention(
         ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
     """
     scale = refocused_inputs(q, k, v, distraction, target, beta, scale)
-    check_launch(q=q, k=k, v=v)
+    check_launch(q=q, k=k, v=v, distraction=distraction, target=target)
     return _refocused_attention(q, k, v, distraction, target, float(beta), scale).transpose(1, 2)
 
 
@@ -355,7 +355,7 @@ def self_attention(u: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: f
         ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
     """
     scale = self_inputs(u, v, bias, scale)
-    check_launch(u=u, v=v)
+    check_launch(u=u, v=v, bias=bias)
     return _self_attention(u[None], v, bias, scale, 0).transpose(1, 2)
 
 

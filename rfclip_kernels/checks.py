@@ -259,12 +259,14 @@ def pamr_inputs(image: Tensor, mask: Tensor, iterations: int, dilations: Sequenc
     return [int(d) for d in dilations]
 
 
-def check_launch(**tensors: Tensor) -> None:
-    """Raise ValueError for what the kernels do not do: float64, gradients, and running on a CPU.
+def check_launch(**tensors: Tensor | None) -> None:
+    """Raise ValueError for what the kernels do not do: float64, gradients, two devices, and running on a CPU.
 
     Triton's interpreter is the exception to the last, and so are tensors without data, which a tracer hands over.
     """
-    for name, tensor in tensors.items():
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    (leader, first), *_ = given.items()
+    for name, tensor in given.items():
         if tensor.dtype == torch.float64:
             raise ValueError(
                 f"{name} is float64: the Triton kernels take float32, float16 or bfloat16; use the reference"
@@ -274,6 +276,8 @@ def check_launch(**tensors: Tensor) -> None:
                 f"{name} requires a gradient, and the Triton kernels have none: use rfclip.reference, or run under "
                 "torch.inference_mode()"
             )
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device} and {leader} on {first.device}: expected one device")
         if tensor.device.type != "cuda" and type(tensor) is Tensor and not interpreted():
             raise ValueError(
                 f"{name} is on {tensor.device}: the Triton kernels run on CUDA and ROCm devices, and in Triton's "

@@ -280,7 +280,7 @@ def fiedler_vector(similarity: Tensor, start: Tensor | None = None) -> Tensor:
         ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
     """
     cut_inputs(similarity, start)
-    check_launch(similarity=similarity)
+    check_launch(similarity=similarity, start=start)
     return _fiedler_vector(similarity, start)
 
 

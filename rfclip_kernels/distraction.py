@@ -176,7 +176,7 @@ def redistribute_embeddings(
         ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
     """
     dims, (gh, gw) = masked_tokens(x, mask, dims, grid, size)
-    check_launch(x=x)
+    check_launch(x=x, mask=mask)
     out = x if inplace else x.clone()
     if dims:
         _redistribute_embeddings_(out, mask, dims, gh, gw, size)

@@ -226,7 +226,7 @@ def key_similarity(
         ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
     """
     sizes, scale = similarity_inputs(k, running, count, scale, torch.float32)
-    check_launch(k=k)
+    check_launch(k=k, running=running)
     refuse_heads(heads)
     if running is None:
         running = k.new_empty((sizes["B"], sizes["N"], sizes["N"]), dtype=torch.float32)

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from towers import DIMS, pictures, small_clip
 
 import rfclip
+import rfclip_kernels
 
 PAPER = {"rfclip.distraction_scores", "rfclip.redistribute_embeddings_", "rfclip.key_similarity_"}
 PAPER |= {"rfclip.fiedler_vector", "rfclip.defocus_mask", "rfclip.refocused_attention", "rfclip.self_attention"}
@@ -80,6 +81,17 @@ def test_what_waiting_looks_like(tower):
         for call in (images.cpu, lambda: images[0, 0, [1, 2]], lambda: torch.ones(3).cuda()):
             with pytest.raises(AssertionError, match="cpu"):
                 call()
+
+
+def test_two_devices_are_refused(tower):
+    *_, mode = tower
+    with mode:
+        q = torch.empty(1, 2, 5, 16, device="cuda")
+        mask = torch.zeros(1, 4, dtype=torch.bool, device="cuda")
+        with pytest.raises(ValueError, match="target is on cuda:1 and q on cuda:0: expected one device"):
+            rfclip_kernels.refocused_attention(q, q, q, mask, mask.to("cuda:1"), 0.7)
+        with pytest.raises(ValueError, match="mask is on cpu and x on cuda:0"):
+            rfclip_kernels.redistribute_embeddings(q[0], mask[:, :1].cpu().expand(2, 5), [1], (1, 5))
 
 
 @every_config
