@@ -7,7 +7,7 @@ What differs from the reference is the order of the work, not its result (relati
 - The graph cut takes fifteen Lanczos steps from the last block's vector, as the kernel in `rfclip_kernels.cut` does.
 - Where the similarity of keys is needed anyway, its softmax also feeds the proxy attention (`heads`).
 
-Precision is that of the reference: half-precision inputs are computed in float32.
+Half-precision inputs are computed in float32, but in flash attention, which multiplies in their own dtype.
 """
 
 from collections.abc import Iterator, Sequence

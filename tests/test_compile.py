@@ -131,10 +131,11 @@ def test_compile_down_to_single_operators(tower):
         assert compiled(images).shape == (2, 20, 4, 5)
 
 
-def test_the_reference_compiles_and_exports():
-    model, images = small_clip(), pictures()
-    config = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0, tau_attn=1.0)
-    with rfclip.refocus(model, config, backend="reference"), torch.no_grad():
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_the_other_backends_compile_and_export(backend):
+    model, images = small_clip(), pictures(count=1)
+    config = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0, tau_attn=1.0, layers=(2,))
+    with rfclip.refocus(model, config, backend=backend), torch.no_grad():
         want = rfclip.dense_features(model, images)
         compiled = torch.compile(Dense(model), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(images), want)
