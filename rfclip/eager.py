@@ -101,9 +101,12 @@ def key_similarity(
 
 
 def fiedler_vector(similarity: Tensor, start: Tensor | None = None) -> Tensor:
-    """`rfclip.reference.fiedler_vector` by fifteen Lanczos steps, as `rfclip_kernels.fiedler_vector` takes them."""
+    """`rfclip.reference.fiedler_vector` by fifteen Lanczos steps, as `rfclip_kernels.fiedler_vector` takes them.
+
+    It has no gradient: what it is for, the mask of defocused tokens, has none either.
+    """
     sizes = cut_inputs(similarity, start)
-    S = similarity.to(computing_dtype(similarity))
+    S = similarity.detach().to(computing_dtype(similarity))
     if sizes["N"] == 1:
         return torch.zeros_like(S[..., 0])
     W = S + S.mT
@@ -156,7 +159,8 @@ def refocused_attention(
     B, H, T, D = q.shape
     dis = F.pad(distraction, (1, 0))
     tgt = F.pad(target, (T - target.shape[1], 0)) & ~dis
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+    differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)  # a log-sum-exp has no gradient
+    if q.device.type == "cpu" and not differentiated and not torch.compiler.is_compiling():
         return _merged_groups(q, k, v, dis, tgt, beta, scale)
     out = v.new_empty((B, T, H, D)).transpose(1, 2)
     sets = torch.stack([dis, tgt], dim=1).to(computing_dtype(q))  # [B, 2, T]
@@ -212,9 +216,8 @@ def _merged_groups(q: Tensor, k: Tensor, v: Tensor, dis: Tensor, tgt: Tensor, be
         mass = torch.softmax(torch.stack([lse for _, lse in found]), dim=0)  # [groups, 1, H, T]
         moved = torch.where(mass[1] > 0, beta * mass[0], 0)
         moved[..., 0] = 0  # the row of CLS
-        mass[0] -= moved
-        mass[1] += moved
-        out[image] = sum(share[..., None] * of_group for share, (of_group, _) in zip(mass, found, strict=True))
+        shares = [mass[0] - moved, mass[1] + moved, *mass[2:]]
+        out[image] = sum(share[..., None] * of_group for share, (of_group, _) in zip(shares, found, strict=True))
     return out
 
 

@@ -113,6 +113,18 @@ def test_towers(monkeypatch, changes, budget):
         check(got, want)
 
 
+def test_gradients_are_those_of_the_reference():
+    config, found = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0), {}
+    for backend in ("reference", "eager"):
+        model, images = small_clip(), pictures()
+        with rfclip.refocus(model, config, backend=backend):
+            rfclip.dense_features(model, images).square().sum().backward()
+        found[backend] = {name: p.grad for name, p in model.visual.named_parameters() if p.grad is not None}
+    assert found["eager"].keys() == found["reference"].keys()
+    for name, want in found["reference"].items():
+        torch.testing.assert_close(found["eager"][name], want, rtol=1e-6, atol=1e-6 * want.abs().max().item())
+
+
 def test_bf16_autocast():
     """Under autocast the tower on the fast path is as near to float64 as it is on the reference."""
     config, images = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0), pictures()
