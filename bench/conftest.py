@@ -1,9 +1,10 @@
-"""What the benchmarks of single kernels share: which clock times them."""
+"""What every benchmark shares: where it runs, in which dtype, and what its clock measures."""
 
 import pytest
 import torch
 
-from bench.measure import DEVICE, DTYPE_NAME, DeviceClock, captured
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
 
 
 def pytest_report_header():
@@ -19,12 +20,26 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.benchmark(timer=clock))
 
 
+class DeviceClock:
+    """Seconds on the device's own timeline."""
+
+    def __init__(self):
+        self.start = torch.cuda.Event(enable_timing=True)
+        self.start.record()
+
+    def __call__(self) -> float:
+        now = torch.cuda.Event(enable_timing=True)
+        now.record()
+        now.synchronize()
+        return self.start.elapsed_time(now) / 1000
+
+
 @pytest.fixture
 def timed(benchmark):
     """Time a function without arguments; on a GPU as a CUDA graph, if asked to."""
 
     def run(function, group, graph=False):
-        benchmark.group = f"{group}, {DEVICE}, {DTYPE_NAME}"
+        benchmark.group = f"{group}, {DEVICE}, {str(DTYPE).removeprefix('torch.')}"
         graph = graph and DEVICE == "cuda"
         benchmark.extra_info["cuda_graph"] = graph
         with torch.inference_mode():
@@ -32,3 +47,13 @@ def timed(benchmark):
             benchmark.pedantic(function, rounds=20 if DEVICE == "cuda" else 5, warmup_rounds=2)
 
     return run
+
+
+def captured(function):
+    """The function as a CUDA graph, so that the host's launching of its kernels is not what is timed."""
+    function()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay

@@ -218,9 +218,9 @@ def clamp_embeddings(
     least = values.amin(dim=-1, keepdim=True) if shifted else torch.zeros_like(values[..., :1])
     most = least + threshold * (values - least).sum(dim=-1, keepdim=True)  # [B, N, 1]
     out = x.clone()
-    if dims:
-        clamped = torch.minimum(values[..., dims], most).to(x.dtype)
-        out[..., dims] = torch.where(mask[..., None], clamped, x[..., dims])
+    for j in dims:
+        clamped = torch.minimum(values[..., j], most[..., 0]).to(x.dtype)
+        out[..., j] = torch.where(mask, clamped, x[..., j])
     return out
 
 

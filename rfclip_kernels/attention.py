@@ -21,7 +21,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from rfclip_kernels.checks import check_launch, on_device, proxy_inputs, refocused_inputs, refuse_heads, self_inputs
+from rfclip_kernels.checks import (
+    check_head_dimension,
+    check_launch,
+    on_device,
+    proxy_inputs,
+    refocused_inputs,
+    refuse_heads,
+    self_inputs,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -39,7 +47,7 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def softmax_step(b_s, b_max, b_sum):
-    """One step of the online softmax, in base 2: b_s [BM, BN] logits.
+    """One step of the online softmax, in base 2: b_s [BM, BN] logits, above the -1e30 of a maximum over nothing.
 
     Returns p, the new maximum and sum, and the factor that what was accumulated before has to take.
     """
@@ -242,7 +250,8 @@ def on_hip() -> bool:
 
 
 def constants(D: int, dtype: torch.dtype) -> dict[str, object]:
-    """Compile-time arguments and launch options of the kernels that multiply tiles [., D]."""
+    """Compile-time arguments and launch options of the kernels that multiply tiles [., D], D at most 128."""
+    check_head_dimension(D)
     return launch_options(D, dtype, on_hip()) | {"D": D, "PRECISION": precision(on_hip())}
 
 
@@ -256,7 +265,7 @@ def _refocused_attention(
 ) -> Tensor:
     B, H, T, D = q.shape
     with_cls = target[:, 0] if target.shape[1] == T else target.new_zeros(B)
-    given = target[:, -(T - 1) :] & ~distraction  # [B, N]
+    given = (target[:, -(T - 1) :] & ~distraction).contiguous()  # [B, N]; what is made of it is contiguous, too
     order = torch.argsort(~given, dim=1, stable=True)
     out = q.new_empty((B, T, H, D))
     options = constants(D, q.dtype)

@@ -1,4 +1,7 @@
-"""What every implementation asks of its arguments, said once: ValueError tells what was expected and what was given."""
+"""What every implementation asks of its arguments, and what the fast ones share, said once.
+
+A ValueError tells what was expected and what was given.
+"""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -6,6 +9,10 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+
+LANCZOS_STEPS = 15  # of the graph cut, on every backend but the reference
+LANCZOS_BREAKDOWN = 1e-6  # a vector of which less than this is new ends the basis
 
 
 def tensor_sizes(
@@ -66,8 +73,9 @@ def check_number(name: str, value: float, low: float = float("-inf"), high: floa
         raise ValueError(f"{name} must be a number{within}, got {value!r}")
 
 
-LANCZOS_STEPS = 15  # of the graph cut, on every backend but the reference
-LANCZOS_BREAKDOWN = 1e-6  # a vector of which less than this is new ends the basis
+def check_head_dimension(D: int) -> None:
+    if D > 128:
+        raise ValueError(f"the Triton kernels take heads of at most 128 dimensions, got {D}; use another backend")
 
 
 def query_key(scale: float | None, **tensors: Tensor) -> tuple[dict[str, int], float]:
@@ -278,7 +286,7 @@ def check_launch(**tensors: Tensor | None) -> None:
             )
         if tensor.device != first.device:
             raise ValueError(f"{name} is on {tensor.device} and {leader} on {first.device}: expected one device")
-        if tensor.device.type != "cuda" and type(tensor) is Tensor and not interpreted():
+        if tensor.device.type != "cuda" and not isinstance(tensor, FakeTensor) and not interpreted():
             raise ValueError(
                 f"{name} is on {tensor.device}: the Triton kernels run on CUDA and ROCm devices, and in Triton's "
                 "interpreter (TRITON_INTERPRET=1 before the first import); use the reference"

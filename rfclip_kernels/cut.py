@@ -11,6 +11,7 @@ another program. Started from the vector of the block before, whose error is sma
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -47,8 +48,8 @@ def remainder(p_w, p_basis, o_n, N, step, b_first, b_second, R: tl.constexpr):
 
 @triton.jit(do_not_specialize=["step"])
 def lanczos_kernel(
-    affinity_ptr,  # [B, N, N] fp32 contiguous, W
-    scale_ptr,  # [B, N] fp32, Deg^-1/2
+    affinity_ptr,  # [B, N, N] fp32 contiguous, 2 W
+    scale_ptr,  # [B, N] fp32, (2 Deg)^-1/2
     w_ptr,  # [B, N] fp32, M times the last basis vector, or the start
     basis_ptr,  # [B, R, N] fp32, the vectors before `step`; that of `step` is written
     diagonal_ptr,  # [B, R] fp32, of M in the basis: that before `step` is written
@@ -196,26 +197,26 @@ def defocus_kernel(
 def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
     B, N, _ = similarity.shape
     S = similarity.float()
-    W = ((S + S.mT) / 2).contiguous()
-    degree = W.sum(dim=-1)
-    inv_sqrt = torch.where(degree > 0, degree.rsqrt(), 0)
-    known = degree.sqrt()
+    W = (S + S.mT).contiguous()  # twice W
+    degree = W.sum(dim=-1) / 2
+    inv_sqrt, known = torch.where(degree > 0, degree.rsqrt(), 0), degree.sqrt()
     # Any vector that no eigenvector is orthogonal to, for the first block and, a little of it, beside a given start.
     w = (torch.arange(1, N + 1, device=S.device, dtype=torch.float32) * 0.6180339887) % 1 - 0.5
-    w = torch.nn.functional.normalize(w, dim=0).expand(B, N).contiguous()
+    w = F.normalize(w, dim=0).expand(B, N).contiguous()
     if start is not None:
-        w = torch.nn.functional.normalize(start.float() * known, dim=-1) + 1e-3 * w
+        w = (F.normalize(start.float() * known, dim=-1) + 1e-3 * w).contiguous()
     basis = S.new_empty((B, BASIS, N))
-    basis[:, 0] = torch.nn.functional.normalize(known, dim=-1)
+    basis[:, 0] = F.normalize(known, dim=-1)
     diagonal, beside = S.new_zeros((B, BASIS)), S.new_zeros((B, BASIS))
     y = S.new_empty((B, N))
     if B:
-        for step in range(1, BASIS):
-            out = S.new_empty((B, N))
-            with on_device(W):
+        with on_device(W):
+            scale = inv_sqrt / 2**0.5
+            for step in range(1, BASIS):
+                out = S.new_empty((B, N))
                 wrap_triton(lanczos_kernel)[(triton.cdiv(N, BLOCK_ROWS), B)](
                     affinity_ptr=W,
-                    scale_ptr=inv_sqrt,
+                    scale_ptr=scale,
                     w_ptr=w,
                     basis_ptr=basis,
                     diagonal_ptr=diagonal,
@@ -229,8 +230,7 @@ def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
                     BN=BLOCK_COLUMNS,
                     num_warps=8,
                 )
-            w = out
-        with on_device(W):
+                w = out
             wrap_triton(ritz_kernel)[(B,)](
                 scale_ptr=inv_sqrt,
                 w_ptr=w,

@@ -145,7 +145,7 @@ OPS = [
     Op("redistribute_embeddings", distraction.redistribute_embeddings, _redistributed),
     _attention_op("refocused_attention", attention.refocused_attention, _refocused),
     _attention_op("self_attention", attention.self_attention, lambda s: s.heads()[1:]),
-    Op("self_attention, bias", attention.self_attention, _biased, 2, rows=lambda s: s.T, goal=True),
+    _attention_op("self_attention, bias", attention.self_attention, _biased),
     Op(
         "proxy_attention",
         attention.proxy_attention,
@@ -156,15 +156,11 @@ OPS = [
         head_dims=True,
     ),
     Op("key_similarity, first block", similarity.key_similarity, lambda s: (s.heads()[1],), 1, head_dims=True),
-    *(
-        # Triton compiles a count of 1 into the kernel, and marks multiples of 16, 0 among them.
-        Op(
-            f"key_similarity, {block} block",
-            partial(similarity.key_similarity, count=count, inplace=True),
-            lambda s: (s.heads()[1], s.similarity()),
-            products=1,
-        )
-        for block, count in (("second", 1), ("third", 2))
+    Op(
+        "key_similarity, later block",
+        partial(similarity.key_similarity, count=1, inplace=True),
+        lambda s: (s.heads()[1], s.similarity()),
+        products=1,
     ),
     Op("received_attention", similarity.received_attention, lambda s: s.heads()[:2], 1, head_dims=True),
     Op("fiedler_vector", cut.fiedler_vector, lambda s: (s.similarity(), s.vector())),

@@ -127,5 +127,6 @@ def pamr(image: Tensor, mask: Tensor, iterations: int = 10, dilations: Sequence[
         ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
     """
     dilations = pamr_inputs(image, mask, iterations, dilations)
+    dilations = [min(d, max(image.shape[2:])) for d in dilations]  # beyond the picture all reach its border
     check_launch(image=image, mask=mask)
     return _pamr(image, mask, iterations, dilations)

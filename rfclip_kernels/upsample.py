@@ -248,6 +248,6 @@ def upsample_argmax(
         ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
     """
     upsampling_inputs(logits, size, logit_scale, class_of_name, threshold)
-    check_launch(logits=logits)
+    check_launch(logits=logits, class_of_name=class_of_name)
     below = -1.0 if threshold is None else float(threshold)
     return _upsample_argmax(logits, *size, float(logit_scale), class_of_name, below)

@@ -103,6 +103,8 @@ def test_the_kernels_have_the_references_names_and_signatures():
 def test_the_kernels_refuse_the_cpu():
     with pytest.raises(ValueError, match="x is on cpu: the Triton kernels run on CUDA.*TRITON_INTERPRET=1"):
         rfclip_kernels.distraction_mask(torch.ones(1, 4, 8), [1])
+    with pytest.raises(ValueError, match="x is on cpu"):
+        rfclip_kernels.distraction_mask(torch.nn.Parameter(torch.ones(1, 4, 8), requires_grad=False), [1])
 
 
 def test_info_says_what_runs_and_why():

@@ -20,6 +20,7 @@ CONFIGS = {
     "paper": ({}, PAPER),
     "received": ({"tau_attn": 1.0}, PAPER | {"rfclip.received_attention"}),
     "otsu": ({"cut_threshold": "otsu", "similarity": "vv", "layers": (2,)}, PAPER),
+    "clamp": ({"embedding": "clamp"}, PAPER - {"rfclip.redistribute_embeddings_"}),
     "rest": ({"target": "rest"}, PAPER - {"rfclip.key_similarity_", "rfclip.fiedler_vector", "rfclip.defocus_mask"}),
 }
 every_config = pytest.mark.parametrize("case", CONFIGS)

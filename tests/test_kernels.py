@@ -192,6 +192,16 @@ def test_targets_that_hold_cls(target):
     check(attention.refocused_attention(q, k, v, dis, given, 0.7), want, torch.float32)
 
 
+def test_masks_of_any_strides():
+    q, k, v = (randn(3, 2, 21, 32, seed=seed) for seed in range(3))
+    dis, target = masks(3, 20, "some")
+    given = torch.cat([torch.ones(3, 1, dtype=torch.bool), target], dim=1)
+    for goal in (target, given):
+        want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, goal, 0.7)
+        got = attention.refocused_attention(q, k, v, dis.T.contiguous().T, goal.T.contiguous().T, 0.7)
+        check(got, want, torch.float32)
+
+
 def test_images_of_a_batch_keep_their_own_groups():
     q, k, v = (randn(3, 2, 20, 32, seed=seed) for seed in range(3))
     dis, target = masks(3, 19, "some")
@@ -305,6 +315,8 @@ def test_a_near_start_ends_nearer():
         check_vector(start, S, 0.05)
     check_vector(cut.fiedler_vector(S), S, 2e-5)
     check_vector(cut.fiedler_vector(S, start), S, 2e-6)
+    several = start.expand(3, -1).T.contiguous().T
+    check_vector(cut.fiedler_vector(S.expand(3, -1, -1), several), S.expand(3, -1, -1), 2e-6)
 
 
 def test_what_fifteen_steps_cannot_resolve():
@@ -475,6 +487,9 @@ def test_pamr_of_a_flat_picture_and_of_two_dtypes():
     )
     image, mask = randn(1, 3, 4, 5, seed=13), mask[..., :4, :5].half()
     check(refinement.pamr(image, mask), reference.pamr(image.double(), mask.double()), torch.float16)
+    image, mask = randn(1, 3, 4, 5, seed=13), randn(1, 2, 4, 5, seed=14)
+    far = reference.pamr(image.double(), mask.double(), 2, (2**31 - 1,))
+    check(refinement.pamr(image, mask, 2, (2**31 - 1,)), far, torch.float32)
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
@@ -508,6 +523,19 @@ def test_what_the_kernels_refuse():
             call(lambda t: t.clone().requires_grad_())
         with pytest.raises(ValueError, match="must be a floating-point"):
             call(torch.Tensor.int)
+
+
+def test_heads_too_wide_are_refused():
+    q, mask = randn(1, 1, 3, 160, seed=0), torch.zeros(1, 2, dtype=torch.bool)
+    for call in (
+        lambda: attention.refocused_attention(q, q, q, mask, mask, 0.7),
+        lambda: attention.self_attention(q, q),
+        lambda: attention.proxy_attention(q[None], q),
+        lambda: similarity.key_similarity(q),
+        lambda: similarity.received_attention(q, q),
+    ):
+        with pytest.raises(ValueError, match="at most 128 dimensions, got 160"):
+            call()
 
 
 def test_an_empty_batch():

@@ -135,7 +135,7 @@ def test_operations_are_those_of_the_interpreter():
 
 def test_bytes_count_each_tensor_once_for_each_launch():
     k, lse, similarity = 12 * 197 * 64 * 2, 12 * 197 * 4, 196 * 196 * 4
-    recording = record(OP["key_similarity, second block"], Shape("ViT-B/16"))
+    recording = record(OP["key_similarity, later block"], Shape("ViT-B/16"))
     assert recording.least == k + 2 * similarity
     assert recording.moved == (k + lse) + (k + lse + 2 * similarity)
 
