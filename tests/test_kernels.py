@@ -371,9 +371,10 @@ def test_packed_projections_are_read_in_place_and_written_as_the_output_projecti
     assert attention.proxy_attention(k[None], v).transpose(1, 2).is_contiguous()
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), T=st.integers(2, 70), beta=st.floats(0, 1), spread=st.floats(0, 4))
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6), T=st.integers(2, 70), beta=st.floats(0, 1), spread=st.floats(0.1, 2))
 def test_invariants(seed, T, beta, spread):
+    """Logits reach about 90 at the largest spread."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (spread * torch.randn(1, 2, T, 32, generator=generator) for _ in range(3))
     u = torch.rand(1, T - 1, generator=generator)
@@ -384,112 +385,16 @@ def test_invariants(seed, T, beta, spread):
     tokens = torch.cat([torch.zeros(1, dtype=torch.long), order + 1])
     out = attention.refocused_attention(q, k, v, dis, target, beta)
     permuted = (*(t[:, :, tokens] for t in (q, k, v)), dis[:, order], target[:, order])
-    torch.testing.assert_close(attention.refocused_attention(*permuted, beta), out[:, :, tokens], rtol=1e-4, atol=1e-5)
-    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    torch.testing.assert_close(attention.refocused_attention(q, k, v, dis, target, 0.0), plain, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(out[:, :, 0], plain[:, :, 0], rtol=1e-4, atol=1e-5)
+    check(attention.refocused_attention(*permuted, beta), out[:, :, tokens].double(), torch.float32)
+    plain = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    check(attention.refocused_attention(q, k, v, dis, target, 0.0), plain, torch.float32)
+    check(out[:, :, 0], plain[:, :, 0], torch.float32)
     if target.any():
         hidden = v.clone()
         hidden[0, :, 1:][:, dis[0]] = 1e6
         emptied = attention.refocused_attention(q, k, hidden, dis, target, 1.0)[:, :, 1:]
         want = attention.refocused_attention(q, k, v, dis, target, 1.0)[:, :, 1:]
-        torch.testing.assert_close(emptied, want, rtol=1e-4, atol=1e-5)
-
-
-# From patches to pixels ----------------------------------------------------------------------------------------------
-
-
-@dtypes
-@pytest.mark.parametrize(
-    ("K", "grid", "side", "size", "corners"),
-    [
-        (1, (1, 1), 1, (1, 3), [(0, 2), (0, 0), (0, 1)]),
-        (5, (2, 3), 5, (7, 6), [(0, 0), (0, 1), (2, 0), (1, 1), (2, 1)]),
-        (2, (7, 5), 4, (5, 4), [(1, 0), (0, 0)]),
-        (2, (2, 4), 6, (6, 20), [(0, left) for left in (0, 3, 6, 9, 12, 14)]),
-        (4, (6, 6), 3, (3, 3), [(0, 0)]),
-    ],
-    ids=str,
-)
-def test_average_windows(monkeypatch, dtype, K, grid, side, size, corners):
-    monkeypatch.setattr(upsample, "BLOCK_COLUMNS", 16)
-    logits = randn(len(corners), K, *grid, seed=10, dtype=dtype)
-    want = reference.average_windows(logits.double(), corners, side, size)
-    check(upsample.average_windows(inside_nan(logits), corners, side, size), want, torch.float32)
-
-
-PICTURES = [  # class of each name, size of the logits, size of the picture
-    ([0], (3, 4), (5, 6)),
-    ([0, 2, 1, 2, 0], (5, 9), (11, 150)),
-    ([3, 0, 1, 0, 7, 1, 2, 5, 5], (13, 12), (6, 5)),
-    ([1, 0, 1, 2], (1, 6), (1, 13)),
-    ([0, 1, 2], (6, 1), (9, 1)),
-]
-
-
-@dtypes
-@pytest.mark.parametrize("threshold", [None, 0.8], ids=str)
-@pytest.mark.parametrize(("names", "before", "size"), PICTURES, ids=str)
-def test_upsample_argmax(dtype, threshold, names, before, size):
-    logits, class_of_name = randn(len(names), *before, seed=11, dtype=dtype), torch.tensor(names)
-    classes = max(names) + 1
-    probabilities = reference.class_probabilities(logits.double(), size, 2.0, class_of_name, classes)
-    best, want = probabilities.max(dim=0)
-    clear = best - (probabilities.topk(2, dim=0).values[1] if classes > 1 else 0) > 1e-4
-    if threshold is not None:
-        want[best < threshold] = -1
-        clear &= (best - threshold).abs() > 1e-4
-        assert len(names) == 1 or 0 < (want == -1).sum() < want.numel()
-    assert clear.double().mean() > 0.99
-    every_second = torch.stack([class_of_name, class_of_name - 9], dim=1)[:, 0]
-    got = upsample.upsample_argmax(inside_nan(logits), size, 2.0, every_second, threshold)
-    assert got.dtype == torch.int32
-    assert torch.equal(got[clear].long(), want[clear])
-
-
-def test_the_lowest_of_equal_classes_wins():
-    plane = randn(1, 3, 4, seed=12)
-    low, equal = plane - 1, [plane] * 9  # names of one block, and of two
-    for logits, names, lowest in (
-        ([low, *equal[:3]], [0, 3, 1, 2], 1),
-        ([*equal, low], [8, 7, 6, 5, 4, 3, 2, 1, 9, 0], 1),
-        ([*equal, low], [1, 2, 3, 4, 5, 6, 7, 8, 9, 0], 1),
-        ([low, *equal], [0, *[5] * 9], 5),
-    ):
-        labels = upsample.upsample_argmax(torch.cat(logits), (5, 7), 9.0, torch.tensor(names))
-        assert labels.unique().tolist() == [lowest]
-        assert upsample.upsample_argmax(torch.cat(logits), (2, 2), 9.0, torch.tensor(names), 0.34).unique() == -1
-
-
-@dtypes
-@pytest.mark.parametrize(
-    ("size", "dilations", "iterations"),
-    [
-        ((2, 1, 3, 1, 1), (1,), 1),
-        ((1, 3, 2, 1, 135), (1, 8), 2),
-        ((1, 3, 2, 9, 1), (2, 1, 3), 3),
-        ((2, 3, 2, 5, 8), (8, 16), 3),
-        ((1, 4, 1, 4, 3), (1,), 0),
-    ],
-    ids=str,
-)
-def test_pamr(dtype, size, dilations, iterations):
-    B, channels, C, H, W = size
-    image, mask = randn(B, channels, H, W, seed=13, dtype=dtype), randn(B, C, H, W, seed=14, dtype=dtype)
-    want = reference.pamr(image.double(), mask.double(), iterations, dilations)
-    check(refinement.pamr(inside_nan(image), inside_nan(mask), iterations, dilations), want, dtype)
-
-
-def test_pamr_of_a_flat_picture_and_of_two_dtypes():
-    image, mask = torch.full((1, 3, 5, 6), 0.3), randn(1, 1, 5, 6, seed=14)
-    check(
-        refinement.pamr(image, mask, 2, (1, 2)), reference.pamr(image.double(), mask.double(), 2, (1, 2)), torch.float32
-    )
-    image, mask = randn(1, 3, 4, 5, seed=13), mask[..., :4, :5].half()
-    check(refinement.pamr(image, mask), reference.pamr(image.double(), mask.double()), torch.float16)
-    image, mask = randn(1, 3, 4, 5, seed=13), randn(1, 2, 4, 5, seed=14)
-    far = reference.pamr(image.double(), mask.double(), 2, (2**31 - 1,))
-    check(refinement.pamr(image, mask, 2, (2**31 - 1,)), far, torch.float32)
+        check(emptied, want.double(), torch.float32)
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
