@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint report clean
+.PHONY: demo test lint report bench clean
 
 demo: $(READY)
 	$(BIN)/rfclip segment rfclip/tiny/scene.png --classes "dog, cactus, octopus, sailboat, cat, bus, grass, sky" --out demo --overwrite
@@ -23,6 +23,11 @@ lint: $(READY)
 report: $(READY)
 	mkdir -p build
 	$(BIN)/python -m rfclip_kernels.report > build/kernels.md
+
+# Single kernels, then towers, memory and segmenting: build/bench/bench.md, about half an hour on two cores.
+bench: $(READY)
+	$(BIN)/python -m pytest bench
+	$(BIN)/python -m bench
 
 # torch and torchvision as one pinned pair first: another torch lacks Triton or does not fit torchvision.
 $(READY): pyproject.toml Makefile

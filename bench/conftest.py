@@ -1,10 +1,9 @@
-"""What every benchmark shares: where it runs, in which dtype, and what its clock measures."""
+"""What the benchmarks of single kernels share: which clock times them."""
 
 import pytest
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
+from bench.measure import DEVICE, DTYPE_NAME, DeviceClock, captured
 
 
 def pytest_report_header():
@@ -20,26 +19,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.benchmark(timer=clock))
 
 
-class DeviceClock:
-    """Seconds on the device's own timeline."""
-
-    def __init__(self):
-        self.start = torch.cuda.Event(enable_timing=True)
-        self.start.record()
-
-    def __call__(self) -> float:
-        now = torch.cuda.Event(enable_timing=True)
-        now.record()
-        now.synchronize()
-        return self.start.elapsed_time(now) / 1000
-
-
 @pytest.fixture
 def timed(benchmark):
     """Time a function without arguments; on a GPU as a CUDA graph, if asked to."""
 
     def run(function, group, graph=False):
-        benchmark.group = f"{group}, {DEVICE}, {str(DTYPE).removeprefix('torch.')}"
+        benchmark.group = f"{group}, {DEVICE}, {DTYPE_NAME}"
         graph = graph and DEVICE == "cuda"
         benchmark.extra_info["cuda_graph"] = graph
         with torch.inference_mode():
@@ -47,13 +32,3 @@ def timed(benchmark):
             benchmark.pedantic(function, rounds=20 if DEVICE == "cuda" else 5, warmup_rounds=2)
 
     return run
-
-
-def captured(function):
-    """The function as a CUDA graph, so that the host's launching of its kernels is not what is timed."""
-    function()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay

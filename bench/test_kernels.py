@@ -7,11 +7,11 @@ of the same sizes: what refocusing is measured against, not another way to do it
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, DTYPE
 from torch.nn.attention.flex_attention import flex_attention
 
-import rfclip_kernels
+from bench.measure import DEVICE, DTYPE
 from rfclip import reference
+from rfclip.backends import functions
 
 H, D, L = 12, 64, 12  # ViT-B/16
 GRIDS = {"224x224": (14, 14), "336x448": (21, 28)}
@@ -50,10 +50,12 @@ class Inputs:
 # How each function is called, on the backend `f`.
 CALLS = {
     "distraction_scores": lambda f, i: f.distraction_scores(i.x, DIMS),
+    "distraction_mask": lambda f, i: f.distraction_mask(i.x, DIMS),
     "redistribute_embeddings": lambda f, i: f.redistribute_embeddings(i.x, i.distraction, DIMS, i.grid),
     "received_attention": lambda f, i: f.received_attention(i.q, i.k),
     "key_similarity": lambda f, i: f.key_similarity(i.k, i.similarity, 3),
     "fiedler_vector": lambda f, i: f.fiedler_vector(i.similarity),
+    "defocus_mask": lambda f, i: f.defocus_mask(i.similarity[:, 0]),
     "refocused_attention": lambda f, i: f.refocused_attention(i.q, i.k, i.v, i.distraction, i.target, 0.7),
     "proxy_attention": lambda f, i: f.proxy_attention(i.keys, i.v),
     "self_attention": lambda f, i: f.self_attention(i.k, i.v),
@@ -102,7 +104,7 @@ PEERS = {
     ("self_attention with bias", "sdpa"): sdpa_with_bias,
     ("self_attention with bias", "flex_attention"): flex_with_bias,
 }
-CASES = [(name, how) for name in CALLS for how in ("triton", "reference")] + list(PEERS)
+CASES = [(name, how) for name in CALLS for how in ("triton", "eager", "reference")] + list(PEERS)
 
 
 @pytest.fixture(scope="module", params=GRIDS)
@@ -115,13 +117,14 @@ def test_kernel(timed, inputs, name, how):
     size, i = inputs
     if how == "triton" and DEVICE == "cpu":
         pytest.skip("no GPU: the interpreter's time says nothing about a kernel's")
-    if how in ("triton", "reference"):
-        function = lambda: CALLS[name](rfclip_kernels if how == "triton" else reference, i)  # noqa: E731
+    if how in ("triton", "eager", "reference"):
+        function = lambda: CALLS[name](functions(how), i)  # noqa: E731
     else:
         function = PEERS[name, how](i)
     if how not in ("attention", "reference"):
         got, want = function().float(), CALLS[name](reference, i).float()
         error = (got - want).square().mean().sqrt() / want.square().mean().sqrt()
         assert error < {torch.float32: 1e-4, torch.float16: 1e-2}[DTYPE]
-    # The reference indexes with lists, and windows have their corners on the host: neither can be captured.
-    timed(function, f"{name}, ViT-B/16 at {size}", graph=how != "reference" and name != "average_windows")
+    # The reference and "eager" read from the device, and windows have their corners on the host: none can be captured.
+    graph = how not in ("reference", "eager") and name != "average_windows"
+    timed(function, f"{name}, ViT-B/16 at {size}", graph=graph)

@@ -1,0 +1,70 @@
+"""Time RF-CLIP beside plain CLIP and write what was found: `python -m bench --help`."""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+from bench import end_to_end, tables, towers
+from bench.measure import DEVICE, machine, versions
+from bench.roofline import project
+
+SECTIONS = ("towers", "memory", "end-to-end", "roofline")
+HOW = """\
+Ratios are of medians of the rounds of one process, in which the implementations take turns after one call of each, in
+`inference_mode`. Images are noise on two textures; weights are random, with over-activation of a tenth of the patches
+planted into them, so that in every block from the second on some patches distract and some are defocused. Only what
+equals the reference is timed (relative error at most 1e-5 in fp32, the same masks). Plain is open_clip's
+`encode_image`; at sizes that open_clip refuses, its own blocks on resized position embeddings. Memory is the peak of a
+fresh process for each line, the same imports and the whole model in each."""
+ON_DEVICE = " Times are of the device's own events; all but reference and eager run as CUDA graphs."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"some of {', '.join(SECTIONS)}, by commas")
+    parser.add_argument("--model", default=towers.MODEL, help="an open_clip model; its weights will be random")
+    parser.add_argument("--quick", action="store_true", help="224x224 and two rounds, to see that it works")
+    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder for the results")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="fail where a ratio is 10 %% over this run's")
+    given = parser.parse_args(arguments)
+    only = given.only.split(",")
+    if unknown := set(only) - set(SECTIONS):
+        parser.error(f"--only {', '.join(sorted(unknown))}: expected some of {', '.join(SECTIONS)}")
+    earlier = json.loads(given.compare.read_text("utf-8")) if given.compare else None
+    logging.disable(logging.WARNING)  # open_clip's, that weights are random
+    report = tables.Report(machine(), versions(), given.model, HOW + (ON_DEVICE if DEVICE == "cuda" else ""))
+    cases = towers.QUICK_CASES if given.quick else towers.CASES
+    if DEVICE == "cuda":
+        cases = [case for case in cases if not case.bf16]  # a GPU computes in half precision anyway
+    if "roofline" in only:
+        report.roofline += project()
+    if "towers" in only:
+        report.towers += _told(towers.time_towers(given.model, cases))
+        tables.write(given.out, report)
+    if "memory" in only:
+        report.memory += _told(towers.measure_memory(given.model, [case for case in cases if not case.bf16]))
+        tables.write(given.out, report)
+    if "end-to-end" in only:
+        report.throughput += _told(end_to_end.throughput(given.model, given.quick))
+        report.growth += _told(end_to_end.growth(given.model, given.quick))
+        if not given.quick:
+            report.memory += _told(end_to_end.large_memory(given.model))
+    tables.write(given.out, report)
+    print(report.markdown())
+    worse = tables.regressions(report, earlier) if earlier else []
+    for line in [*report.failures(), *(f"regression: {line}" for line in worse)]:
+        print(line, file=sys.stderr)
+    return 1 if worse or report.failures() else 0
+
+
+def _told(rows):
+    """The rows, each one's name said on the way, since a run takes minutes."""
+    for row in rows:
+        print(f"  {getattr(row, 'key', None) or row.what}", file=sys.stderr, flush=True)
+        yield row
+
+
+if __name__ == "__main__":
+    sys.exit(main())

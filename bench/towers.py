@@ -1,0 +1,291 @@
+"""The image tower, plain and refocused: time in alternating rounds, and peak memory in fresh processes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rfclip
+from bench.measure import DEVICE, DTYPE, DTYPE_NAME, alternate, captured, in_fresh_process, peak_bytes
+from rfclip.tower import Tower
+
+MODEL = "ViT-B-16"
+CONFIG = rfclip.RefocusConfig.preset("ViT-B-16", "openai")
+MARK = 11  # a dimension of the residual stream that only the planting below uses
+
+
+@dataclass(frozen=True)
+class Case:
+    """Images of one size, and the ratio to plain CLIP that is aimed at on a CPU."""
+
+    size: tuple[int, int]
+    batch: int = 1
+    rounds: int = 5
+    goal: float | None = None  # for time
+    memory_goal: float | None = None  # for peak memory
+    limit: int | None = None  # of bytes for "eager", the peak of the whole process
+    bf16: bool = False  # autocast
+    alone: bool = False  # "eager" only: the others take minutes, or more memory than there is
+
+    def __str__(self) -> str:
+        precision = "bf16 autocast" if self.bf16 else DTYPE_NAME
+        return f"{self.size[0]}x{self.size[1]}, batch {self.batch}, {precision}"
+
+
+CASES = (
+    Case((224, 224), rounds=21, goal=1.08),
+    Case((224, 224), batch=8, rounds=9, goal=1.08),
+    Case((336, 448), rounds=11, goal=1.18),
+    Case((672, 896), goal=1.5, memory_goal=1.15),
+    Case((1024, 2048), rounds=1, limit=6 * 10**9, alone=True),
+    Case((224, 224), rounds=11, bf16=True),
+)
+QUICK_CASES = (Case((224, 224), rounds=2),)
+
+
+@dataclass(frozen=True)
+class TowerTime:
+    """A line of the report; `ratio` is to plain CLIP in the same rounds, `failure` says why nothing was timed."""
+
+    case: str
+    tokens: int
+    implementation: str
+    rounds: int = 0
+    seconds: float | None = None
+    spread: tuple[float, float] | None = None
+    ratio: float | None = None
+    goal: float | None = None
+    error: float | None = None
+    note: str = ""
+    failure: str = ""
+    operations: float = 0.0  # of plain CLIP at this size, for what is achieved over a GPU's peak
+
+    @property
+    def key(self) -> str:
+        return f"tower, {self.case}, {self.implementation}"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A line of the report: bytes that a fresh process held with the model loaded, and at most."""
+
+    case: str
+    implementation: str
+    loaded: int = 0
+    peak: int = 0
+    ratio: float | None = None
+    goal: float | None = None
+    limit: int | None = None
+    failure: str = ""
+
+    @property
+    def key(self) -> str:
+        return f"memory, {self.case}, {self.implementation}"
+
+
+def planted(name: str = MODEL) -> nn.Module:
+    """An open_clip model with random weights, of whose patches a tenth is over-activated from the second block on.
+
+    The positions chosen carry a mark, in a dimension that no other weight touches, and in every block one unit of the
+    MLP fires on it and writes to a distraction dimension: after each repair it comes back, as in a trained model.
+    """
+    torch.manual_seed(0)
+    model = open_clip.create_model(name, None).eval()
+    visual, dim = model.visual, CONFIG.distraction_dims[0]
+    with torch.no_grad():
+        strength = 150 * visual.positional_embedding.std()
+        for unmarked in (visual.positional_embedding.T, visual.class_embedding, visual.conv1.weight):
+            unmarked[MARK] = 0
+        visual.positional_embedding[1::10, MARK] = strength
+        for block in visual.transformer.resblocks:
+            for written in (block.attn.out_proj, block.mlp.c_proj):
+                written.weight[MARK] = written.bias[MARK] = 0
+            reads, writes = block.mlp.c_fc, block.mlp.c_proj
+            reads.weight[0], reads.weight[0, MARK], reads.bias[0] = 0, 1, -3
+            writes.weight[:, 0], writes.weight[dim, 0] = 0, 15
+    return model.to(DEVICE, DTYPE)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """The same model once more, on the same weights, to be refocused in another way."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def config_for(model: nn.Module) -> rfclip.RefocusConfig:
+    """The preset of ViT-B/16, in a narrower tower with those of its dimensions that are there."""
+    width = model.visual.conv1.out_channels
+    return replace(CONFIG, distraction_dims=tuple(dim for dim in CONFIG.distraction_dims if dim < width))
+
+
+def pictures(case: Case) -> Tensor:
+    """Noise on two textures side by side, of which the graph cut finds one: in noise alone no cut stands out."""
+    generator = torch.Generator().manual_seed(0)
+    side, (height, width) = 16, case.size
+    textures = torch.randn(2, 3, side, side, generator=generator)
+    right = (torch.arange(width // side) >= 0.4 * width / side).long()
+    ground = textures[right].permute(1, 2, 0, 3).flatten(2).repeat(1, height // side, 1)  # [3, height, width]
+    images = torch.randn(case.batch, 3, height, width, generator=generator) + ground
+    return (images / images.std()).to(DEVICE, DTYPE)
+
+
+def plain_tower(model: nn.Module, images: Tensor) -> Tensor:
+    """`encode_image` at any size: open_clip's own blocks on tokens with resized positions, as `rfclip` embeds them."""
+    tower = Tower(model.visual)
+    return tower.pool(model.visual.transformer(tower.embed(images)))
+
+
+def sdpa_tower(model: nn.Module, images: Tensor) -> Tensor:
+    """The plain tower with nothing but `scaled_dot_product_attention` in place of open_clip's attention modules."""
+    tower = Tower(model.visual)
+    x = tower.embed(images)
+    for block in tower.blocks:
+        x = block.finish(x, F.scaled_dot_product_attention(*block.query_key_value(x)))
+    return tower.pool(x)
+
+
+def plain_name(model: nn.Module, case: Case) -> str:
+    return "open_clip" if case.size == tuple(model.visual.image_size) else "plain tower"
+
+
+def plain(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    """What the others are compared with. Off its own size open_clip refuses, so that this goes around its checks."""
+    if tuple(images.shape[2:]) == tuple(model.visual.image_size):
+        return lambda: model.encode_image(images)
+    return lambda: plain_tower(model, images)
+
+
+def refocused(model: nn.Module, images: Tensor, backend: str) -> Callable[[], Tensor]:
+    copied = twin(model)
+    rfclip.refocus(copied, config_for(copied), backend=backend)
+    return lambda: rfclip.dense_features(copied, images)
+
+
+def implementations(model: nn.Module, images: Tensor, case: Case) -> dict[str, Callable[[], Tensor]]:
+    """What is timed side by side, plain CLIP first."""
+    if case.alone:
+        return {"eager": refocused(model, images, "eager")}
+    found = {plain_name(model, case): plain(model, images)}
+    if DEVICE == "cuda":
+        compiled = torch.compile(plain_tower)
+        # The reference and "eager" read from the device on their way, which a CUDA graph forbids.
+        found = {name: captured(function) for name, function in found.items()}
+        found["sdpa"] = captured(lambda: sdpa_tower(model, images))
+        found["torch.compile"] = captured(lambda: compiled(model, images))
+        found["triton"] = captured(refocused(model, images, "triton"))
+    return found | {backend: refocused(model, images, backend) for backend in ("reference", "eager")}
+
+
+def features_and_masks(model: nn.Module, images: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Dense features, and the patches of each refocused block that lose attention and that get it, [., 2, B, N]."""
+    masks: list[Tensor] = []
+    with rfclip.refocus(model, config_for(model), backend=backend):
+        ops = vars(model.visual)["forward"].ops
+        attend = ops.refocused_attention
+
+        def watched(q, k, v, distraction, target, *rest):
+            masks.append(torch.stack([distraction, target]))
+            return attend(q, k, v, distraction, target, *rest)
+
+        ops.refocused_attention = watched
+        return rfclip.dense_features(model, images), torch.stack(masks)
+
+
+def check(model: nn.Module, images: Tensor, case: Case) -> tuple[float | None, str]:
+    """The relative error of the backend that is timed, against the reference, and what to say about the case.
+
+    Raises:
+        AssertionError: the result is wrong, or the case does not show what refocusing costs, for lack of anything to
+            refocus.
+    """
+    backend = "triton" if DEVICE == "cuda" else "eager"
+    got, masks = features_and_masks(model, images, backend)
+    shares = masks[1:].float().mean(dim=(2, 3))  # nothing is over-activated before the second block
+    least, most = shares.amin().item(), shares.amax().item()
+    assert least > 0 and most < 1, f"a block's mask is empty or full: shares from {least} to {most}"
+    distracting, defocused = (100 * shares.mean(dim=0)).tolist()
+    share = f"{distracting:.0f} % of the patches distract, {defocused:.0f} % are defocused"
+    if case.alone:
+        assert got.isfinite().all(), "the features are not finite"
+        return None, f"{share}; not compared with the reference, which takes more memory than there is"
+    want, wanted_masks = features_and_masks(model, images, "reference")
+    error = ((got.float() - want.float()).square().mean().sqrt() / want.float().square().mean().sqrt()).item()
+    differing = (masks != wanted_masks).float().mean().item()
+    low = case.bf16 or DTYPE is not torch.float32  # where rounding moves a token or two over a threshold
+    assert error < (5e-2 if low else 1e-5), f"relative error {error:.1e}"
+    assert low or not differing, f"{100 * differing:.2g} % of the masks differ from the reference's"
+    return error, f"{share}; {100 * differing:.2g} % of the masks differ from the reference's"
+
+
+def tower_operations(tokens: int, width: int, layers: int, patch: int = 16) -> float:
+    """Floating-point operations of a plain image tower for one image: matrix products, without the readout."""
+    return layers * (24.0 * tokens * width**2 + 4.0 * tokens**2 * width) + 6.0 * (tokens - 1) * patch**2 * width
+
+
+@torch.inference_mode()
+def time_towers(name: str, cases: Iterable[Case]) -> Iterator[TowerTime]:
+    """Check each case, and time it only then."""
+    model = planted(name)
+    visual = model.visual
+    for case in cases:
+        images = pictures(case)
+        tokens = Tower(visual).grid(images)
+        tokens = tokens[0] * tokens[1] + 1
+        operations = tower_operations(tokens, visual.conv1.out_channels, len(visual.transformer.resblocks))
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=case.bf16):
+            try:
+                error, note = check(model, images, case)
+            except AssertionError as failure:
+                yield TowerTime(str(case), tokens, "eager", failure=str(failure))
+                continue
+            found = alternate(implementations(model, images, case), case.rounds)
+        baseline = found.get(plain_name(model, case))
+        for implementation, times in found.items():
+            ours = implementation == ("triton" if DEVICE == "cuda" else "eager")
+            yield TowerTime(
+                str(case),
+                tokens,
+                implementation,
+                case.rounds,
+                times.median,
+                times.spread,
+                times.median / baseline.median if baseline else None,
+                case.goal if ours and name == MODEL and DEVICE == "cpu" else None,
+                error if ours else None,
+                note if ours else "",
+                operations=case.batch * operations,
+            )
+
+
+def measure_memory(name: str, cases: Iterable[Case]) -> Iterator[Memory]:
+    """The peak of each implementation in a fresh process, which imports and loads the same whatever it runs."""
+    for case in cases:
+        baseline = None
+        for implementation in ("eager",) if case.alone else ("plain", "reference", "eager"):
+            held = implementation == "eager" and name == MODEL and DEVICE == "cpu"
+            goal, limit = (case.memory_goal, case.limit) if held else (None, None)
+            try:
+                loaded, peak = in_fresh_process(one_call, name, case, implementation)
+            except BrokenProcessPool:
+                yield Memory(str(case), implementation, goal=goal, limit=limit, failure="killed")
+                continue
+            baseline = peak if implementation == "plain" else baseline
+            ratio = peak / baseline if baseline else None
+            yield Memory(str(case), implementation, loaded, peak, ratio, goal, limit)
+
+
+@torch.inference_mode()
+def one_call(name: str, case: Case, implementation: str) -> tuple[int, int]:
+    """Peak bytes before and after one call of an implementation."""
+    model, images = planted(name), pictures(case)
+    run = plain(model, images) if implementation == "plain" else refocused(model, images, implementation)
+    loaded = peak_bytes()
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=case.bf16):
+        run()
+    return loaded, peak_bytes()
