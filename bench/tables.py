@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from bench.end_to_end import Growth, Throughput
 from bench.roofline import GPUS, Projection, peak_of
 from bench.towers import Memory, TowerTime
+from rfclip_kernels.report import table
 
 WORSE = 1.10  # times an earlier ratio is a regression
 
@@ -66,11 +67,6 @@ class Report:
         return "\n".join(lines)
 
 
-def _table(title: str, heads: str, rows: Iterable[Iterable[object]]) -> str:
-    lines = [f"## {title}\n", f"| {heads} |", f"|{' --- |' * (heads.count('|') + 1)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows), ""])
-
-
 def _number(value: float | None, form: str = "{:.2f}") -> str:
     return "-" if value is None else form.format(value)
 
@@ -97,7 +93,7 @@ def _tower_table(rows: list[TowerTime], gpu: object) -> str:
         goal, error = _goal(row.ratio, row.goal), _number(row.error, "{:.1e}")
         ratio, median = _number(row.ratio), f"{1000 * row.seconds:.2f}"
         shown.append((row.case, row.tokens, row.implementation, median, spread, ratio, goal, error, note))
-    return _table("Towers: time", heads, shown)
+    return table("## Towers: time", heads, shown)
 
 
 def _memory_table(rows: list[Memory]) -> str:
@@ -108,7 +104,7 @@ def _memory_table(rows: list[Memory]) -> str:
         found = ("KILLED", "-", "-", "-") if row.failure else (row.loaded // 10**6, row.peak // 10**6)
         ends = () if row.failure else (_number(row.ratio), goal)
         shown.append((row.case, row.implementation, *found, *ends))
-    return _table("Peak memory of a process", heads, shown)
+    return table("## Peak memory of a process", heads, shown)
 
 
 def _throughput_table(rows: list[Throughput]) -> str:
@@ -118,7 +114,7 @@ def _throughput_table(rows: list[Throughput]) -> str:
         spread = " to ".join(f"{end:.2f}" for end in row.spread)
         figures = (f"{figure:.2f}" for figure in (row.images_per_second, row.seconds))
         shown.append((row.implementation, row.images, row.classes, *figures, spread, f"{row.ratio:.2f}"))
-    return _table("End to end: photographs of 336 pixels", heads, shown)
+    return table("## End to end: photographs of 336 pixels", heads, shown)
 
 
 def _growth_table(rows: list[Growth]) -> str:
@@ -127,7 +123,7 @@ def _growth_table(rows: list[Growth]) -> str:
     for row in rows:
         points = ", ".join(f"{size}: {seconds:.3g}" for size, seconds in zip(row.sizes, row.seconds, strict=True))
         shown.append((row.what, row.unit, points, f"{row.slope:.2f}"))
-    return _table("How cost grows", heads, shown)
+    return table("## How cost grows", heads, shown)
 
 
 def _roofline_tables(rows: list[Projection]) -> str:
@@ -137,7 +133,7 @@ def _roofline_tables(rows: list[Projection]) -> str:
     tables = []
     for title, found in (("towers", towers), ("operators", operators)):
         cells = [(row.model, row.image, row.name, *(f"{1e6 * row.seconds[gpu]:.2f}" for gpu in GPUS)) for row in found]
-        tables.append(_table(f"Roofline of the {title}: projected, not measured", heads, cells))
+        tables.append(table(f"## Roofline of the {title}: projected, not measured", heads, cells))
     return "\n".join(tables)
 
 

@@ -10,7 +10,7 @@ What differs from the reference is the order of the work, not its result (relati
 Half-precision inputs are computed in float32, but in flash attention, which multiplies in their own dtype.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +18,16 @@ from torch import Tensor
 
 from rfclip.reference import computing_dtype, matmul, no_autocast, offset_bias
 from rfclip_kernels.checks import (
-    LANCZOS_BREAKDOWN,
-    LANCZOS_STEPS,
     cut_inputs,
     proxy_inputs,
     query_key,
     refocused_inputs,
-    scores_inputs,
     self_inputs,
     similarity_inputs,
 )
+from rfclip_kernels.krylov import BREAKDOWN, STEPS, start_of_cut
 
 __all__ = [
-    "distraction_mask",
-    "distraction_scores",
     "fiedler_vector",
     "key_similarity",
     "proxy_attention",
@@ -41,28 +37,6 @@ __all__ = [
 ]
 
 TILE = 1 << 18  # numbers in a tile of attention over all heads: 1 MB in float32
-
-
-def distraction_scores(x: Tensor, dims: Sequence[int], *, shifted: bool = True) -> Tensor:
-    """`rfclip.reference.distraction_scores`, dividing only the largest value of each token."""
-    dims, _ = scores_inputs(x, dims, None)
-    f = x.to(computing_dtype(x))
-    if not dims:
-        return f.new_zeros(f.shape[:2])
-    if shifted:
-        f = f - f.amin(dim=-1, keepdim=True)
-    total = f.sum(dim=-1)
-    # Among quotients by one number the largest is that of the largest value, or of the smallest if it is negative.
-    most = f[..., dims]
-    most = most.amax(dim=-1) if shifted else torch.where(total > 0, most.amax(dim=-1), most.amin(dim=-1))
-    return torch.where(total == 0, 0, most / total)
-
-
-def distraction_mask(x: Tensor, dims: Sequence[int], threshold: float | None = None, *, shifted: bool = True) -> Tensor:
-    """`rfclip.reference.distraction_mask`, from the scores above."""
-    dims, threshold = scores_inputs(x, dims, threshold)
-    phi = distraction_scores(x, dims, shifted=shifted)
-    return phi > threshold if dims else torch.zeros_like(phi, dtype=torch.bool)
 
 
 def received_attention(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
@@ -109,22 +83,15 @@ def fiedler_vector(similarity: Tensor, start: Tensor | None = None) -> Tensor:
     S = similarity.detach().to(computing_dtype(similarity))
     if sizes["N"] == 1:
         return torch.zeros_like(S[..., 0])
-    W = S + S.mT
-    degree = W.sum(dim=-1) / 2
-    known, inv_sqrt = degree.sqrt(), torch.where(degree > 0, degree.rsqrt(), 0)
-    # Any vector that no eigenvector is orthogonal to, for the first block and, a little of it, beside a given start.
-    w = (torch.arange(1, sizes["N"] + 1, device=S.device, dtype=S.dtype) * 0.6180339887) % 1 - 0.5
-    w = F.normalize(w, dim=0).expand_as(known)
-    if start is not None:
-        w = F.normalize(start.to(S.dtype) * known, dim=-1) + 1e-3 * w
-    basis = S.new_empty((sizes["B"], LANCZOS_STEPS + 1, sizes["N"]))
-    basis[:, 0] = F.normalize(known, dim=-1)
-    diagonal, beside = (S.new_empty((sizes["B"], LANCZOS_STEPS)) for _ in range(2))
+    W2, inv_sqrt, known, w = start_of_cut(S, start)
+    basis = S.new_empty((sizes["B"], STEPS + 1, sizes["N"]))
+    basis[:, 0] = known
+    diagonal, beside = (S.new_empty((sizes["B"], STEPS)) for _ in range(2))
     with no_autocast(S.device):
         for b in range(sizes["B"]):  # products of a matrix and a vector are quicker than their batch
-            _lanczos(W[b], inv_sqrt[b] / 2**0.5, w[b], basis[b], diagonal[b], beside[b])
+            _lanczos(W2[b], inv_sqrt[b] / 2**0.5, w[b], basis[b], diagonal[b], beside[b])
     # A remainder of nothing but rounding ends a basis: what follows is set apart, with the eigenvalue -2, below all.
-    sound = (beside > LANCZOS_BREAKDOWN).cumprod(dim=-1)
+    sound = (beside > BREAKDOWN).cumprod(dim=-1)
     projected = torch.diag_embed(torch.where(sound > 0, diagonal, -2)) + torch.diag_embed((sound * beside)[:, 1:], -1)
     _, ritz = torch.linalg.eigh(projected)  # reads the lower triangle
     y = inv_sqrt * matmul(ritz[:, None, :, -1], basis[:, 1:])[:, 0]
@@ -139,7 +106,7 @@ def _lanczos(W: Tensor, scale: Tensor, w: Tensor, basis: Tensor, diagonal: Tenso
         for _ in range(2):  # twice is enough
             w = torch.addmv(w, before.T, before @ w, alpha=-1)
         torch.linalg.vector_norm(w, out=length)
-        fresh = torch.div(w, length.clamp(min=LANCZOS_BREAKDOWN), out=basis[step + 1])
+        fresh = torch.div(w, length.clamp(min=BREAKDOWN), out=basis[step + 1])
         w = scale * (W @ (scale * fresh))
         torch.dot(w, fresh, out=alpha)
 

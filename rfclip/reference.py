@@ -84,10 +84,7 @@ def dimension_weights(x: Tensor, *, shifted: bool = True) -> Tensor:
         ValueError: x is not a floating-point [B, N, d].
     """
     tensor_sizes("x", x, "B N d")
-    f = x.to(computing_dtype(x))
-    if shifted:
-        f = f - f.amin(dim=-1, keepdim=True)
-    total = f.sum(dim=-1, keepdim=True)
+    f, total = _shifted_sum(x, shifted)
     return torch.where(total == 0, 0, f / total)
 
 
@@ -110,7 +107,8 @@ def distraction_scores(x: Tensor, dims: Sequence[int], *, shifted: bool = True) 
     dims, _ = scores_inputs(x, dims, None)
     if not dims:
         return x.new_zeros(x.shape[:2], dtype=computing_dtype(x))
-    return dimension_weights(x, shifted=shifted)[..., dims].amax(dim=-1)
+    f, total = _shifted_sum(x, shifted)
+    return torch.where(total == 0, 0, f[..., dims] / total).amax(dim=-1)
 
 
 def distraction_mask(x: Tensor, dims: Sequence[int], threshold: float | None = None, *, shifted: bool = True) -> Tensor:
@@ -619,6 +617,14 @@ def pamr(image: Tensor, mask: Tensor, iterations: int = 10, dilations: Sequence[
 
 def computing_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _shifted_sum(x: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
+    """f of equation 6 and its sum over dimensions: [B, N, d] and [B, N, 1] in the computing dtype."""
+    f = x.to(computing_dtype(x))
+    if shifted:
+        f = f - f.amin(dim=-1, keepdim=True)
+    return f, f.sum(dim=-1, keepdim=True)
 
 
 def _attention(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:

@@ -1,7 +1,4 @@
-"""What every implementation asks of its arguments, and what the fast ones share, said once.
-
-A ValueError tells what was expected and what was given.
-"""
+"""What every implementation asks of its arguments, said once: ValueError tells what was expected and what was given."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,9 +7,6 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-
-LANCZOS_STEPS = 15  # of the graph cut, on every backend but the reference
-LANCZOS_BREAKDOWN = 1e-6  # a vector of which less than this is new ends the basis
 
 
 def tensor_sizes(

@@ -11,15 +11,15 @@ another program. Started from the vector of the block before, whose error is sma
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from rfclip_kernels.checks import LANCZOS_BREAKDOWN, LANCZOS_STEPS, check_launch, cut_inputs, defocus_inputs, on_device
+from rfclip_kernels.checks import check_launch, cut_inputs, defocus_inputs, on_device
+from rfclip_kernels.krylov import BREAKDOWN, STEPS, start_of_cut
 
-BASIS = LANCZOS_STEPS + 1  # the known vector, and one a step
+BASIS = STEPS + 1  # the known vector, and one a step
 SQUARINGS = 16
 BLOCK_ROWS = 32
 BLOCK_COLUMNS = 128
@@ -197,25 +197,18 @@ def defocus_kernel(
 def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
     B, N, _ = similarity.shape
     S = similarity.float()
-    W = (S + S.mT).contiguous()  # twice W
-    degree = W.sum(dim=-1) / 2
-    inv_sqrt, known = torch.where(degree > 0, degree.rsqrt(), 0), degree.sqrt()
-    # Any vector that no eigenvector is orthogonal to, for the first block and, a little of it, beside a given start.
-    w = (torch.arange(1, N + 1, device=S.device, dtype=torch.float32) * 0.6180339887) % 1 - 0.5
-    w = F.normalize(w, dim=0).expand(B, N).contiguous()
-    if start is not None:
-        w = (F.normalize(start.float() * known, dim=-1) + 1e-3 * w).contiguous()
+    W2, inv_sqrt, known, w = start_of_cut(S, start)
     basis = S.new_empty((B, BASIS, N))
-    basis[:, 0] = F.normalize(known, dim=-1)
+    basis[:, 0] = known
     diagonal, beside = S.new_zeros((B, BASIS)), S.new_zeros((B, BASIS))
     y = S.new_empty((B, N))
     if B:
-        with on_device(W):
+        with on_device(W2):
             scale = inv_sqrt / 2**0.5
             for step in range(1, BASIS):
                 out = S.new_empty((B, N))
                 wrap_triton(lanczos_kernel)[(triton.cdiv(N, BLOCK_ROWS), B)](
-                    affinity_ptr=W,
+                    affinity_ptr=W2,
                     scale_ptr=scale,
                     w_ptr=w,
                     basis_ptr=basis,
@@ -225,7 +218,7 @@ def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
                     N=N,
                     step=step,
                     R=BASIS,
-                    BREAKDOWN=LANCZOS_BREAKDOWN,
+                    BREAKDOWN=BREAKDOWN,
                     BM=BLOCK_ROWS,
                     BN=BLOCK_COLUMNS,
                     num_warps=8,

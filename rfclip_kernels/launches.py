@@ -143,6 +143,7 @@ OPS = [
         lambda s: (s.patches(), s.dims),
     ),
     Op("redistribute_embeddings", distraction.redistribute_embeddings, _redistributed),
+    Op("redistribute_embeddings, 7 x 7", partial(distraction.redistribute_embeddings, size=7), _redistributed),
     _attention_op("refocused_attention", attention.refocused_attention, _refocused),
     _attention_op("self_attention", attention.self_attention, lambda s: s.heads()[1:]),
     _attention_op("self_attention, bias", attention.self_attention, _biased),

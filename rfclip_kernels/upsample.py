@@ -224,8 +224,8 @@ def average_windows(logits: Tensor, corners: Sequence[tuple[int, int]], side: in
     """
     corners = averaging_inputs(logits, corners, side, size)
     check_launch(logits=logits)
-    on_device = torch.tensor(corners, dtype=torch.int32).to(logits.device, non_blocking=True)
-    return _average_windows(logits, on_device, side, *size)
+    places = torch.tensor(corners, dtype=torch.int32).to(logits.device, non_blocking=True)
+    return _average_windows(logits, places, side, *size)
 
 
 def upsample_argmax(

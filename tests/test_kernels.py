@@ -2,16 +2,22 @@
 
 Run in a process of its own, since Triton reads the variable when it is imported: TRITON_INTERPRET=1 pytest
 tests/test_kernels.py, as `make test` does. Buffers that a kernel writes are poisoned with NaN and have guard bands;
-inputs lie inside NaN, so that a value read outside of them shows in the result.
+inputs lie inside NaN, so that a value read outside of them shows in the result. Every address that a kernel reads or
+writes is checked against the tensors of its launch.
 """
 
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.runtime.errors import InterpreterError
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from rfclip import reference
 
@@ -58,6 +64,60 @@ def guarded(monkeypatch):
     for buffer in buffers:
         assert (buffer[:GUARD] == 0xFF).all()
         assert (buffer[-GUARD:] == 0xFF).all()
+
+
+@pytest.fixture(autouse=True)
+def bounded(monkeypatch):
+    """Refuse every load and store of a kernel outside of the tensors of its launch, masks and indices too."""
+    extents = []
+    to_host = GridExecutor._init_args_hst
+
+    def remember(executor, arguments, keywords):
+        arguments, keywords = to_host(executor, arguments, keywords)
+        tensors = [value for value in (*arguments, *keywords.values()) if isinstance(value, torch.Tensor)]
+        extents[:] = [
+            (
+                t.data_ptr(),
+                t.data_ptr() + t.itemsize * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))),
+            )
+            for t in tensors
+            if t.numel()
+        ]
+        return arguments, keywords
+
+    def checked(name):
+        original = getattr(InterpreterBuilder, name)
+
+        def access(builder, pointers, *rest):
+            mask = rest[0] if name == "create_masked_load" else rest[1]
+            used = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
+            used = used[np.broadcast_to(mask.data, used.shape).astype(bool)]
+            size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+            inside = np.zeros(used.shape, dtype=bool)
+            for low, high in extents:
+                inside |= (used >= low) & (used + size <= high)
+            assert inside.all(), f"{name} outside of every tensor"
+            return original(builder, pointers, *rest)
+
+        monkeypatch.setattr(InterpreterBuilder, name, access)
+
+    monkeypatch.setattr(GridExecutor, "_init_args_hst", remember)
+    checked("create_masked_load")
+    checked("create_masked_store")
+
+
+@triton.jit
+def copy_kernel(x_ptr, out_ptr, N, BN: tl.constexpr):
+    o_n = tl.arange(0, BN)
+    tl.store(out_ptr + o_n, tl.load(x_ptr + o_n, mask=o_n < N), mask=o_n < N)
+
+
+@pytest.mark.parametrize("lengths", [(5, 4), (4, 5)], ids=["read", "written"])
+def test_an_access_outside_of_the_tensors_is_caught(lengths):
+    x, out = (torch.zeros(8, dtype=torch.int32)[8 - length :] for length in lengths)
+    copy_kernel[(1,)](x, out, 4, BN=8)
+    with pytest.raises(InterpreterError, match="outside of every tensor"):
+        copy_kernel[(1,)](x, out, 5, BN=8)
 
 
 def inside_nan(tensor):
