@@ -138,13 +138,13 @@ def pictures(case: Case) -> Tensor:
 def plain_tower(model: nn.Module, images: Tensor) -> Tensor:
     """`encode_image` at any size: open_clip's own blocks on tokens with resized positions, as `rfclip` embeds them."""
     tower = Tower(model.visual)
-    return tower.pool(model.visual.transformer(tower.embed(images)))
+    return tower.pool(model.visual.transformer(tower.embed(tower.patches(images))))
 
 
 def sdpa_tower(model: nn.Module, images: Tensor) -> Tensor:
     """The plain tower with nothing but `scaled_dot_product_attention` in place of open_clip's attention modules."""
     tower = Tower(model.visual)
-    x = tower.embed(images)
+    x = tower.embed(tower.patches(images))
     for block in tower.blocks:
         x = block.finish(x, F.scaled_dot_product_attention(*block.query_key_value(x)))
     return tower.pool(x)
@@ -183,7 +183,11 @@ def implementations(model: nn.Module, images: Tensor, case: Case) -> dict[str, C
 
 
 def features_and_masks(model: nn.Module, images: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Dense features, and the patches of each refocused block that lose attention and that get it, [., 2, B, N]."""
+    """Dense features, and the patches that lose attention and that get it, [., 2, B, N], from the second block on.
+
+    Raises:
+        AssertionError: in one of these blocks no patch loses attention, so that it stayed plain.
+    """
     masks: list[Tensor] = []
     with rfclip.refocus(model, config_for(model), backend=backend):
         ops = vars(model.visual)["forward"].ops
@@ -194,7 +198,10 @@ def features_and_masks(model: nn.Module, images: Tensor, backend: str) -> tuple[
             return attend(q, k, v, distraction, target, *rest)
 
         ops.refocused_attention = watched
-        return rfclip.dense_features(model, images), torch.stack(masks)
+        features = rfclip.dense_features(model, images)
+    blocks = len(model.visual.transformer.resblocks) - 2  # nothing distracts before the second; the last only reads out
+    assert len(masks) >= blocks, f"a block's mask is empty or full: {len(masks)} of {blocks} blocks were refocused"
+    return features, torch.stack(masks[-blocks:])
 
 
 def check(model: nn.Module, images: Tensor, case: Case) -> tuple[float | None, str]:
@@ -206,7 +213,7 @@ def check(model: nn.Module, images: Tensor, case: Case) -> tuple[float | None, s
     """
     backend = "triton" if DEVICE == "cuda" else "eager"
     got, masks = features_and_masks(model, images, backend)
-    shares = masks[1:].float().mean(dim=(2, 3))  # nothing is over-activated before the second block
+    shares = masks.float().mean(dim=(2, 3))
     least, most = shares.amin().item(), shares.amax().item()
     assert least > 0 and most < 1, f"a block's mask is empty or full: shares from {least} to {most}"
     distracting, defocused = (100 * shares.mean(dim=0)).tolist()

@@ -3,31 +3,35 @@
 What differs from the reference is the order of the work, not its result (relative error at most 1e-5 in float32):
 
 - No matrix over all heads and tokens is kept: rows go by in tiles that stay in the cache.
-- Refocused attention on a CPU is a flash attention to the keys of each group, merged by their log-sum-exp.
+- Refocused attention on a CPU is the attention to the keys of each group, merged by the groups' shares; where the
+  tokens are many, a flash attention, and the shares follow from its log-sum-exp.
 - The graph cut takes fifteen Lanczos steps from the last block's vector, as the kernel in `rfclip_kernels.cut` does.
 - Where the similarity of keys is needed anyway, its softmax also feeds the proxy attention (`heads`).
 
 Half-precision inputs are computed in float32, but in flash attention, which multiplies in their own dtype.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfclip.reference import computing_dtype, matmul, no_autocast, offset_bias
+from rfclip import reference
+from rfclip.reference import attention_sets, computing_dtype, matmul, move_attention, no_autocast, offset_bias
 from rfclip_kernels.checks import (
     cut_inputs,
     proxy_inputs,
     query_key,
     refocused_inputs,
+    scores_inputs,
     self_inputs,
     similarity_inputs,
 )
 from rfclip_kernels.krylov import BREAKDOWN, STEPS, start_of_cut
 
 __all__ = [
+    "distraction_mask",
     "fiedler_vector",
     "key_similarity",
     "proxy_attention",
@@ -36,7 +40,20 @@ __all__ = [
     "self_attention",
 ]
 
-TILE = 1 << 18  # numbers in a tile of attention over all heads: 1 MB in float32
+TILE = 1 << 19  # numbers in a tile of attention over all heads: 2 MB in float32
+FLASH_TOKENS = 256  # from here on a flash attention to each group is quicker than one matrix of attention
+
+
+def distraction_mask(x: Tensor, dims: Sequence[int], threshold: float | None = None, *, shifted: bool = True) -> Tensor:
+    """`rfclip.reference.distraction_mask` with sum_k f[k] = sum_k x[k] - d min_k x[k], without f."""
+    dims, threshold = scores_inputs(x, dims, threshold)
+    if not dims or not shifted:
+        return reference.distraction_mask(x, dims, threshold, shifted=shifted)
+    x = x.to(computing_dtype(x))
+    least = x.amin(dim=-1)
+    total = x.sum(dim=-1) - x.shape[-1] * least
+    most = torch.stack([x[..., j] for j in dims]).amax(dim=0) - least
+    return torch.where(total == 0, 0, most / total) > threshold
 
 
 def received_attention(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
@@ -84,12 +101,13 @@ def fiedler_vector(similarity: Tensor, start: Tensor | None = None) -> Tensor:
     if sizes["N"] == 1:
         return torch.zeros_like(S[..., 0])
     W2, inv_sqrt, known, w = start_of_cut(S, start)
-    basis = S.new_empty((sizes["B"], STEPS + 1, sizes["N"]))
+    M = W2.mul_(inv_sqrt[:, :, None] / 2).mul_(inv_sqrt[:, None])
+    basis = S.new_zeros((sizes["B"], STEPS + 1, sizes["N"]))
     basis[:, 0] = known
     diagonal, beside = (S.new_empty((sizes["B"], STEPS)) for _ in range(2))
     with no_autocast(S.device):
-        for b in range(sizes["B"]):  # products of a matrix and a vector are quicker than their batch
-            _lanczos(W2[b], inv_sqrt[b] / 2**0.5, w[b], basis[b], diagonal[b], beside[b])
+        for image in zip(M, w, basis, diagonal, beside, strict=True):  # matrix times vector is quicker than its batch
+            _lanczos(*image)
     # A remainder of nothing but rounding ends a basis: what follows is set apart, with the eigenvalue -2, below all.
     sound = (beside > BREAKDOWN).cumprod(dim=-1)
     projected = torch.diag_embed(torch.where(sound > 0, diagonal, -2)) + torch.diag_embed((sound * beside)[:, 1:], -1)
@@ -99,15 +117,14 @@ def fiedler_vector(similarity: Tensor, start: Tensor | None = None) -> Tensor:
     return y * y.gather(-1, largest).sign()
 
 
-def _lanczos(W: Tensor, scale: Tensor, w: Tensor, basis: Tensor, diagonal: Tensor, beside: Tensor) -> None:
-    """Fill `basis` [., N] from its second vector on, and M = scale W scale in it: its diagonal, and what is beside."""
-    for step, (alpha, length) in enumerate(zip(diagonal, beside, strict=True)):
-        before = basis[: step + 1]
+def _lanczos(M: Tensor, w: Tensor, basis: Tensor, diagonal: Tensor, beside: Tensor) -> None:
+    """Fill `basis` [., N], zero after its first vector, and M in it: its diagonal, and what is beside."""
+    for fresh, alpha, length in zip(basis[1:], diagonal, beside, strict=True):
         for _ in range(2):  # twice is enough
-            w = torch.addmv(w, before.T, before @ w, alpha=-1)
+            w = w.addmv(basis.T, basis.mv(w), alpha=-1)
         torch.linalg.vector_norm(w, out=length)
-        fresh = torch.div(w, length.clamp(min=BREAKDOWN), out=basis[step + 1])
-        w = scale * (W @ (scale * fresh))
+        torch.div(w, length.clamp(min=BREAKDOWN), out=fresh)
+        w = M.mv(fresh)
         torch.dot(w, fresh, out=alpha)
 
 
@@ -123,21 +140,17 @@ def refocused_attention(
 ) -> Tensor:
     """`rfclip.reference.refocused_attention`, group by group."""
     scale = refocused_inputs(q, k, v, distraction, target, beta, scale)
-    B, H, T, D = q.shape
-    dis = F.pad(distraction, (1, 0))
-    tgt = F.pad(target, (T - target.shape[1], 0)) & ~dis
+    dis, tgt = attention_sets(distraction, target, q.shape[2])
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)  # a log-sum-exp has no gradient
+    out = torch.empty_like(v.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     if q.device.type == "cpu" and not differentiated and not torch.compiler.is_compiling():
-        return _merged_groups(q, k, v, dis, tgt, beta, scale)
-    out = v.new_empty((B, T, H, D)).transpose(1, 2)
-    sets = torch.stack([dis, tgt], dim=1).to(computing_dtype(q))  # [B, 2, T]
+        for b in range(len(q)):
+            image = slice(b, b + 1)
+            out[image] = _by_groups(q[image], k[image], v[image], dis[b], tgt[b], beta, scale)
+        return out
     for b, rows, A in _tiles(q, k, scale):
-        taken, given = matmul(A, sets[b].T).unbind(dim=-1)  # the masses of S and T, [H, rows]
-        changed = (given > 0) & (torch.arange(rows.start, rows.stop, device=q.device) > 0)
-        # A' = A (1 - beta 1_S + beta taken / given 1_T)
-        factors = torch.stack([torch.ones_like(taken), -taken / given], dim=-1)
-        factors = torch.where(changed[..., None], -beta * factors, 0)
-        out[b, :, rows] = matmul(A * (1 + matmul(factors, sets[b])), v[b]).to(v.dtype)
+        moved = move_attention(A[None], dis[b : b + 1], tgt[b : b + 1], beta, rows.start)[0]
+        out[b, :, rows] = matmul(moved, v[b]).to(v.dtype)
     return out
 
 
@@ -161,31 +174,40 @@ def proxy_attention(
     return (out / (len(keys) + count)).to(v.dtype)
 
 
-def _merged_groups(q: Tensor, k: Tensor, v: Tensor, dis: Tensor, tgt: Tensor, beta: float, scale: float) -> Tensor:
-    """Refocused attention as a flash attention to the keys of each group, masks [B, T], of one image after another."""
-    B, H, T, D = q.shape
-    out = v.new_empty((B, T, H, D)).transpose(1, 2)
+def _by_groups(q: Tensor, k: Tensor, v: Tensor, dis: Tensor, tgt: Tensor, beta: float, scale: float) -> Tensor:
+    """Refocused attention of one image, its keys in the order S, T, R of the groups; sets [T]."""
+    groups = [mask.nonzero()[:, 0] for mask in (dis, tgt, ~(dis | tgt))]
+    sizes = [len(group) for group in groups]
+    if not sizes[0] or not sizes[1]:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    sizes = [size for size in sizes if size]
+    order = torch.cat(groups)
+    k, v = (tensor.index_select(2, order) for tensor in (k, v))
+    if len(order) < FLASH_TOKENS:
+        A = torch.softmax(matmul(q, k.mT * scale), dim=-1)
+        groups = A.split(sizes, dim=-1)[:2]
+        mass = [group.sum(dim=-1, keepdim=True) for group in groups]
+        for group, before, after in zip(groups, mass, _moved(*mass, beta), strict=True):
+            # The quotient by the mass comes first: it is at most 1.
+            group.div_(before.where(before > 0, 1)).mul_(after)
+        return matmul(A, v)
     q = q if q.stride(-1) == 1 else q.contiguous()  # the operator below reads anything else wrongly
-    for b in range(B):
-        image = slice(b, b + 1)
-        groups = [mask.nonzero()[:, 0] for mask in (dis[b], tgt[b], ~(dis[b] | tgt[b]))]  # S, T, R
-        sizes = [len(group) for group in groups]
-        if not sizes[0] or not sizes[1]:
-            out[image] = F.scaled_dot_product_attention(q[image], k[image], v[image], scale=scale)
-            continue
-        order = torch.cat(groups)
-        keys, values = (tensor[image].index_select(2, order).split(sizes, dim=2) for tensor in (k, v))
-        found = [
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[image], key, value, scale=scale)
-            for key, value in zip(keys, values, strict=True)
-            if key.shape[2]
-        ]
-        mass = torch.softmax(torch.stack([lse for _, lse in found]), dim=0)  # [groups, 1, H, T]
-        moved = torch.where(mass[1] > 0, beta * mass[0], 0)
-        moved[..., 0] = 0  # the row of CLS
-        shares = [mass[0] - moved, mass[1] + moved, *mass[2:]]
-        out[image] = sum(share[..., None] * of_group for share, (of_group, _) in zip(shares, found, strict=True))
-    return out
+    keys_values = zip(k.split(sizes, dim=2), v.split(sizes, dim=2), strict=True)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    outs, log_sum_exp = zip(*(flash(q, key, value, scale=scale) for key, value in keys_values), strict=True)
+    taken, given, *rest = torch.softmax(torch.stack(log_sum_exp), dim=0)[..., None]
+    shares = [*_moved(taken, given, beta), *rest]
+    merged = outs[0] * shares[0]  # in this order the product has the layout of its first factor
+    for out, share in zip(outs[1:], shares[1:], strict=True):
+        merged.addcmul_(out, share)
+    return merged
+
+
+def _moved(taken: Tensor, given: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The masses of S and T, [1, H, T, 1], after S has given to T: equations 9 to 12."""
+    omega = (beta * taken).where(given > 0, 0)
+    omega[:, :, 0] = 0  # the row of CLS
+    return taken - omega, given + omega
 
 
 def _tiles(q: Tensor, k: Tensor, scale: float, first: int = 0) -> Iterator[tuple[int, slice, Tensor]]:

@@ -44,13 +44,17 @@ class RefocusedForward:
 
     def __call__(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """What the tower's own forward returns, with every block refocused and the last one run as it was."""
-        x, query_key_value, *_ = self._run(images)
+        x, query_key_value, *_ = self._run(self.tower.patches(images))
         return self.tower.pool(self.tower.blocks[-1].finish(x, F.scaled_dot_product_attention(*query_key_value)))
 
-    def dense(self, images: Tensor) -> Tensor:
-        """Patch embeddings [B, N, C]: the last block's values gathered by the proxy attention [P 14]."""
+    def dense(self, patches: Tensor) -> Tensor:
+        """Patch embeddings [B, N, C]: the last block's values gathered by the proxy attention [P 14].
+
+        `patches` [B, d, gh, gw] are the tower's, of images, or of windows that were cut out after the convolution.
+        """
         proxy, last = self.config.proxy, self.tower.blocks[-1]
-        x, (q, k, v), keys, heads, count = self._run(images, keep_keys=proxy == "kk-mean")
+        query = proxy not in ("kk", "kk-mean", "vv")
+        x, (q, k, v), keys, heads, count = self._run(patches, keep_keys=proxy == "kk-mean", last_query=query)
         if proxy == "none":
             return self.tower.readout(last.finish(x, F.scaled_dot_product_attention(q, k, v))[:, 1:])
         if proxy == "qk":  # like the others without the row and the column of CLS, not renormalized [D]
@@ -63,18 +67,18 @@ class RefocusedForward:
         return self.tower.readout(last.project(gathered))
 
     def _run(
-        self, images: Tensor, keep_keys: bool = False
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor | None, Tensor | None, int]:
+        self, patches: Tensor, keep_keys: bool = False, last_query: bool = True
+    ) -> tuple[Tensor, tuple[Tensor | None, Tensor, Tensor], Tensor | None, Tensor | None, int]:
         """All blocks but the last one's attention.
 
-        Returns the input of the last block after its redistribution [B, T, d] and that block's q, k and v. On demand
-        also what the proxy attention reads: the keys of the blocks [., B, H, T, D], and in place of the first `count`
-        of them, where the backend asks for it, the sum of their attention [B, H, N, N].
+        Returns the input of the last block after its redistribution [B, T, d] and that block's q, if wanted, k and v.
+        On demand also what the proxy attention reads: the keys of the blocks [., B, H, T, D], and in place of the
+        first `count` of them, where the backend asks for it, the sum of their attention [B, H, N, N].
         """
         self.tower.check_eval()
         config, ops, blocks = self.config, self.ops, self.tower.blocks
-        grid = self.tower.grid(images)
-        x = self.tower.embed(images)
+        grid = patches.shape[2], patches.shape[3]
+        x = self.tower.embed(patches)
         refocused = range(1, len(blocks) + 1) if config.layers is None else config.layers
         refocused = refocused if config.distraction_dims else ()
         cut = config.beta > 0 and config.target == "defocused"
@@ -88,8 +92,11 @@ class RefocusedForward:
             distraction = None
             if number in refocused:
                 distraction = self._locate(block, x, number)
-                x = self._repair(x, distraction, grid)
-            q, k, v = block.query_key_value(x)
+                if _seen_empty(distraction):
+                    distraction = None
+                else:
+                    x = self._repair(x, distraction, grid)
+            q, k, v = block.query_key_value(x, query=last_query or number < len(blocks))
             if keep_keys and number > count:
                 keys = k.new_empty((len(blocks) - count, *k.shape)) if keys is None else keys
                 keys[number - 1 - count] = k
@@ -153,6 +160,11 @@ class RefocusedForward:
             return ~distraction
         patches = torch.zeros_like(distraction) if target == "cls" else ~distraction
         return F.pad(patches, (1, 0), value=True)
+
+
+def _seen_empty(mask: Tensor) -> bool:
+    """Whether no token is in the mask, so that a block stays plain; on a CPU only, where to look means no wait."""
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and not mask.any()
 
 
 class Handle:
@@ -249,7 +261,8 @@ def dense_features(model: nn.Module, images: Tensor) -> Tensor:
     forward = vars(tower.visual).get("forward")
     if not isinstance(forward, RefocusedForward):
         forward = RefocusedForward(tower, PLAIN, "reference")
-    return forward.dense(images).transpose(1, 2).unflatten(-1, forward.tower.grid(images))
+    patches = forward.tower.patches(images)
+    return forward.dense(patches).transpose(1, 2).unflatten(-1, patches.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -300,7 +313,7 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor]) -> Calibratio
     tower = _tower(model)
     total, tokens = torch.zeros(tower.width, dtype=torch.float64), 0
     for batch in [images] if isinstance(images, Tensor) else images:
-        x = tower.embed(batch)
+        x = tower.embed(tower.patches(batch))
         for block in tower.blocks:
             weights = reference.dimension_weights(x[:, 1:])
             total += weights.sum(dim=(0, 1), dtype=torch.float64).cpu()

@@ -108,7 +108,8 @@ def distraction_scores(x: Tensor, dims: Sequence[int], *, shifted: bool = True) 
     if not dims:
         return x.new_zeros(x.shape[:2], dtype=computing_dtype(x))
     f, total = _shifted_sum(x, shifted)
-    return torch.where(total == 0, 0, f[..., dims] / total).amax(dim=-1)
+    total = total.mT
+    return torch.where(total == 0, 0, _columns(f, dims) / total).amax(dim=1)
 
 
 def distraction_mask(x: Tensor, dims: Sequence[int], threshold: float | None = None, *, shifted: bool = True) -> Tensor:
@@ -185,11 +186,13 @@ def redistribute_embeddings(
     out = x if inplace else x.clone()
     if not dims:
         return out
-    before = x[..., dims]  # [B, N, |D_dis|]
-    planes = before.to(computing_dtype(x)).mT.unflatten(-1, (gh, gw))  # [B, |D_dis|, gh, gw]
+    before = _columns(x, dims)  # [B, |D_dis|, N]
+    planes = before.to(computing_dtype(x)).unflatten(-1, (gh, gw))
     count = _neighbour_sum(torch.ones_like(planes[:1, :1]), size)  # [1, 1, N]
-    mean = (_neighbour_sum(planes, size) / count).mT.to(x.dtype)  # [B, N, |D_dis|]
-    out[..., dims] = torch.where(mask[..., None] & (count > 0).mT, mean, before)
+    mean = (_neighbour_sum(planes, size) / count).to(x.dtype)
+    after = torch.where(mask[:, None] & (count > 0), mean, before)
+    for j, values in zip(dims, after.unbind(dim=1), strict=True):
+        out[..., j] = values
     return out
 
 
@@ -402,19 +405,7 @@ def refocused_attention(
             is not bool or of another shape; beta is not in [0, 1].
     """
     scale = refocused_inputs(q, k, v, distraction, target, beta, scale)
-    T = q.shape[2]
-    dis = F.pad(distraction, (1, 0))  # [B, T], CLS is in no set unless the target says so
-    tgt = F.pad(target, (T - target.shape[-1], 0)) & ~dis
-    dis, tgt = dis[:, None, None, :], tgt[:, None, None, :]  # columns of A
-    patch_rows = torch.arange(T, device=q.device)[:, None] > 0
-
-    A = _attention(q, k, scale)
-    dis_mass = torch.where(dis, A, 0).sum(dim=-1, keepdim=True)
-    tgt_mass = torch.where(tgt, A, 0).sum(dim=-1, keepdim=True)
-    omega = beta * dis_mass
-    # A / tgt_mass comes first: it is at most 1, while omega / tgt_mass can overflow.
-    refocused = torch.where(dis, (1 - beta) * A, torch.where(tgt, A + omega * (A / tgt_mass), A))
-    A = torch.where(patch_rows & (tgt_mass > 0), refocused, A)  # without mass on T_dis, omega = 0 changes nothing
+    A = move_attention(_attention(q, k, scale), *attention_sets(distraction, target, q.shape[2]), beta)
     return matmul(A, v).to(v.dtype)
 
 
@@ -619,12 +610,35 @@ def computing_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def _columns(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """Some dimensions of x [B, N, d], as [B, len(dims), N]; a list as an index would be copied to the device."""
+    return torch.stack([x[..., j] for j in dims], dim=1)
+
+
 def _shifted_sum(x: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
     """f of equation 6 and its sum over dimensions: [B, N, d] and [B, N, 1] in the computing dtype."""
     f = x.to(computing_dtype(x))
     if shifted:
         f = f - f.amin(dim=-1, keepdim=True)
     return f, f.sum(dim=-1, keepdim=True)
+
+
+def attention_sets(distraction: Tensor, target: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """The columns of A that give and those that get, bool [B, T]; CLS is in neither unless the target says so."""
+    dis = F.pad(distraction, (1, 0))
+    return dis, F.pad(target, (T - target.shape[-1], 0)) & ~dis
+
+
+def move_attention(A: Tensor, dis: Tensor, tgt: Tensor, beta: float, first: int = 0) -> Tensor:
+    """A' of equations 9 to 12 for rows of A [B, H, ., T], of which `first` is the first, and sets [B, T]."""
+    dis, tgt = dis[:, None, None, :], tgt[:, None, None, :]
+    patch_rows = torch.arange(first, first + A.shape[2], device=A.device)[:, None] > 0
+    dis_mass = torch.where(dis, A, 0).sum(dim=-1, keepdim=True)
+    tgt_mass = torch.where(tgt, A, 0).sum(dim=-1, keepdim=True)
+    omega = beta * dis_mass
+    # A / tgt_mass comes first: it is at most 1, while omega / tgt_mass can overflow.
+    moved = torch.where(dis, (1 - beta) * A, torch.where(tgt, A + omega * (A / tgt_mass), A))
+    return torch.where(patch_rows & (tgt_mass > 0), moved, A)  # without mass on T_dis, omega = 0 changes nothing
 
 
 def _attention(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -650,9 +664,9 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
-    """Products in the dtype of their factors; a device without autocast needs nothing."""
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    """Products in the dtype of their factors; where autocast is off, or unknown to the device, that is so already."""
+    lowered = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if lowered else nullcontext()
 
 
 def _neighbour_sum(planes: Tensor, size: int) -> Tensor:

@@ -28,7 +28,7 @@ from torchvision.utils import draw_segmentation_masks
 from rfclip.config import TINY, RefocusConfig
 from rfclip.images import ImageLike, to_rgb
 from rfclip.models import check_model, load_model, load_tokenizer, open_clip_name
-from rfclip.plugin import RefocusedForward, dense_features, refocus
+from rfclip.plugin import RefocusedForward, refocus
 
 TEXT_BATCH = 256
 Classes = str | os.PathLike | Sequence[str | Sequence[str]]
@@ -177,7 +177,8 @@ class Segmenter:
             that the model was trained at (336, 224 and 112 for ViT-B/16).
         logit_scale: factor of the cosines before the softmax.
         memory_limit: about how many bytes a batch of windows, or a band of the probabilities asked for, may take. On
-            top come the patch logits of all windows, the averaged logits of the resized picture, and the model.
+            top come the convolved patches and the patch logits of all windows, the averaged logits of the resized
+            picture, and the model.
         cache: folder for text embeddings; None: the user's cache folder; False: no cache on disk.
 
     Raises:
@@ -350,14 +351,38 @@ class Segmenter:
         x = TF.normalize(x, list(self.model.visual.image_mean), list(self.model.visual.image_std))
         corners = [(top, left) for top in self._starts(height) for left in self._starts(width)]
         text = text.to(weight.device)
-        side, logits = self.window, []
+        patches, logits = self._window_patches(x, corners), []
         batch = max(1, self.memory_limit // self._bytes_per_window(len(text)))
         for start in range(0, len(corners), batch):
-            part = corners[start : start + batch]
-            windows = torch.stack([x[:, top : top + side, left : left + side] for top, left in part])
-            features = F.normalize(dense_features(self.model, windows).float(), dim=1)
-            logits.append(torch.einsum("bchw,kc->bkhw", features, text))
-        return self._forward.ops.average_windows(torch.cat(logits), corners, side, (height, width))
+            windows = torch.stack(patches[start : start + batch])
+            features = F.normalize(self._forward.dense(windows).float(), dim=-1)
+            logits.append((features @ text.T).mT.unflatten(-1, windows.shape[2:]))
+        return self._forward.ops.average_windows(torch.cat(logits), corners, self.window, (height, width))
+
+    def _window_patches(self, x: Tensor, corners: list[tuple[int, int]]) -> list[Tensor]:
+        """Views [d, gh, gw] of each window's convolved patches, from the picture [3, h, w].
+
+        Windows that are whole patches apart share one convolution, of the smallest rectangle around them, unless that
+        is larger than they are together. The last window of a row or a column, flush with the border, often lies
+        between the others' patches.
+        """
+        side, (patch_height, patch_width) = self.window, self.model.visual.patch_size
+        apart: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for top, left in corners:
+            apart.setdefault((top % patch_height, left % patch_width), []).append((top, left))
+        found = {}
+        for group in apart.values():
+            tops, lefts = zip(*group, strict=True)
+            area = (max(tops) - min(tops) + side) * (max(lefts) - min(lefts) + side)
+            for part in [group] if area <= len(group) * side**2 else [[corner] for corner in group]:
+                tops, lefts = zip(*part, strict=True)
+                y, x0 = min(tops), min(lefts)
+                patches = self._forward.tower.patches(x[None, :, y : max(tops) + side, x0 : max(lefts) + side])[0]
+                for top, left in part:
+                    row, column = (top - y) // patch_height, (left - x0) // patch_width
+                    window = patches[:, row : row + side // patch_height, column : column + side // patch_width]
+                    found[top, left] = window
+        return [found[corner] for corner in corners]
 
     def _starts(self, length: int) -> list[int]:
         """Where windows begin along one axis: every stride, the last one flush with the border."""

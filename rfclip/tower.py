@@ -24,18 +24,21 @@ class Block:
         self.block = block
         self.heads = block.attn.num_heads
 
-    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of x [B, T, d], each a [B, H, T, D] view of one packed projection."""
+    def query_key_value(self, x: Tensor, *, query: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
+        """q (None if not wanted), k, v of x [B, T, d], each a [B, H, T, D] view of one packed projection."""
         attn = self.block.attn
-        packed = F.linear(self.block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
-        q, k, v = packed.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return q, k, v
+        unwanted = 0 if query else x.shape[-1]
+        bias = None if attn.in_proj_bias is None else attn.in_proj_bias[unwanted:]
+        packed = F.linear(self.block.ln_1(x), attn.in_proj_weight[unwanted:], bias)
+        *q, k, v = packed.unflatten(-1, (-1, self.heads, x.shape[-1] // self.heads)).permute(2, 0, 3, 1, 4)
+        return q[0] if query else None, k, v
 
     def project(self, heads: Tensor) -> Tensor:
         """The attention branch's output [B, T, d] for what its heads gathered [B, H, T, D]."""
         out = self.block.attn.out_proj(heads.transpose(1, 2).flatten(2))
         # LayerScale and the norm of open_clip's custom blocks belong to the branch; both are identities in CLIP.
-        return self.block.ls_1(getattr(self.block, "ln_attn", nn.Identity())(out))
+        out = self.block.ln_attn(out) if hasattr(self.block, "ln_attn") else out
+        return self.block.ls_1(out)
 
     def finish(self, x: Tensor, heads: Tensor) -> Tensor:
         """The block's output [B, T, d] from its input x and what its heads gathered [B, H, T, D]."""
@@ -79,13 +82,18 @@ class Tower:
             )
         return height // patch_height, width // patch_width
 
-    def embed(self, images: Tensor) -> Tensor:
-        """The residual stream that enters the first block, [B, 1 + gh * gw, d].
+    def patches(self, images: Tensor) -> Tensor:
+        """The patch convolution [B, d, gh, gw] of images [B, 3, height, width]; ValueError as `grid`."""
+        self.grid(images)
+        return self.visual.conv1(images.to(self.visual.conv1.weight.dtype))
+
+    def embed(self, patches: Tensor) -> Tensor:
+        """The residual stream that enters the first block, [B, 1 + gh * gw, d], of convolved patches [B, d, gh, gw].
 
         Another grid than the trained one gets its position embeddings by bicubic resizing (this project's choice).
         """
-        visual, (height, width) = self.visual, self.grid(images)
-        x = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+        visual, (height, width) = self.visual, patches.shape[2:]
+        x = patches.flatten(2).transpose(1, 2)
         position = visual.positional_embedding
         if (height, width) != tuple(visual.grid_size):
             trained = position[1:].unflatten(0, tuple(visual.grid_size)).permute(2, 0, 1)[None]

@@ -19,9 +19,8 @@ def tensor_sizes(
     """
     known = known or {}
     least = {"B": 0, "T": 2}  # T counts CLS and at least one patch
-    if isinstance(value, Tensor):
-        right_dtype = value.is_floating_point() if dtype is None else value.dtype == dtype
-        for axes in map(str.split, layouts.split("|") if right_dtype else []):
+    if isinstance(value, Tensor) and (value.is_floating_point() if dtype is None else value.dtype == dtype):
+        for axes in map(str.split, layouts.split("|")):
             sizes = dict(known)
             if len(axes) == value.dim() and all(
                 size == sizes.setdefault(axis, size) >= least.get(axis, 1)

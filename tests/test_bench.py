@@ -139,5 +139,5 @@ def test_end_to_end():
     assert [row.implementation for row in rows] == ["open_clip", "reference", "auto"]
     assert rows[0].ratio == 1 and all(row.images_per_second == 1 / row.seconds for row in rows)
     grown = list(end_to_end.growth(SMALL, quick=True))
-    assert [row.unit for row in grown] == ["images in a batch", "pixels", "classes", "photographs"]
+    assert [row.unit for row in grown] == ["images in a batch", "pixels", "pixels", "classes", "photographs"]
     assert all(row.slope < 2 for row in grown)

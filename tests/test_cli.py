@@ -584,6 +584,19 @@ print({"torch", "open_clip", "numpy", "PIL"} & sys.modules.keys())
     assert done.stdout == "set()\n"
 
 
+def test_importing_is_quick():
+    code = """
+import time
+import open_clip
+began = time.perf_counter()
+import rfclip
+rfclip.Segmenter, rfclip.refocus
+print(time.perf_counter() - began)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.3
+
+
 def test_no_command():
     result = run()
     assert "Usage" in result.output

@@ -100,6 +100,26 @@ def test_memory_limit_changes_nothing_but_the_batches(model, segmenter, picture)
     del model.visual.forward.dense
 
 
+@pytest.mark.parametrize("stride", [56, 32, 50, 55, 112])
+@torch.inference_mode()
+def test_the_patch_convolution_runs_once(model, stride):
+    """Each window has the patches of a convolution of it alone, and all together cost no more than that."""
+    with Segmenter(model, stride=stride) as segmenter:
+        tower, side = model.visual.forward.tower, segmenter.window
+        x = torch.randn(3, 168, 301, generator=torch.Generator().manual_seed(0))
+        corners = [(top, left) for top in segmenter._starts(168) for left in segmenter._starts(301)]
+        areas = []
+        counted = model.visual.conv1.register_forward_pre_hook(lambda _, given: areas.append(given[0][0, 0].numel()))
+        patches = segmenter._window_patches(x, corners)
+        counted.remove()
+    assert sum(areas) <= len(corners) * side**2
+    if stride % 8 == 0:  # whole patches: the picture, and what the last column of windows does not share with it
+        assert sum(areas) <= 168 * (301 + side)
+    for window, (top, left) in zip(patches, corners, strict=True):
+        alone = tower.patches(x[None, :, top : top + side, left : left + side])[0]
+        torch.testing.assert_close(window, alone, atol=1e-5, rtol=1e-5)
+
+
 def test_threshold(segmenter, picture):
     plain = segmenter(picture, NAMES, probabilities=True)
     unsure = plain.probabilities.max(0) < 0.6
