@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -78,16 +79,21 @@ class Times:
 def alternate(
     functions: Mapping[str, Callable[[], object]], rounds: int, now: Callable[[], float] | None = None
 ) -> dict[str, Times]:
-    """Time the functions in turn, round by round, after a call of each, so that a slow minute hits all of them."""
+    """Time the functions in turn, round by round, after a call of each, so that a slow minute hits all of them.
+
+    Each round starts one function later, since what ran before leaves its traces in the caches and the allocator.
+    """
     now = now or clock()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
+    order = deque(functions.items())
     for _ in range(rounds):
-        for name, function in functions.items():
+        for name, function in order:
             began = now()
             function()
             seconds[name].append(now() - began)
+        order.rotate(-1)
     return {name: Times(tuple(found)) for name, found in seconds.items()}
 
 

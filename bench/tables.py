@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from bench.end_to_end import Growth, Throughput
 from bench.roofline import GPUS, Projection, peak_of
-from bench.towers import Memory, TowerTime
+from bench.towers import Memory, Part, TowerTime
 from rfclip_kernels.report import table
 
 WORSE = 1.10  # times an earlier ratio is a regression
@@ -28,6 +28,7 @@ class Report:
     model: str
     how: str
     towers: list[TowerTime] = field(default_factory=list)
+    profile: list[Part] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
     throughput: list[Throughput] = field(default_factory=list)
     growth: list[Growth] = field(default_factory=list)
@@ -56,6 +57,8 @@ class Report:
         ]
         if self.towers:
             lines.append(_tower_table(self.towers, self.machine["gpu"]))
+        if self.profile:
+            lines.append(_profile_table(self.profile))
         if self.memory:
             lines.append(_memory_table(self.memory))
         if self.throughput:
@@ -94,6 +97,15 @@ def _tower_table(rows: list[TowerTime], gpu: object) -> str:
         ratio, median = _number(row.ratio), f"{1000 * row.seconds:.2f}"
         shown.append((row.case, row.tokens, row.implementation, median, spread, ratio, goal, error, note))
     return table("## Towers: time", heads, shown)
+
+
+def _profile_table(rows: list[Part]) -> str:
+    heads = "case | function | calls | ms of all of them | over plain | ms if each is repeated at once"
+    shown = []
+    for row in rows:
+        warm = "-" if row.warm is None else f"{1000 * row.warm:.2f}"
+        shown.append((row.case, row.function, row.calls, f"{1000 * row.seconds:.2f}", f"{row.share:.3f}", warm))
+    return table("## Where eager's time goes, in the cases whose goal it missed", heads, shown)
 
 
 def _memory_table(rows: list[Memory]) -> str:

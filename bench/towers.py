@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,9 @@ from rfclip.tower import Tower
 
 MODEL = "ViT-B-16"
 CONFIG = rfclip.RefocusConfig.preset("ViT-B-16", "openai")
+OWN_LAYERS = "the tower's own layers"
+PURE = ("distraction_mask", "fiedler_vector", "defocus_mask", "refocused_attention", "proxy_attention")
+IN_PLACE = ("redistribute_embeddings", "key_similarity")
 MARK = 11  # a dimension of the residual stream that only the planting below uses
 
 
@@ -88,6 +94,22 @@ class Memory:
     @property
     def key(self) -> str:
         return f"memory, {self.case}, {self.implementation}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A line of the profile of "eager": all calls of one function in a pass, `share` being of plain CLIP's whole pass.
+
+    `warm` is what calls take that are repeated at once, when their data and code have not left the caches to a block's
+    matrices.
+    """
+
+    case: str
+    function: str
+    calls: int
+    seconds: float
+    share: float
+    warm: float | None
 
 
 def planted(name: str = MODEL) -> nn.Module:
@@ -268,6 +290,52 @@ def time_towers(name: str, cases: Iterable[Case]) -> Iterator[TowerTime]:
                 note if ours else "",
                 operations=case.batch * operations,
             )
+
+
+@torch.inference_mode()
+def profile(name: str, case: Case, plain_seconds: float) -> list[Part]:
+    """Where a pass through the refocused tower spends its time on a CPU: medians of the case's rounds."""
+    model, images = planted(name), pictures(case)
+    rfclip.refocus(model, config_for(model), backend="eager")
+    forward = model.visual.forward
+    spent: dict[str, list[float]] = {}
+    repeated: dict[str, list[float]] = {}
+
+    def watch(owner: object, function: str, label: str, pure: bool = False) -> None:
+        original = getattr(owner, function)
+
+        def watched(*arguments, **named):
+            began = time.perf_counter()
+            found = original(*arguments, **named)
+            spent.setdefault(label, []).append(time.perf_counter() - began)
+            if pure:
+                began = time.perf_counter()
+                original(*arguments, **named)
+                repeated.setdefault(label, []).append(time.perf_counter() - began)
+            return found
+
+        setattr(owner, function, watched)
+
+    for function in ("patches", "embed", "readout"):
+        watch(forward.tower, function, OWN_LAYERS)
+    for block in forward.tower.blocks:
+        watch(block, "query_key_value", OWN_LAYERS)
+        watch(block, "project" if block is forward.tower.blocks[-1] else "finish", OWN_LAYERS)
+    for function in PURE + IN_PLACE:
+        watch(forward.ops, function, function, function in PURE)
+    run = functools.partial(rfclip.dense_features, model, images)
+    run()
+    rounds = []
+    for _ in range(case.rounds):
+        spent.clear(), repeated.clear()
+        run()
+        rounds.append({label: (len(times), sum(times), sum(repeated.get(label, ()))) for label, times in spent.items()})
+    parts = []
+    for label, (calls, *_) in rounds[0].items():
+        seconds, warm = np.median([found[label][1:] for found in rounds], axis=0).tolist()
+        share = seconds / plain_seconds
+        parts.append(Part(str(case), label, calls, seconds, share, warm if label in PURE else None))
+    return sorted(parts, key=lambda part: -part.seconds)
 
 
 def measure_memory(name: str, cases: Iterable[Case]) -> Iterator[Memory]:

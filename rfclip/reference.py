@@ -188,8 +188,8 @@ def redistribute_embeddings(
         return out
     before = _columns(x, dims)  # [B, |D_dis|, N]
     planes = before.to(computing_dtype(x)).unflatten(-1, (gh, gw))
-    count = _neighbour_sum(torch.ones_like(planes[:1, :1]), size)  # [1, 1, N]
-    mean = (_neighbour_sum(planes, size) / count).to(x.dtype)
+    total, count = _neighbour_sum(F.pad(planes, (0, 0, 0, 0, 0, 1), value=1), size).split([len(dims), 1], dim=1)
+    mean = (total / count).to(x.dtype)
     after = torch.where(mask[:, None] & (count > 0), mean, before)
     for j, values in zip(dims, after.unbind(dim=1), strict=True):
         out[..., j] = values

@@ -22,8 +22,7 @@ def start_of_cut(S: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     degree = W2.sum(dim=-1) / 2
     root = degree.sqrt()
     # Any vector that no eigenvector is orthogonal to, for the first block and, a little of it, beside a given start.
-    w = (torch.arange(1, S.shape[1] + 1, device=S.device, dtype=S.dtype) * 0.6180339887) % 1 - 0.5
-    w = F.normalize(w, dim=0).expand_as(root)
+    w = (torch.arange(1, S.shape[1] + 1, device=S.device, dtype=S.dtype) * 0.6180339887) % 1 - 0.5  # about sqrt(N / 12)
     if start is not None:
-        w = F.normalize(start.to(S.dtype) * root, dim=-1) + 1e-3 * w
-    return W2, torch.where(degree > 0, degree.rsqrt(), 0), F.normalize(root, dim=-1), w.contiguous()
+        w = F.normalize(start.to(S.dtype) * root, dim=-1) + 1e-3 * (12 / S.shape[1]) ** 0.5 * w
+    return W2, torch.where(degree > 0, degree.rsqrt(), 0), F.normalize(root, dim=-1), w.expand_as(root).contiguous()

@@ -72,11 +72,11 @@ def test_an_unknown_section_is_an_error(capsys):
 
 def test_rounds_alternate_after_a_call_of_each():
     calls = []
-    ticks = iter([0, 1, 10, 14, 20, 23, 30, 34, 40, 42, 50, 54])  # a: 1, 3, 2; b: 4, 4, 4
+    ticks = iter([0, 1, 10, 14, 20, 24, 30, 33, 40, 42, 50, 54])  # a: 1, 3, 2; b: 4, 4, 4
     found = measure.alternate(
         {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, now=lambda: next(ticks)
     )
-    assert calls == ["a", "b"] * 4
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
     assert found["a"].seconds == (1, 3, 2) and found["a"].median == 2
     assert found["b"].median == 4 and found["b"].spread == (4, 4)
 
@@ -132,6 +132,14 @@ def test_planted_masks_and_twins():
         model.visual.positional_embedding[:, towers.MARK] = 0
     with torch.inference_mode(), pytest.raises(AssertionError, match="empty or full"):
         towers.check(model, images, towers.Case((224, 224), batch=2))
+
+
+def test_profile():
+    parts = towers.profile(SMALL, towers.Case((224, 224), rounds=2), plain_seconds=1.0)
+    calls = {part.function: part.calls for part in parts}
+    assert calls["distraction_mask"] == 12 and calls["key_similarity"] == 11 and calls["proxy_attention"] == 1
+    assert calls["refocused_attention"] == calls["fiedler_vector"] == 10  # nothing distracts in the first block
+    assert all(part.share == part.seconds > 0 and (part.warm is None or part.warm > 0) for part in parts)
 
 
 def test_end_to_end():
