@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -293,9 +292,10 @@ def time_towers(name: str, cases: Iterable[Case]) -> Iterator[TowerTime]:
 
 
 @torch.inference_mode()
-def profile(name: str, case: Case, plain_seconds: float) -> list[Part]:
-    """Where a pass through the refocused tower spends its time on a CPU: medians of the case's rounds."""
+def profile(name: str, case: Case) -> list[Part]:
+    """Where a pass through the refocused tower spends its time on a CPU, in rounds that alternate with plain CLIP's."""
     model, images = planted(name), pictures(case)
+    run_plain, model = plain(model, images), twin(model)
     rfclip.refocus(model, config_for(model), backend="eager")
     forward = model.visual.forward
     spent: dict[str, list[float]] = {}
@@ -323,16 +323,17 @@ def profile(name: str, case: Case, plain_seconds: float) -> list[Part]:
         watch(block, "project" if block is forward.tower.blocks[-1] else "finish", OWN_LAYERS)
     for function in PURE + IN_PLACE:
         watch(forward.ops, function, function, function in PURE)
-    run = functools.partial(rfclip.dense_features, model, images)
-    run()
     rounds = []
-    for _ in range(case.rounds):
+
+    def run() -> None:
         spent.clear(), repeated.clear()
-        run()
+        rfclip.dense_features(model, images)
         rounds.append({label: (len(times), sum(times), sum(repeated.get(label, ()))) for label, times in spent.items()})
+
+    plain_seconds = alternate({"plain": run_plain, "eager": run}, case.rounds)["plain"].median
     parts = []
     for label, (calls, *_) in rounds[0].items():
-        seconds, warm = np.median([found[label][1:] for found in rounds], axis=0).tolist()
+        seconds, warm = np.median([found[label][1:] for found in rounds[1:]], axis=0).tolist()
         share = seconds / plain_seconds
         parts.append(Part(str(case), label, calls, seconds, share, warm if label in PURE else None))
     return sorted(parts, key=lambda part: -part.seconds)

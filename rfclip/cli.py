@@ -23,6 +23,7 @@ from rich.table import Column, Table
 
 from rfclip import __version__
 from rfclip.config import TINY
+from rfclip.files import write_whole
 
 app = typer.Typer(
     help="RF-CLIP: training-free open-vocabulary segmentation with CLIP.",
@@ -47,6 +48,7 @@ Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag for its we
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
 Config = Annotated[Path | None, typer.Option(help="A refocusing config in JSON, as `rfclip calibrate` writes it.")]
 Backend = Annotated[str, typer.Option(help="auto, eager, reference or triton; `rfclip info` says which auto takes.")]
+Pamr = Annotated[bool, typer.Option("--pamr", help="Refine along the picture's edges (PAMR).")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
 
 
@@ -143,19 +145,6 @@ def _find_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[
     return images, missing
 
 
-def _write(saves: dict[Path, Callable[[Path], object]]) -> None:
-    """Write through temporary names, and rename once all are written: a file with its final name is whole."""
-    parts = {path: path.with_name(f".{path.name}.part") for path in saves}
-    try:
-        for path, save in saves.items():
-            save(parts[path])
-        for path, part in parts.items():
-            os.replace(part, path)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
-
-
 def _print_failed(failed: list[tuple[str, str]]) -> None:
     for name, reason in failed:
         reason = reason.removeprefix(f"{name} ")
@@ -200,6 +189,7 @@ def segment(
     backend: Backend = "auto",
     config: Config = None,
     threshold: Annotated[float | None, typer.Option(help="Pixels less probable than this get no class.")] = None,
+    pamr: Pamr = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Segment pictures by class names: an indexed mask, an overlay and a JSON file for each."""
@@ -238,7 +228,7 @@ def segment(
                         )
                     continue
                 try:
-                    _segment_one(segmenter, path, named, threshold, files)
+                    _segment_one(segmenter, path, named, threshold, pamr, files)
                     done += 1
                 except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch's lack of memory is the last
                     failed.append((str(path), str(error)))
@@ -263,10 +253,10 @@ def _printable(path: Path | str) -> str:
 
 
 def _segment_one(
-    segmenter, path: Path, named: list[tuple[str, ...]], threshold: float | None, files: list[Path]
+    segmenter, path: Path, named: list[tuple[str, ...]], threshold: float | None, pamr: bool, files: list[Path]
 ) -> None:
     began = time.perf_counter()
-    result = segmenter(path, named, threshold=threshold)
+    result = segmenter(path, named, threshold=threshold, pamr=pamr)
     seconds = time.perf_counter() - began
     mask, overlay, record = files
     mask.parent.mkdir(parents=True, exist_ok=True)
@@ -281,6 +271,7 @@ def _segment_one(
                 for index, names in enumerate(named)
             ],
             "threshold": threshold,
+            "pamr": pamr,
             "nothing": result.nothing,
             "model": segmenter.name,
             "pretrained": segmenter.pretrained,
@@ -291,7 +282,7 @@ def _segment_one(
         indent=2,
         ensure_ascii=False,
     )
-    _write(
+    write_whole(
         {
             mask: lambda part: result.mask().save(part, format="PNG"),
             overlay: lambda part: result.overlay().save(part, format="PNG"),
@@ -352,7 +343,7 @@ def calibrate(
         out_console.print(f"{seen} images. {calibration.report()}", highlight=False, soft_wrap=True)
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
-            _write({out: lambda part: part.write_text(calibration.config().to_json(), "utf-8")})
+            write_whole({out: lambda part: part.write_text(calibration.config().to_json(), "utf-8")})
             console.print(f"written: {out}", highlight=False, soft_wrap=True)
     raise typer.Exit(1 if failed else 0)
 
@@ -406,61 +397,178 @@ def models() -> None:
 
 @app.command()
 def evaluate(
-    benchmark: Annotated[str, typer.Argument(metavar="NAME", help="The benchmark: scenes.")],
-    count: Annotated[int, typer.Option(help="Scenes for segmentation, and as many with one object for top-1.")] = 300,
-    seed: Annotated[int, typer.Option(help="Other scenes for another seed.")] = 0,
+    benchmark: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="scenes, voc21, voc20, context60, context59, coco_stuff, coco_object, cityscapes or ade20k.",
+        ),
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="The eight benchmarks of the paper's table 2, and its row.")
+    ] = False,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the benchmarks' data; a wrong one shows the layout.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Score only so many pictures, the first.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Windows at a time in the image tower.")] = None,
+    pamr: Pamr = False,
+    count: Annotated[
+        int, typer.Option(help="scenes: how many for segmentation, and as many with one object for top-1.")
+    ] = 300,
+    seed: Annotated[int, typer.Option(help="scenes: others for another seed.")] = 0,
     inject_distraction: Annotated[
-        float, typer.Option(metavar="P", help="Simulate distraction: over-activate this share of the patch tokens.")
+        float,
+        typer.Option(
+            metavar="P", help="scenes: simulate distraction by over-activating this share of the patch tokens."
+        ),
     ] = 0.0,
     model: Model = TINY,
     pretrained: Pretrained = None,
     device: Device = "cpu",
     backend: Backend = "auto",
     config: Config = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the figures, with those of each class, in JSON.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the run, rfclip-runs/NAME if not given; a stopped run goes on there. "
+            "For scenes, a JSON file for the figures."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Score plain CLIP, the two kk baselines and RF-CLIP on a benchmark.
+    """Score a model on a benchmark: mIoU, a table of classes, the confusion matrix and the worst pictures.
 
-    The scenes are procedural ones that no model was trained on.
+    On the scenes, procedural ones that no model was trained on, plain CLIP and the two kk baselines are scored beside
+    RF-CLIP.
     """
-    with _clear_errors():
-        if benchmark != "scenes":
-            raise ValueError(f"benchmark {benchmark!r}: expected scenes")
-        _check_new(out, overwrite)
-        from rfclip.config import RefocusConfig
-        from rfclip.evaluate import evaluate_scenes
-        from rfclip.models import load_model
-
-        with _loading(model):
-            clip = load_model(model, pretrained, device=_device(device))
-        refocusing = _config(config) or clip.refocus_config or RefocusConfig.preset(model, pretrained)
-        title = f"{count} scenes, seed {seed}, {model}"
-        if inject_distraction:
-            title += f"; simulated distraction in {100 * inject_distraction:g} % of the patch tokens"
-        table = Table("method", "top-1 %", "mIoU %", "pixel accuracy %", title=title)
-        rows = []
-        with console.status("evaluating"):
-            for scores in evaluate_scenes(
-                clip, refocusing, count=count, seed=seed, inject=inject_distraction, backend=backend
-            ):
-                figures = (scores.top1, scores.miou, scores.pixel_accuracy)
-                table.add_row(scores.method, *(f"{100 * figure:.1f}" for figure in figures))
-                rows.append({"method": scores.method, "top1": scores.top1, "miou": scores.miou})
-                iou = {name: None if math.isnan(value) else value for name, value in scores.iou.items()}
-                rows[-1] |= {"pixel_accuracy": scores.pixel_accuracy, "iou": iou}
-        out_console.print(table)
-        if not inject_distraction and refocusing == RefocusConfig(distraction_dims=()):
-            out_console.print(
-                "This model has no distraction dimensions: RF-CLIP equals the layer-averaged kk here.", soft_wrap=True
+    with _clear_errors(), _warnings_to(lambda text: console.print(text, highlight=False, soft_wrap=True)):
+        if every == (benchmark is not None):
+            raise ValueError("give one benchmark's NAME, or --all")
+        if benchmark == "scenes":
+            for option, given in (("--root", root), ("--limit", limit), ("--batch", batch), ("--pamr", pamr or None)):
+                if given is not None:
+                    raise ValueError(f"{option} does not go with scenes")
+            _check_new(out, overwrite)
+            clip, refocusing = _load(model, pretrained, device, config)
+            _evaluate_scenes(clip, refocusing, model, count, seed, inject_distraction, backend, out)
+        else:
+            _evaluate_benchmarks(
+                benchmark, root, limit, batch, pamr, model, pretrained, device, backend, config, out, overwrite
             )
-        if out is not None:
-            record = {
-                "title": title,
-                "count": count,
-                "seed": seed,
-                "inject_distraction": inject_distraction,
-                "rows": rows,
-            }
-            out.parent.mkdir(parents=True, exist_ok=True)
-            _write({out: lambda part: part.write_text(json.dumps(record, indent=2) + "\n", "utf-8")})
+
+
+def _load(model: str, pretrained: str | None, device: str, config: Path | None):
+    """The model, and the config that is given, is the model's own or is its preset's."""
+    from rfclip.config import RefocusConfig
+    from rfclip.models import load_model
+
+    with _loading(model):
+        clip = load_model(model, pretrained, device=_device(device))
+    return clip, _config(config) or clip.refocus_config or RefocusConfig.preset(model, pretrained)
+
+
+def _evaluate_benchmarks(
+    name: str | None,
+    root: Path | None,
+    limit: int | None,
+    batch: int | None,
+    pamr: bool,
+    model: str,
+    pretrained: str | None,
+    device: str,
+    backend: str,
+    config: Path | None,
+    out: Path | None,
+    overwrite: bool,
+) -> None:
+    from rfclip.benchmarks import BENCHMARKS
+
+    if name is not None and name not in BENCHMARKS:
+        raise ValueError(f"benchmark {name!r}: expected scenes, {', '.join(BENCHMARKS)}")
+    if root is None:
+        raise ValueError("--root DIR is missing: the folder that holds the benchmarks' data")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit}: expected at least 1")
+    chosen = [BENCHMARKS[name]] if name is not None else list(BENCHMARKS.values())
+    pairs = {benchmark.name: benchmark.pairs(root)[:limit] for benchmark in chosen}  # before a model is loaded
+    out = out or Path("rfclip-runs") / (name or "")
+
+    from rfclip.models import load_tokenizer
+    from rfclip.runs import Run, segmenter_for, settings, table_rows
+
+    clip, refocusing = _load(model, pretrained, device, config)
+    results = []
+    for benchmark in chosen:
+        folder = out if name is not None else out / benchmark.name
+        options = {"config": refocusing, "backend": backend, "batch": batch, "tokenizer": load_tokenizer(model)}
+        with segmenter_for(benchmark, clip, **options) as segmenter, _progress() as progress:
+            described = settings(segmenter, benchmark, model, pretrained, pamr)
+            run = Run(folder, described, overwrite=overwrite)
+            task = progress.add_task(benchmark.title, total=len(pairs[benchmark.name]))
+            for _ in run.score(segmenter, benchmark, pairs[benchmark.name], root, pamr):
+                progress.advance(task)
+            results.append(run.finish(segmenter, benchmark, pairs[benchmark.name], root, pamr))
+    table = Table(
+        "benchmark", "pictures", "mIoU %", "paper %", "difference", title=f"{model}, {pretrained or 'own weights'}"
+    )
+    rows = table_rows(results, model, pretrained, pamr)
+    for row in rows:
+        table.add_row(*row)
+    out_console.print(table)
+    if name is None:
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        head = "| benchmark | pictures | mIoU % | paper % | difference |\n| --- | --- | --- | --- | --- |"
+        write_whole({out / "table2.md": lambda part: part.write_text("\n".join([head, *lines]) + "\n", "utf-8")})
+    out_console.print(f"Written to {out}.", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def prepare(
+    benchmark: Annotated[str, typer.Argument(metavar="NAME", help="coco_object or context.")],
+    root: Annotated[Path, typer.Option(help="Folder of the benchmarks' data.")],
+) -> None:
+    """Make the label files of COCO-Object from COCO-Stuff's, or of Pascal Context from its annotations."""
+    with _clear_errors():
+        from rfclip.prepare import PREPARED
+
+        if benchmark not in PREPARED:
+            raise ValueError(
+                f"benchmark {benchmark!r}: expected {' or '.join(PREPARED)}; the others need no preparation"
+            )
+        written = []
+        with _progress() as progress:
+            task = progress.add_task(benchmark, total=None)
+            for path in PREPARED[benchmark](root):
+                written.append(path)
+                progress.update(task, completed=len(written))
+        out_console.print(f"{len(written)} files, the last one {written[-1]}", soft_wrap=True, highlight=False)
+
+
+def _evaluate_scenes(
+    clip, refocusing, model: str, count: int, seed: int, inject: float, backend: str, out: Path | None
+) -> None:
+    from rfclip.config import RefocusConfig
+    from rfclip.evaluate import evaluate_scenes
+
+    title = f"{count} scenes, seed {seed}, {model}"
+    if inject:
+        title += f"; simulated distraction in {100 * inject:g} % of the patch tokens"
+    table = Table("method", "top-1 %", "mIoU %", "pixel accuracy %", title=title)
+    rows = []
+    with console.status("evaluating"):
+        for scores in evaluate_scenes(clip, refocusing, count=count, seed=seed, inject=inject, backend=backend):
+            figures = (scores.top1, scores.miou, scores.pixel_accuracy)
+            table.add_row(scores.method, *(f"{100 * figure:.1f}" for figure in figures))
+            rows.append({"method": scores.method, "top1": scores.top1, "miou": scores.miou})
+            iou = {name: None if math.isnan(value) else value for name, value in scores.iou.items()}
+            rows[-1] |= {"pixel_accuracy": scores.pixel_accuracy, "iou": iou}
+    out_console.print(table)
+    if not inject and refocusing == RefocusConfig(distraction_dims=()):
+        out_console.print(
+            "This model has no distraction dimensions: RF-CLIP equals the layer-averaged kk here.", soft_wrap=True
+        )
+    if out is not None:
+        record = {"title": title, "count": count, "seed": seed, "inject_distraction": inject, "rows": rows}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole({out: lambda part: part.write_text(json.dumps(record, indent=2) + "\n", "utf-8")})

@@ -175,6 +175,9 @@ class Segmenter:
         templates: functions from a name to a prompt; open_clip's 80 for ImageNet.
         short_side, window, stride: in pixels, the window a multiple of the patch; None: 3/2, 1 and 1/2 of the size
             that the model was trained at (336, 224 and 112 for ViT-B/16).
+        long_side: the most that the resized picture may have, its short side being no less than a window all the same;
+            None: any.
+        batch: windows that go through the tower at a time; None: as many as `memory_limit` lets.
         logit_scale: factor of the cosines before the softmax.
         memory_limit: about how many bytes a batch of windows, or a band of the probabilities asked for, may take. On
             top come the convolved patches and the patch logits of all windows, the averaged logits of the resized
@@ -199,6 +202,8 @@ class Segmenter:
         short_side: int | None = None,
         window: int | None = None,
         stride: int | None = None,
+        long_side: int | None = None,
+        batch: int | None = None,
         logit_scale: float = 40.0,
         memory_limit: int = 1 << 30,
         cache: str | os.PathLike | bool | None = None,
@@ -233,6 +238,10 @@ class Segmenter:
                 f"window {self.window}, stride {self.stride}, short side {self.short_side}: expected a window that is "
                 f"a multiple of the patch, {patch}, a stride of at most the window, and a short side of no less"
             )
+        for name, value in (("long_side", long_side), ("batch", batch)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1, or None")
+        self.long_side, self.batch = long_side, batch
         self.logit_scale, self.memory_limit = logit_scale, memory_limit
         self._cache = user_cache_path("rfclip") / "text" if cache in (None, True) else cache
         self._embeddings: dict[tuple[str, ...], Tensor] = {}
@@ -244,6 +253,11 @@ class Segmenter:
         else:
             self._handle = refocus(self.model, config, backend=backend)
         self._forward = vars(self.model.visual)["forward"]
+
+    @property
+    def backend(self) -> str:
+        """The backend asked for."""
+        return self._forward.backend
 
     @property
     def config(self) -> RefocusConfig:
@@ -261,9 +275,14 @@ class Segmenter:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    @torch.inference_mode()
     def __call__(
-        self, image: ImageLike, classes: Classes, *, threshold: float | None = None, probabilities: bool = False
+        self,
+        image: ImageLike,
+        classes: Classes,
+        *,
+        threshold: float | None = None,
+        probabilities: bool = False,
+        pamr: bool = False,
     ) -> Segmentation:
         """Segment one picture.
 
@@ -273,19 +292,37 @@ class Segmenter:
             threshold: pixels whose largest class probability is below it get the class called "background", or where
                 there is none the label `Segmentation.nothing`.
             probabilities: also return every class's probability.
+            pamr: refine the cosines along the picture's edges before they are resized to the picture, step 10 of the
+                method.
 
         Raises:
             ValueError: the image, the classes or the threshold is not as described.
             RuntimeError: the segmenter is closed.
         """
+        named = parse_classes(classes)
+        return self.segment(to_rgb(image), named, threshold=threshold, probabilities=probabilities, pamr=pamr)
+
+    @torch.inference_mode()
+    def segment(
+        self,
+        rgb: Image.Image,
+        named: list[tuple[str, ...]],
+        *,
+        threshold: float | None = None,
+        probabilities: bool = False,
+        pamr: bool = False,
+    ) -> Segmentation:
+        """As a call of the segmenter, for an upright RGB picture and the names of each class, taken as they are.
+
+        A name may stand in several classes: those have the same score for it, and the first of them wins.
+        """
         if vars(self.model.visual).get("forward") is not self._forward:
             raise RuntimeError("this segmenter is closed, or its model was given back: make another Segmenter")
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold!r}: expected a probability, from 0 to 1")
-        named = parse_classes(classes)
-        rgb = to_rgb(image)
         text = self.text_embeddings(tuple(name for names in named for name in names))
-        labels, dense = self._labels(self.window_logits(rgb, text), rgb.size[::-1], named, threshold, probabilities)
+        logits = self.window_logits(rgb, text, pamr=pamr)
+        labels, dense = self._labels(logits, rgb.size[::-1], named, threshold, probabilities)
         return Segmentation(rgb, labels, tuple(names[0] for names in named), dense)
 
     @torch.inference_mode()
@@ -317,15 +354,22 @@ class Segmenter:
 
     def _key(self, tokens: Tensor, names: int) -> str:
         if self._text_weights is None:
-            # The modules' description tells apart what weights do not, such as GELU and QuickGELU.
-            text = [child for name, child in self.model.named_children() if name != "visual"]
-            digest = hashlib.blake2b(repr(text).encode())
-            for name, value in sorted(self.model.state_dict().items()):
-                if not name.startswith("visual."):
-                    digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                    digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-            self._text_weights = digest.hexdigest()
+            self._text_weights = self._digest(lambda name: name != "visual")
         return hashlib.blake2b(repr((self._text_weights, names, tokens.tolist())).encode(), digest_size=20).hexdigest()
+
+    def digest(self) -> str:
+        """A hash of the model's weights and structure."""
+        return self._digest(lambda name: True)
+
+    def _digest(self, wanted: Callable[[str], bool]) -> str:
+        """A hash of the model's parts of the wanted names."""
+        # The modules' description tells apart what weights do not, such as GELU and QuickGELU.
+        digest = hashlib.blake2b(repr([m for name, m in self.model.named_children() if wanted(name)]).encode())
+        for name, value in sorted(self.model.state_dict().items()):
+            if wanted(name.partition(".")[0]):
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def _cached(self, key: str, make: Callable[[], Tensor]) -> Tensor:
         if self._cache is False:
@@ -342,22 +386,26 @@ class Segmenter:
         return embeddings
 
     @torch.inference_mode()
-    def window_logits(self, rgb: Image.Image, text: Tensor) -> Tensor:
-        """Cosines of every pixel of the resized picture with every name, averaged over windows: [K, h, w] float32."""
+    def window_logits(self, rgb: Image.Image, text: Tensor, *, pamr: bool = False) -> Tensor:
+        """Cosines of every pixel of the resized picture with every name, averaged over windows: [K, h, w] float32.
+
+        With `pamr` they are refined along the edges of the resized picture.
+        """
         weight = self.model.visual.conv1.weight
         x = TF.to_dtype(TF.pil_to_tensor(rgb).to(weight.device), torch.float32, scale=True)
-        height, width = _resized(rgb.height, rgb.width, self.short_side)
+        height, width = self._resized(rgb.height, rgb.width)
         x = TF.resize(x, [height, width], TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
         x = TF.normalize(x, list(self.model.visual.image_mean), list(self.model.visual.image_std))
         corners = [(top, left) for top in self._starts(height) for left in self._starts(width)]
         text = text.to(weight.device)
         patches, logits = self._window_patches(x, corners), []
-        batch = max(1, self.memory_limit // self._bytes_per_window(len(text)))
+        batch = self.batch or max(1, self.memory_limit // self._bytes_per_window(len(text)))
         for start in range(0, len(corners), batch):
             windows = torch.stack(patches[start : start + batch])
             features = F.normalize(self._forward.dense(windows).float(), dim=-1)
             logits.append((features @ text.T).mT.unflatten(-1, windows.shape[2:]))
-        return self._forward.ops.average_windows(torch.cat(logits), corners, self.window, (height, width))
+        averaged = self._forward.ops.average_windows(torch.cat(logits), corners, self.window, (height, width))
+        return self._forward.ops.pamr(x[None], averaged[None])[0] if pamr else averaged
 
     def _window_patches(self, x: Tensor, corners: list[tuple[int, int]]) -> list[Tensor]:
         """Views [d, gh, gw] of each window's convolved patches, from the picture [3, h, w].
@@ -383,6 +431,13 @@ class Segmenter:
                     window = patches[:, row : row + side // patch_height, column : column + side // patch_width]
                     found[top, left] = window
         return [found[corner] for corner in corners]
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width with the short side as given, or less where the long one would be too long, aspect kept."""
+        scale = self.short_side / min(height, width)
+        if self.long_side is not None:
+            scale = max(min(scale, self.long_side / max(height, width)), self.window / min(height, width))
+        return math.floor(height * scale + 0.5), math.floor(width * scale + 0.5)
 
     def _starts(self, length: int) -> list[int]:
         """Where windows begin along one axis: every stride, the last one flush with the border."""
@@ -422,9 +477,3 @@ class Segmenter:
             found = ops.class_probabilities(logits, size, self.logit_scale, class_of_name, len(named), rows)
             dense[:, top : rows.stop] = found.cpu().numpy()
         return labels, dense
-
-
-def _resized(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Height and width with the short side as given, aspect kept."""
-    scale = short_side / min(height, width)
-    return math.floor(height * scale + 0.5), math.floor(width * scale + 0.5)

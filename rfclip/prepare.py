@@ -1,0 +1,108 @@
+"""Make the label files that two of the benchmarks derive from others."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from rfclip.benchmarks import IGNORED
+from rfclip.files import write_whole
+
+# COCO's ids, less one, that stand for no thing; what follows 90 is stuff.
+_NO_THING = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
+_THINGS = [label for label in range(91) if label not in _NO_THING]
+
+# Ids in Pascal Context's annotations (Mottaghi et al., CVPR 2014) of the background, first, and of the 59 classes.
+_CONTEXT_IDS = (
+    *(0, 2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85, 98, 104, 105, 113, 115),
+    *(144, 158, 159, 162, 187, 189, 207, 220, 232, 258, 259, 260, 284, 295, 296, 308, 324, 326, 347, 349),
+    *(354, 355, 360, 366, 368, 397, 415, 416, 420, 424, 427, 440, 445, 454, 458),
+)
+
+
+def coco_object(root: Path) -> Iterator[Path]:
+    """COCO-Object's labels from COCO-Stuff's: things become 1 to 80, stuff 0, and 255 stays.
+
+    COCO-Stuff's files are read as they come (NAME.png), or with the train ids (NAME_labelTrainIds.png) that
+    MMSegmentation makes of them.
+
+    Yields:
+        Each file written, `coco_object/annotations/val2017/NAME_instanceTrainIds.png` below the root.
+
+    Raises:
+        ValueError: there are no such files, or one has other labels.
+    """
+    folder = root / "coco_stuff164k/annotations/val2017"
+    files = {path.stem.removesuffix("_labelTrainIds"): path for path in sorted(folder.glob("*.png"))}
+    if not files:
+        raise ValueError(f"coco_object: there is no {folder}/*.png, the labels of COCO-Stuff (stuffthingmaps)")
+    out = root / "coco_object/annotations/val2017"
+    out.mkdir(parents=True, exist_ok=True)
+    for name, path in files.items():
+        train_ids = path.stem.endswith("_labelTrainIds")
+        table = np.zeros(256, np.uint8)
+        table[IGNORED] = IGNORED
+        table[range(80) if train_ids else _THINGS] = range(1, 81)
+        yield _save(out / f"{name}_instanceTrainIds.png", table[_one_byte(path)])
+
+
+def context(root: Path) -> Iterator[Path]:
+    """Pascal Context's labels of 60 classes from `trainval_merged.json`, and the list of the validation set.
+
+    Yields:
+        Each file written, `VOCdevkit/VOC2010/SegmentationClassContext/NAME.png` below the root, and at last
+        `ImageSets/SegmentationContext/val.txt`.
+
+    Raises:
+        ValueError: the JSON file is missing or is another, or pycocotools is not installed.
+    """
+    try:
+        from pycocotools import mask as rle
+    except ImportError as error:
+        raise ValueError('context: its masks need pycocotools: pip install "rfclip[prepare]"') from error
+    folder = root / "VOCdevkit/VOC2010"
+    path = folder / "trainval_merged.json"
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        regions = defaultdict(list)
+        for region in record["annos_segmentation"]:
+            regions[region["image_id"]].append((region["category_id"], region["segmentation"]))
+        images = [image for image in record["images"] if image["phase"] == "val"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"context: {path} is not the annotations of Pascal Context: {error!r}") from error
+    classes = np.full(max(_CONTEXT_IDS) + 1, IGNORED, np.uint8)
+    classes[list(_CONTEXT_IDS)] = range(len(_CONTEXT_IDS))
+    out = folder / "SegmentationClassContext"
+    out.mkdir(parents=True, exist_ok=True)
+    names = []
+    for image in images:
+        labels = np.zeros((image["height"], image["width"]), np.uint8)
+        for category, mask in regions[image["image_id"]]:
+            known = category in _CONTEXT_IDS
+            labels[rle.decode(mask).astype(bool)] = classes[category] if known else IGNORED
+        names.append(Path(image["file_name"]).stem)
+        yield _save(out / f"{names[-1]}.png", labels)
+    val = folder / "ImageSets/SegmentationContext/val.txt"
+    val.parent.mkdir(parents=True, exist_ok=True)
+    write_whole({val: lambda part: part.write_text("\n".join(names) + "\n", "utf-8")})
+    yield val
+
+
+PREPARED = {"coco_object": coco_object, "context": context}
+
+
+def _one_byte(path: Path) -> np.ndarray:
+    with Image.open(path) as opened:
+        if opened.mode not in ("L", "P"):
+            raise ValueError(f"{path}: a picture of mode {opened.mode}; labels have one byte a pixel, mode L or P")
+        return np.array(opened)
+
+
+def _save(path: Path, labels: np.ndarray) -> Path:
+    write_whole({path: lambda part: Image.fromarray(labels).save(part, format="PNG")})
+    return path

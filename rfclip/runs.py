@@ -1,0 +1,297 @@
+"""Score a benchmark picture by picture, so that a stopped run goes on where it was, and write what came out.
+
+A run is a folder: `run.json` says what is run, `images.jsonl` has a line for each picture done, and when all are done
+`result.json`, `result.md`, `confusion.png` and the pictures of the worst results follow. A picture's line holds its
+confusion matrix, so that the result is their sum, in whatever order and however often the run was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import nn
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from rfclip import __version__
+from rfclip.benchmarks import IGNORED, Benchmark, Pair
+from rfclip.files import write_whole
+from rfclip.images import to_rgb
+from rfclip.segmenter import Segmentation, Segmenter
+
+LONG_SIDE, WINDOW = 2048, 224  # sides of pictures are given for windows of 224, and scaled for others
+WORST = 8  # pictures
+RESULTS = ("result.json", "result.md", "confusion.png")
+
+
+@dataclass(frozen=True)
+class Result:
+    """The figures of a finished run, in [0, 1].
+
+    Attributes:
+        images: how many pictures were scored.
+        seconds: spent on them.
+        confusion: pixels by label (rows) and prediction (columns), int64 [C, C].
+    """
+
+    benchmark: Benchmark
+    images: int
+    seconds: float
+    confusion: np.ndarray
+
+    @property
+    def iou(self) -> np.ndarray:
+        """By class, float64 [C]; NaN for a class that is in no label and no prediction."""
+        return intersection_over_union(self.confusion)
+
+    @property
+    def miou(self) -> float:
+        """The mean over the classes that occur; NaN where no pixel counts."""
+        return _mean_iou(self.confusion)
+
+    @property
+    def pixel_accuracy(self) -> float:
+        return float(np.trace(self.confusion) / max(1, self.confusion.sum()))
+
+    def figures(self) -> dict[str, object]:
+        """For JSON, which knows no NaN: null in its place."""
+        iou = [None if np.isnan(value) else value for value in self.iou.tolist()]
+        return {
+            "images": self.images,
+            "seconds": self.seconds,
+            "miou": None if np.isnan(self.miou) else self.miou,
+            "pixel_accuracy": self.pixel_accuracy,
+            "iou": dict(zip(self.benchmark.class_names, iou, strict=True)),
+            "confusion": self.confusion.tolist(),
+        }
+
+
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Pixels by label (rows) and prediction (columns), int64 [C, C], of arrays of one shape; label 255 is left out."""
+    target, found = (torch.from_numpy(array.astype(np.int64)) for array in (labels, predicted))
+    return multiclass_confusion_matrix(found, target, classes, ignore_index=IGNORED).numpy()
+
+
+def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
+    """By class, float64 [C], of pixels by label and prediction [C, C]; NaN where a class occurs in neither."""
+    hits = np.diag(confusion)
+    with np.errstate(invalid="ignore"):
+        return hits / (confusion.sum(0) + confusion.sum(1) - hits)
+
+
+def segmenter_for(benchmark: Benchmark, model: nn.Module, **options) -> Segmenter:
+    """A segmenter of the benchmark's sizes, in the model's own windows; options are `Segmenter`'s."""
+    window = int(np.max(model.visual.image_size))
+    short_side, long_side = (round(side * window / WINDOW) for side in (benchmark.short_side, LONG_SIDE))
+    return Segmenter(model, short_side=short_side, long_side=long_side, **options)
+
+
+def settings(
+    segmenter: Segmenter, benchmark: Benchmark, model: str, pretrained: str | None, pamr: bool
+) -> dict[str, object]:
+    """What a result depends on: a run goes on only where all of it is as it was."""
+    return {
+        "benchmark": benchmark.name,
+        "model": model,
+        "pretrained": pretrained,
+        "weights": segmenter.digest(),
+        "config": json.loads(segmenter.config.to_json()),
+        "backend": segmenter.backend,
+        "short_side": segmenter.short_side,
+        "long_side": segmenter.long_side,
+        "window": segmenter.window,
+        "stride": segmenter.stride,
+        "logit_scale": segmenter.logit_scale,
+        "threshold": benchmark.threshold,
+        "pamr": pamr,
+        "rfclip": __version__,
+    }
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a run keeps of a picture: seconds, and [label, prediction, pixels] where there are any."""
+
+    seconds: float
+    pixels: list[list[int]]
+
+    def confusion(self, classes: int) -> np.ndarray:
+        matrix = np.zeros((classes, classes), np.int64)
+        for label, prediction, pixels in self.pixels:
+            matrix[label, prediction] = pixels
+        return matrix
+
+
+class Run:
+    """A run in a folder, new or stopped before; `overwrite` starts it anew.
+
+    Raises:
+        ValueError: the folder holds a run with other settings, or files that are not a run's.
+    """
+
+    def __init__(self, folder: Path, described: dict[str, object], *, overwrite: bool = False):
+        self.folder, self.settings = folder, described
+        self._lines = folder / "images.jsonl"
+        path = folder / "run.json"
+        if overwrite and path.exists():
+            for old in (path, self._lines, *(folder / name for name in RESULTS), *folder.glob("worst-*.jpg")):
+                old.unlink(missing_ok=True)
+        if path.exists():
+            before = json.loads(path.read_text("utf-8"))
+            differing = [key for key in {**before, **described} if before.get(key) != described.get(key)]
+            if differing:
+                changes = "; ".join(f"{key} was {before.get(key)!r}, is {described.get(key)!r}" for key in differing)
+                raise ValueError(f"{folder} holds another run ({changes}): give another folder, or --overwrite")
+        elif folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and holds no run: give another folder, or --overwrite")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole({path: lambda part: part.write_text(json.dumps(described, indent=2) + "\n", "utf-8")})
+
+    def done(self) -> dict[str, Scored]:
+        """The pictures scored so far, by name."""
+        if not self._lines.exists():
+            return {}
+        text = self._lines.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if len(whole) < len(text):  # stopped in the middle of a line
+            with self._lines.open("r+b") as file:
+                file.truncate(len(whole))
+        records = map(json.loads, whole.splitlines())
+        return {record["image"]: Scored(record["seconds"], record["pixels"]) for record in records}
+
+    def score(
+        self, segmenter: Segmenter, benchmark: Benchmark, pairs: list[Pair], root: Path, pamr: bool
+    ) -> Iterator[str]:
+        """Score the pictures that are not done, one a step, and yield each one's name."""
+        done, classes = self.done(), benchmark.classes
+        with self._lines.open("a", encoding="utf-8") as file:
+            for image, labels in pairs:
+                name = str(image.relative_to(root))
+                if name not in done:
+                    began = time.perf_counter()
+                    predicted, wanted = predict(segmenter, benchmark, image, labels, pamr)
+                    confusion = confusion_matrix(wanted, predicted.labels, len(classes))
+                    rows, columns = np.nonzero(confusion)
+                    pixels = np.stack([rows, columns, confusion[rows, columns]], axis=1).tolist()
+                    scored = Scored(time.perf_counter() - began, pixels)
+                    file.write(json.dumps({"image": name} | asdict(scored)) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                yield name
+
+    def finish(self, segmenter: Segmenter, benchmark: Benchmark, pairs: list[Pair], root: Path, pamr: bool) -> Result:
+        """Sum up the pictures, all of which are scored, and write what came out."""
+        done, classes = self.done(), len(benchmark.classes)
+        found = {pair: done[str(pair[0].relative_to(root))] for pair in pairs}
+        confusion = sum(scored.confusion(classes) for scored in found.values())
+        result = Result(benchmark, len(pairs), sum(scored.seconds for scored in found.values()), confusion)
+        rated = [(_mean_iou(scored.confusion(classes)), pair) for pair, scored in found.items()]
+        worst = sorted((miou, pair) for miou, pair in rated if not np.isnan(miou))[:WORST]
+        text = markdown(result, self.settings, [(miou, str(pair[0].relative_to(root))) for miou, pair in worst])
+        record = json.dumps(self.settings | result.figures(), indent=2) + "\n"
+        writers: tuple[Callable[[Path], object], ...] = (
+            lambda part: part.write_text(record, "utf-8"),
+            lambda part: part.write_text(text, "utf-8"),
+            lambda part: picture(result).savefig(part, format="png", dpi=150),
+        )
+        saves = {self.folder / name: writer for name, writer in zip(RESULTS, writers, strict=True)}
+        for rank, (_, pair) in enumerate(worst, 1):
+            beside = _beside(*predict(segmenter, benchmark, *pair, pamr), benchmark)
+            saves[self.folder / f"worst-{rank}.jpg"] = lambda part, beside=beside: beside.save(part, "JPEG", quality=90)
+        write_whole(saves)
+        return result
+
+
+def predict(
+    segmenter: Segmenter, benchmark: Benchmark, image: Path, labels: Path, pamr: bool
+) -> tuple[Segmentation, np.ndarray]:
+    """What a picture is segmented into, and its labels, uint8 [H, W] each, at the size of the file."""
+    rgb = to_rgb(image)
+    wanted = benchmark.read_labels(labels, rgb.size[::-1])
+    found = segmenter.segment(rgb, benchmark.classes, threshold=benchmark.threshold, pamr=pamr)
+    predicted = np.where(found.labels == found.nothing, 0, found.labels) if benchmark.background else found.labels
+    return replace(found, labels=predicted, classes=tuple(benchmark.class_names)), wanted
+
+
+def table_rows(results: list[Result], model: str, pretrained: str | None, pamr: bool) -> list[tuple[str, ...]]:
+    """Benchmark, pictures, mIoU, the paper's where it has this model (table 2, without PAMR), and the difference."""
+    found = []
+    for result in results:
+        known = result.benchmark.paper.get(model.replace("/", "-").removesuffix("-quickgelu"))
+        paper = known if pretrained == "openai" and not pamr else None
+        found.append((result.benchmark.title, str(result.images), 100 * result.miou, paper))
+    if len(results) > 1:
+        papers = [paper for *_, paper in found if paper is not None]
+        mean = float(np.mean([miou for *_, miou, _ in found]))
+        found.append(("mean", "", mean, float(np.mean(papers)) if len(papers) == len(results) else None))
+    return [
+        (title, images, f"{miou:.1f}", *(("-", "-") if paper is None else (f"{paper:.1f}", f"{miou - paper:+.1f}")))
+        for title, images, miou, paper in found
+    ]
+
+
+def markdown(result: Result, described: dict[str, object], worst: list[tuple[float, str]]) -> str:
+    """The figures, those of each class, the worst pictures, and what was run."""
+    benchmark = result.benchmark
+    rate = result.images / max(result.seconds, 1e-9)
+    lines = [
+        f"# {benchmark.title}: {100 * result.miou:.2f} % mIoU",
+        "",
+        f"{result.images} pictures, pixel accuracy {100 * result.pixel_accuracy:.2f} %, {rate:.2f} pictures a second.",
+        "",
+        "| class | IoU % | share of the pixels % |",
+        "| --- | --- | --- |",
+    ]
+    shares = result.confusion.sum(axis=1) / max(1, result.confusion.sum())
+    for name, iou, share in zip(benchmark.class_names, result.iou, shares, strict=True):
+        lines.append(f"| {name} | {'-' if np.isnan(iou) else f'{100 * iou:.2f}'} | {100 * share:.2f} |")
+    lines += [
+        "",
+        "A dash: the class is in no label and in no prediction, and does not count.",
+        "",
+        "## Worst pictures",
+        "",
+    ]
+    lines += [f"{rank}. {name}: {100 * miou:.2f} %" for rank, (miou, name) in enumerate(worst, 1)]
+    lines += ["", "## Settings", "", "```json", json.dumps(described, indent=2), "```", ""]
+    return "\n".join(lines)
+
+
+def picture(result: Result) -> Figure:
+    """The confusion matrix, each row in shares of its label's pixels."""
+    confusion, names = result.confusion, result.benchmark.class_names
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    side = min(20.0, 4 + 0.18 * len(names))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    shown = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1)
+    size = max(2.5, min(9.0, 40 * side / len(names)))
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+    axes.set_yticks(range(len(names)), names, fontsize=size)
+    axes.set(xlabel="predicted", ylabel="labelled", title=f"{result.benchmark.title}: share of each label's pixels")
+    figure.colorbar(shown, shrink=0.6)
+    return figure
+
+
+def _beside(found: Segmentation, wanted: np.ndarray, benchmark: Benchmark) -> Image.Image:
+    """What was predicted, left, and what the labels say, right."""
+    pictures = [found.overlay(), replace(found, labels=wanted).overlay()]
+    canvas = Image.new("RGB", (sum(p.width for p in pictures) + 8, max(p.height for p in pictures)), "white")
+    canvas.paste(pictures[0], (0, 0))
+    canvas.paste(pictures[1], (pictures[0].width + 8, 0))
+    return canvas
+
+
+def _mean_iou(confusion: np.ndarray) -> float:
+    """Over the classes that occur; NaN where none does."""
+    iou = intersection_over_union(confusion)
+    return float(np.nanmean(iou)) if np.isfinite(iou).any() else float("nan")

@@ -1,0 +1,327 @@
+"""Benchmarks in miniature, each in its layout on disk, whose mIoU is known by hand; stopped runs; bad files."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torchvision.datasets
+from PIL import Image
+from typer.testing import CliRunner
+
+from rfclip import runs
+from rfclip.benchmarks import BENCHMARKS
+from rfclip.cli import app
+from rfclip.prepare import coco_object, context
+from rfclip.runs import Run, confusion_matrix, table_rows
+from rfclip.segmenter import Segmentation
+
+SIZE = (16, 24)  # height and width
+
+
+def save_picture(path, predicted):
+    """A picture whose brightness says what the segmenter of these tests finds: 8 a class, in blocks of JPEG's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = (8 * predicted + 4).astype(np.uint8)
+    Image.fromarray(pixels).convert("RGB").save(path, **({"quality": 98} if path.suffix == ".jpg" else {}))
+
+
+def save_labels(path, labels, palette=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(labels.astype(np.uint8))
+    if palette:
+        image.putpalette([channel for index in range(256) for channel in (index, 255 - index, 0)])
+    image.save(path)
+
+
+def halves(left, right):
+    """[16, 24], the left third and the rest."""
+    found = np.full(SIZE, right)
+    found[:, :8] = left
+    return found
+
+
+def make(root, name):
+    """Two pictures and their labels. Predicted and wanted classes: see `test_miou_by_hand`."""
+    zero = 1 if name in ("voc20", "context59", "ade20k") else 0  # files of these have 0 for what does not count
+    predicted = [halves(1, 2), halves(3, 3)]
+    wanted = [halves(1, 3) + zero, halves(255 - zero, 3) + zero]
+    if zero:
+        wanted[1][:4, :8] = 0  # as good as 255
+    for number, (found, labels) in enumerate(zip(predicted, wanted, strict=True)):
+        stem = f"picture_{number}"
+        match name:
+            case "voc21" | "voc20":
+                folder = root / "VOCdevkit/VOC2012"
+                save_picture(folder / f"JPEGImages/{stem}.jpg", found)
+                save_labels(folder / f"SegmentationClass/{stem}.png", labels, palette=True)
+                listed = folder / "ImageSets/Segmentation/val.txt"
+            case "context60" | "context59":
+                folder = root / "VOCdevkit/VOC2010"
+                save_picture(folder / f"JPEGImages/{stem}.jpg", found)
+                save_labels(folder / f"SegmentationClassContext/{stem}.png", labels)
+                listed = folder / "ImageSets/SegmentationContext/val.txt"
+            case "coco_stuff":
+                save_picture(root / f"coco_stuff164k/images/val2017/{stem}.jpg", found)
+                save_labels(root / f"coco_stuff164k/annotations/val2017/{stem}_labelTrainIds.png", labels)
+            case "coco_object":
+                save_picture(root / f"coco_object/images/val2017/{stem}.jpg", found)
+                save_labels(root / f"coco_object/annotations/val2017/{stem}_instanceTrainIds.png", labels)
+            case "cityscapes":
+                city = ("bonn", "ulm")[number]
+                save_picture(root / f"cityscapes/leftImg8bit/val/{city}/{city}_0_{number}_leftImg8bit.png", found)
+                ids = {c.train_id: c.id for c in torchvision.datasets.Cityscapes.classes if c.train_id >= 0} | {255: 0}
+                if number:  # as downloaded, without the files of train ids
+                    labels, kind = np.vectorize(ids.get)(labels), "labelIds"
+                else:
+                    kind = "labelTrainIds"
+                save_labels(root / f"cityscapes/gtFine/val/{city}/{city}_0_{number}_gtFine_{kind}.png", labels)
+            case "ade20k":
+                folder = root / "ADEChallengeData2016"
+                save_picture(folder / f"images/validation/{stem}.jpg", found)
+                save_labels(folder / f"annotations/validation/{stem}.png", labels)
+        if name.startswith(("voc", "context")):
+            listed.parent.mkdir(parents=True, exist_ok=True)
+            with listed.open("a") as file:
+                file.write(f"{stem}\n")
+    return root
+
+
+class Reader:
+    """A segmenter that reads the classes out of the pictures that `save_picture` makes."""
+
+    def __init__(self, fail_at=None):
+        self.seen, self.fail_at = [], fail_at
+
+    def segment(self, rgb, named, *, threshold, pamr):
+        if self.fail_at == len(self.seen):
+            raise KeyboardInterrupt
+        labels = (np.asarray(rgb)[..., 0] // 8).astype(np.uint8)
+        self.seen.append(labels)
+        return Segmentation(rgb, labels, tuple(names[0] for names in named))
+
+
+def score(root, name, folder, segmenter=None, **options):
+    benchmark = BENCHMARKS[name]
+    run = Run(folder, {"benchmark": name, **options})
+    pairs, segmenter = benchmark.pairs(root), segmenter or Reader()
+    for _ in run.score(segmenter, benchmark, pairs, root, False):
+        pass
+    return run.finish(segmenter, benchmark, pairs, root, False)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_miou_by_hand(tmp_path, name):
+    """In the first picture 128 pixels of class 1 are right, and 256 of class 3 are taken for 2; 256 follow, all right.
+
+    Intersection over union: 1 for class 1, 0 for class 2, 256 / 512 for class 3; no other class occurs.
+    """
+    result = score(make(tmp_path / "data", name), name, tmp_path / "run")
+    assert result.iou[1:4].tolist() == [1, 0, 0.5]
+    assert np.isnan(np.delete(result.iou, [1, 2, 3])).all()
+    assert result.miou == 0.5
+    assert result.pixel_accuracy == (128 + 256) / (128 + 256 + 256)
+    assert result.confusion.sum() == 640 and result.images == 2
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert record["miou"] == 0.5 and list(record["iou"].values())[1:4] == [1, 0, 0.5]
+    assert "50.00 % mIoU" in (tmp_path / "run/result.md").read_text()
+    for picture in ("confusion.png", "worst-1.jpg", "worst-2.jpg"):
+        Image.open(tmp_path / "run" / picture).load()
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_class_lists(name):
+    benchmark = BENCHMARKS[name]
+    counts = dict(voc21=21, voc20=20, context60=60, context59=59, coco_object=81, coco_stuff=171, cityscapes=19)
+    assert len(benchmark.classes) == counts.get(name, 150) == len(set(benchmark.class_names))
+    assert all(n and n == n.strip() for names in benchmark.classes for n in names)
+    assert benchmark.background == (benchmark.threshold is not None) == (benchmark.class_names[0] == "background")
+
+
+def test_background_is_what_no_class_is_sure_of(tmp_path):
+    found = SimpleNamespace(
+        segment=lambda rgb, named, threshold, pamr: Segmentation(rgb, np.full(SIZE, 255, np.uint8), ("a",) * len(named))
+    )
+    root = make(tmp_path, "voc21")
+    predicted, _ = runs.predict(found, BENCHMARKS["voc21"], *BENCHMARKS["voc21"].pairs(root)[0], False)
+    assert (predicted.labels == 0).all()
+
+
+def test_confusion_against_a_loop():
+    generator = np.random.default_rng(0)
+    labels, predicted = generator.integers(0, 5, (2, 13, 7))
+    labels[labels == 4] = 255
+    want = np.zeros((5, 5), int)
+    for label, prediction in zip(labels.ravel(), predicted.ravel(), strict=True):
+        if label != 255:
+            want[label, prediction] += 1
+    assert np.array_equal(confusion_matrix(labels, predicted, 5), want)
+
+
+def test_a_stopped_run_goes_on(tmp_path):
+    root = make(tmp_path / "data", "ade20k")
+    whole = score(root, "ade20k", tmp_path / "whole")
+    stopped = Reader(fail_at=1)
+    with pytest.raises(KeyboardInterrupt):
+        score(root, "ade20k", tmp_path / "run", stopped)
+    with (tmp_path / "run/images.jsonl").open("a") as file:
+        file.write('{"image": "ADEChallengeData2016/images/validation/picture_1.jpg", "seconds": 1, "pix')
+    resumed = Reader()
+    result = score(root, "ade20k", tmp_path / "run", resumed)
+    assert np.array_equal(result.confusion, whole.confusion)
+    assert len(resumed.seen) == 1 + 2  # the second picture, and both of the worst
+    lines = (tmp_path / "run/images.jsonl").read_text().splitlines()
+    assert [json.loads(line)["image"][-5] for line in lines] == ["0", "1"]
+    again = Reader()
+    score(root, "ade20k", tmp_path / "run", again)
+    assert len(again.seen) == 2
+
+
+def test_a_run_of_other_settings_is_refused(tmp_path):
+    root = make(tmp_path / "data", "ade20k")
+    score(root, "ade20k", tmp_path / "run", pamr=False)
+    with pytest.raises(ValueError, match="pamr was False, is True.*--overwrite"):
+        score(root, "ade20k", tmp_path / "run", pamr=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").touch()
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        Run(tmp_path / "other", {}, overwrite=True)
+    Run(tmp_path / "run", {"pamr": True}, overwrite=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_missing_data_shows_the_layout(tmp_path, name):
+    benchmark = BENCHMARKS[name]
+    for root in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError) as refused:
+            benchmark.pairs(root)
+        assert all(line in str(refused.value) for line in benchmark.layout)
+        assert "found there: nothing" in str(refused.value)
+    make(tmp_path, name)
+    _, labels = benchmark.pairs(tmp_path)[1]
+    labels.unlink()
+    with pytest.raises(ValueError, match=f"missing: .*{labels.name.partition('_gtFine')[0]}"):
+        benchmark.pairs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda path: path.write_bytes(b"no picture"), "cannot be read as labels"),
+        (lambda path: path.write_bytes(path.read_bytes()[:60]), "cannot be read as labels"),
+        (lambda path: Image.new("RGB", SIZE[::-1]).save(path), "a picture of mode RGB"),
+        (lambda path: Image.new("L", (5, 7)).save(path), r"labels of \(7, 5\).*picture of \(16, 24\)"),
+        (lambda path: Image.new("L", SIZE[::-1], 21).save(path), r"labels \[21\].*0 to 20"),
+    ],
+    ids=["no-picture", "cut-off", "rgb", "size", "beyond"],
+)
+def test_bad_labels(tmp_path, spoil, words):
+    root = make(tmp_path, "voc21")
+    _, labels = BENCHMARKS["voc21"].pairs(root)[0]
+    spoil(labels)
+    with pytest.raises(ValueError, match=words) as refused:
+        score(root, "voc21", tmp_path / "run")
+    assert str(labels) in str(refused.value)
+
+
+@pytest.mark.parametrize("suffix", ["", "_labelTrainIds"])
+def test_prepare_coco_object(tmp_path, suffix):
+    """Person is 0 in both kinds of file; toothbrush is 89 as it comes and 79 as a train id; stuff follows."""
+    labels = np.array([[0, 79, 80, 170, 255], [0, 1, 2, 3, 4]] if suffix else [[0, 89, 91, 181, 255], [0, 1, 2, 3, 4]])
+    save_labels(tmp_path / f"coco_stuff164k/annotations/val2017/000000000139{suffix}.png", labels)
+    (path,) = coco_object(tmp_path)
+    assert path == tmp_path / "coco_object/annotations/val2017/000000000139_instanceTrainIds.png"
+    assert np.array(Image.open(path)).tolist() == [[1, 80, 0, 0, 255], [1, 2, 3, 4, 5]]
+    names = BENCHMARKS["coco_object"].class_names
+    assert (names[1], names[80]) == ("person", "toothbrush")
+
+
+def test_prepare_context(tmp_path):
+    mask = pytest.importorskip("pycocotools.mask")
+
+    def region(rows, category):
+        drawn = np.zeros((4, 6), np.uint8, order="F")
+        drawn[rows] = 1
+        encoded = mask.encode(drawn)
+        segmentation = {"size": encoded["size"], "counts": encoded["counts"].decode()}
+        return {"image_id": 7, "category_id": category, "segmentation": segmentation}
+
+    folder = tmp_path / "VOCdevkit/VOC2010"
+    folder.mkdir(parents=True)
+    images = [
+        {"image_id": 7, "file_name": "2008_000002.jpg", "height": 4, "width": 6, "phase": "val"},
+        {"image_id": 8, "file_name": "2008_000003.jpg", "height": 4, "width": 6, "phase": "train"},
+    ]
+    regions = [region(slice(0, 2), 2), region(slice(1, 3), 458)]  # aeroplane is the first class, wood the last
+    (folder / "trainval_merged.json").write_text(json.dumps({"images": images, "annos_segmentation": regions}))
+    written = list(context(tmp_path))
+    assert [path.name for path in written] == ["2008_000002.png", "val.txt"]
+    assert np.array(Image.open(written[0]))[:, 0].tolist() == [1, 59, 59, 0]
+    assert written[1].read_text() == "2008_000002\n"
+    names = BENCHMARKS["context60"].class_names
+    assert (names[1], names[59]) == ("aeroplane", "wood")
+
+
+def test_table_rows():
+    benchmark = SimpleNamespace(title="VOC21", paper={"ViT-B-16": 64.8})
+    result = SimpleNamespace(benchmark=benchmark, images=5, miou=0.653)
+    assert table_rows([result], "ViT-B/16", "openai", False) == [("VOC21", "5", "65.3", "64.8", "+0.5")]
+    assert table_rows([result], "ViT-B-16", "laion2b", False) == [("VOC21", "5", "65.3", "-", "-")]
+    assert table_rows([result, result], "ViT-B-16", "openai", False)[-1] == ("mean", "", "65.3", "64.8", "+0.5")
+    assert table_rows([result, result], "ViT-B-16", "openai", True)[-1] == ("mean", "", "65.3", "-", "-")
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_evaluate_all(tmp_path, monkeypatch):
+    """All eight on the shipped model, which knows next to none of their classes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in BENCHMARKS:
+        if name not in ("voc20", "context59"):
+            make(Path("data"), name)
+    result = run("evaluate", "--all", "--root", "data", "--limit", 1, "--pamr", "--batch", 4)
+    assert result.exit_code == 0, result.output
+    rows = Path("rfclip-runs/table2.md").read_text().splitlines()
+    titles = [benchmark.title for benchmark in BENCHMARKS.values()]
+    assert [row.split("|")[1].strip() for row in rows[2:]] == [*titles, "mean"]
+    for name in BENCHMARKS:
+        assert json.loads(Path("rfclip-runs", name, "result.json").read_text())["pamr"] is True
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "--all"),
+        (["voc21", "--all"], "--all"),
+        (["photos"], "expected scenes, voc21"),
+        (["voc21"], "--root DIR is missing"),
+        (["voc21", "--root", "."], "expected below ."),
+        (["voc21", "--root", ".", "--limit", 0], "--limit 0"),
+        (["scenes", "--root", "."], "--root does not go with scenes"),
+    ],
+    ids=["nothing", "both", "name", "no-root", "empty-root", "limit", "scenes"],
+)
+def test_wrong_arguments(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    result = run("evaluate", *arguments)
+    assert result.exit_code == 2
+    assert words in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_prepare(tmp_path):
+    save_labels(tmp_path / "coco_stuff164k/annotations/val2017/1.png", np.zeros((2, 2)))
+    result = run("prepare", "coco_object", "--root", tmp_path)
+    assert result.exit_code == 0 and "1 files" in result.output
+    for name, words in (("voc21", "need no preparation"), ("context", "trainval_merged.json")):
+        result = run("prepare", name, "--root", tmp_path)
+        assert result.exit_code == 2 and words in result.output
