@@ -24,9 +24,8 @@ report: $(READY)
 	mkdir -p build
 	$(BIN)/python -m rfclip_kernels.report > build/kernels.md
 
-# Single kernels, then towers, memory and segmenting: build/bench/bench.md, about half an hour on two cores.
+# Single functions, towers, memory and segmenting: build/bench/bench.md, about half an hour on two cores.
 bench: $(READY)
-	$(BIN)/python -m pytest bench
 	$(BIN)/python -m bench
 
 # torch and torchvision as one pinned pair first: another torch lacks Triton or does not fit torchvision.

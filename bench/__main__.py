@@ -7,17 +7,19 @@ import sys
 from pathlib import Path
 
 from bench import end_to_end, tables, towers
+from bench.kernels import time_kernels
 from bench.measure import DEVICE, machine, versions
 from bench.roofline import project
 
-SECTIONS = ("towers", "memory", "end-to-end", "roofline")
+SECTIONS = ("kernels", "towers", "memory", "end-to-end", "roofline")
 HOW = """\
-Ratios are of medians of the rounds of one process, in which the implementations take turns after one call of each, in
-`inference_mode`. Weights are random, with over-activation of a tenth of the patches planted into them, so that in every
-block from the second on some patches distract and some are defocused; a tower's images are noise on two textures. A
-tower is timed after eager (on a GPU, triton) equalled the reference: relative error at most 1e-5 in fp32, the same
-masks. Plain is open_clip's `encode_image`; at sizes that open_clip refuses, its own blocks on resized position
-embeddings. Memory is the peak of a fresh process for each line, the same imports and the whole model in each."""
+Ratios are of medians of the rounds of one process, in which the implementations take turns after one call of each, each
+round starting with another, in `inference_mode`. Weights are random, with over-activation of a tenth of the patches
+planted into them, so that in every block from the second on some patches distract and some are defocused; a tower's
+images are noise on two textures. A tower is timed after eager (on a GPU, triton) equalled the reference: relative error
+at most 1e-5 in fp32, the same masks. Plain is open_clip's `encode_image`; at sizes that open_clip refuses, its own
+blocks on resized position embeddings. Memory is the peak of a fresh process for each line, the same imports and the
+whole model in each."""
 ON_DEVICE = " Times are of the device's own events; all but reference and eager run as CUDA graphs."
 
 
@@ -38,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     cases = towers.QUICK_CASES if given.quick else towers.CASES
     if DEVICE == "cuda":
         cases = [case for case in cases if not case.bf16]  # a GPU computes in half precision anyway
+    if "kernels" in only:
+        report.kernels += time_kernels(given.quick)
     if "roofline" in only:
         report.roofline += project()
     if "towers" in only:

@@ -11,6 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from bench.end_to_end import Growth, Throughput
+from bench.kernels import KernelTime
 from bench.roofline import GPUS, Projection, peak_of
 from bench.towers import Memory, Part, TowerTime
 from rfclip.files import write_whole
@@ -37,6 +38,7 @@ class Report:
     versions: dict[str, str]
     model: str
     how: str
+    kernels: list[KernelTime] = field(default_factory=list)
     towers: list[TowerTime] = field(default_factory=list)
     profile: list[Part] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
@@ -65,6 +67,8 @@ class Report:
             "weights.\n",
             f"{self.how}\n",
         ]
+        if self.kernels:
+            lines.append(_kernel_table(self.kernels))
         if self.towers:
             lines.append(_tower_table(self.towers, self.machine["gpu"]))
         if self.profile:
@@ -88,6 +92,12 @@ def _goal(value: float | None, goal: float | None, form: str = "{:.2f}") -> str:
     if value is None or goal is None:
         return "-"
     return f"at most {form.format(goal)}: {'met' if value <= goal else 'MISSED'}"
+
+
+def _kernel_table(rows: list[KernelTime]) -> str:
+    heads = "function, sizes, device and dtype | implementation | median ms | over the reference"
+    shown = [(row.what, row.implementation, f"{1000 * row.seconds:.3f}", _number(row.ratio)) for row in rows]
+    return table("## Single functions: time", heads, shown)
 
 
 def _tower_table(rows: list[TowerTime], gpu: object) -> str:

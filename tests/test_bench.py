@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import end_to_end, measure, roofline, tables, towers
+from bench import end_to_end, kernels, measure, roofline, tables, towers
 from bench.__main__ import main
 from rfclip_kernels.launches import OPS, Shape
 
@@ -27,7 +27,7 @@ def test_a_quick_run_writes_whole_files_and_fails_on_a_regression(tmp_path):
     earlier = tmp_path / "earlier.json"
     earlier.write_text(json.dumps({"ratios": {"tower, 224x224, batch 1, fp32, eager": 0.001}}))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "bench", "--quick", "--model", SMALL, "--only", "towers,memory,roofline"]
+    command = [sys.executable, "-m", "bench", "--quick", "--model", SMALL, "--only", "kernels,towers,memory,roofline"]
     done = subprocess.run(
         [*command, "--out", out, "--compare", earlier],
         cwd=ROOT,
@@ -66,8 +66,8 @@ def test_comparison():
 
 def test_an_unknown_section_is_an_error(capsys):
     with pytest.raises(SystemExit):
-        main(["--only", "towers,kernels"])
-    assert "--only kernels" in capsys.readouterr().err
+        main(["--only", "towers,cells"])
+    assert "--only cells" in capsys.readouterr().err
 
 
 def test_rounds_alternate_after_a_call_of_each():
@@ -132,6 +132,13 @@ def test_planted_masks_and_twins():
         model.visual.positional_embedding[:, towers.MARK] = 0
     with torch.inference_mode(), pytest.raises(AssertionError, match="empty or full"):
         towers.check(model, images, towers.Case((224, 224), batch=2))
+
+
+def test_kernels():
+    rows = {row.implementation: row for row in kernels.time_kernels(quick=True)}
+    assert rows.keys() == {"eager", "reference"}
+    assert rows["reference"].ratio == 1 and rows["eager"].ratio == rows["eager"].seconds / rows["reference"].seconds
+    assert all("defocus_mask" in row.what and "224x224" in row.what for row in rows.values())
 
 
 def test_profile():
