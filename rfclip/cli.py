@@ -51,6 +51,23 @@ Backend = Annotated[str, typer.Option(help="auto, eager, reference or triton; `r
 Pamr = Annotated[bool, typer.Option("--pamr", help="Refine along the picture's edges (PAMR).")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
 
+Root = Annotated[Path | None, typer.Option(help="Folder of the benchmarks' data; a wrong one shows the layout.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Score only so many pictures, the first.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Windows at a time in the image tower.")]
+Count = Annotated[int, typer.Option(help="scenes: how many for segmentation, and as many with one object for top-1.")]
+Seed = Annotated[int, typer.Option(help="scenes: others for another seed.")]
+Inject = Annotated[
+    float,
+    typer.Option(metavar="P", help="scenes: simulate distraction by over-activating this share of the patch tokens."),
+]
+RunFolder = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the run, below rfclip-runs if not given; a stopped run goes on there. "
+        "For scenes, a JSON file for the figures."
+    ),
+]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -407,34 +424,19 @@ def evaluate(
     every: Annotated[
         bool, typer.Option("--all", help="The eight benchmarks of the paper's table 2, and its row.")
     ] = False,
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of the benchmarks' data; a wrong one shows the layout.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Score only so many pictures, the first.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Windows at a time in the image tower.")] = None,
+    root: Root = None,
+    limit: Limit = None,
+    batch: Batch = None,
     pamr: Pamr = False,
-    count: Annotated[
-        int, typer.Option(help="scenes: how many for segmentation, and as many with one object for top-1.")
-    ] = 300,
-    seed: Annotated[int, typer.Option(help="scenes: others for another seed.")] = 0,
-    inject_distraction: Annotated[
-        float,
-        typer.Option(
-            metavar="P", help="scenes: simulate distraction by over-activating this share of the patch tokens."
-        ),
-    ] = 0.0,
+    count: Count = 300,
+    seed: Seed = 0,
+    inject_distraction: Inject = 0.0,
     model: Model = TINY,
     pretrained: Pretrained = None,
     device: Device = "cpu",
     backend: Backend = "auto",
     config: Config = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the run, rfclip-runs/NAME if not given; a stopped run goes on there. "
-            "For scenes, a JSON file for the figures."
-        ),
-    ] = None,
+    out: RunFolder = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Score a model on a benchmark: mIoU, a table of classes, the confusion matrix and the worst pictures.
@@ -446,81 +448,85 @@ def evaluate(
         if every == (benchmark is not None):
             raise ValueError("give one benchmark's NAME, or --all")
         if benchmark == "scenes":
-            for option, given in (("--root", root), ("--limit", limit), ("--batch", batch), ("--pamr", pamr or None)):
-                if given is not None:
-                    raise ValueError(f"{option} does not go with scenes")
+            _scenes_only({"--root": root, "--limit": limit, "--batch": batch, "--pamr": pamr})
             _check_new(out, overwrite)
+            from rfclip.config import RefocusConfig
+            from rfclip.evaluate import injected, methods
+
             clip, refocusing = _load(model, pretrained, device, config)
-            _evaluate_scenes(clip, refocusing, model, count, seed, inject_distraction, backend, out)
-        else:
-            _evaluate_benchmarks(
-                benchmark, root, limit, batch, pamr, model, pretrained, device, backend, config, out, overwrite
-            )
+            title = f"{count} scenes, seed {seed}, {model}"
+            configs = methods(injected(refocusing) if inject_distraction else refocusing)
+            _score_scenes(clip, configs, title, count, seed, inject_distraction, backend, out)
+            if not inject_distraction and refocusing == RefocusConfig(distraction_dims=()):
+                out_console.print(
+                    "This model has no distraction dimensions: RF-CLIP equals the layer-averaged kk here.",
+                    soft_wrap=True,
+                )
+            return
+        chosen = _find_benchmarks(None if every else benchmark, root, limit, inject_distraction)
+        out = out or Path("rfclip-runs", benchmark or "")
+        clip, refocusing = _load(model, pretrained, device, config)
+        results = []
+        for found, pairs in chosen:
+            folder = out / found.name if every else out
+            names = (model, pretrained)
+            results.append(_score(found, pairs, root, folder, clip, names, refocusing, backend, batch, pamr, overwrite))
+        from rfclip.runs import table_rows
+
+        rows = table_rows(results, model, pretrained, pamr)
+        heads = ("benchmark", "pictures", "mIoU %", "paper %", "difference")
+        _print_table(heads, rows, f"{model}, {pretrained or 'its own weights'}", out / "table2.md" if every else None)
+        out_console.print(f"Written to {out}.", soft_wrap=True, highlight=False)
 
 
-def _load(model: str, pretrained: str | None, device: str, config: Path | None):
-    """The model, and the config that is given, is the model's own or is its preset's."""
-    from rfclip.config import RefocusConfig
-    from rfclip.models import load_model
-
-    with _loading(model):
-        clip = load_model(model, pretrained, device=_device(device))
-    return clip, _config(config) or clip.refocus_config or RefocusConfig.preset(model, pretrained)
-
-
-def _evaluate_benchmarks(
-    name: str | None,
-    root: Path | None,
-    limit: int | None,
-    batch: int | None,
-    pamr: bool,
-    model: str,
-    pretrained: str | None,
-    device: str,
-    backend: str,
-    config: Path | None,
-    out: Path | None,
-    overwrite: bool,
+@app.command()
+def ablate(
+    ablation: Annotated[str, typer.Argument(metavar="TABLE", help="Of the paper: 1, 4, 5, 6 or 7; or tau or beta.")],
+    benchmark: Annotated[str, typer.Argument(metavar="NAME", help="A benchmark, as for `rfclip evaluate`.")] = "scenes",
+    root: Root = None,
+    limit: Limit = None,
+    batch: Batch = None,
+    pamr: Pamr = False,
+    count: Count = 300,
+    seed: Seed = 0,
+    inject_distraction: Inject = 0.0,
+    model: Model = TINY,
+    pretrained: Pretrained = None,
+    device: Device = "cpu",
+    backend: Backend = "auto",
+    config: Config = None,
+    out: RunFolder = None,
+    overwrite: Overwrite = False,
 ) -> None:
-    from rfclip.benchmarks import BENCHMARKS
+    """Score the variants of one of the paper's ablations on a benchmark."""
+    with _clear_errors(), _warnings_to(lambda text: console.print(text, highlight=False, soft_wrap=True)):
+        from rfclip.ablations import variants
 
-    if name is not None and name not in BENCHMARKS:
-        raise ValueError(f"benchmark {name!r}: expected scenes, {', '.join(BENCHMARKS)}")
-    if root is None:
-        raise ValueError("--root DIR is missing: the folder that holds the benchmarks' data")
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit {limit}: expected at least 1")
-    chosen = [BENCHMARKS[name]] if name is not None else list(BENCHMARKS.values())
-    pairs = {benchmark.name: benchmark.pairs(root)[:limit] for benchmark in chosen}  # before a model is loaded
-    out = out or Path("rfclip-runs") / (name or "")
+        scenes = benchmark == "scenes"
+        if scenes:
+            _scenes_only({"--root": root, "--limit": limit, "--batch": batch, "--pamr": pamr})
+            _check_new(out, overwrite)
+        ((found, pairs),) = [(None, None)] if scenes else _find_benchmarks(benchmark, root, limit, inject_distraction)
+        clip, refocusing = _load(model, pretrained, device, config)
+        if scenes and inject_distraction:
+            from rfclip.evaluate import injected
 
-    from rfclip.models import load_tokenizer
-    from rfclip.runs import Run, segmenter_for, settings, table_rows
-
-    clip, refocusing = _load(model, pretrained, device, config)
-    results = []
-    for benchmark in chosen:
-        folder = out if name is not None else out / benchmark.name
-        options = {"config": refocusing, "backend": backend, "batch": batch, "tokenizer": load_tokenizer(model)}
-        with segmenter_for(benchmark, clip, **options) as segmenter, _progress() as progress:
-            described = settings(segmenter, benchmark, model, pretrained, pamr)
-            run = Run(folder, described, overwrite=overwrite)
-            task = progress.add_task(benchmark.title, total=len(pairs[benchmark.name]))
-            for _ in run.score(segmenter, benchmark, pairs[benchmark.name], root, pamr):
-                progress.advance(task)
-            results.append(run.finish(segmenter, benchmark, pairs[benchmark.name], root, pamr))
-    table = Table(
-        "benchmark", "pictures", "mIoU %", "paper %", "difference", title=f"{model}, {pretrained or 'own weights'}"
-    )
-    rows = table_rows(results, model, pretrained, pamr)
-    for row in rows:
-        table.add_row(*row)
-    out_console.print(table)
-    if name is None:
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
-        head = "| benchmark | pictures | mIoU % | paper % | difference |\n| --- | --- | --- | --- | --- |"
-        write_whole({out / "table2.md": lambda part: part.write_text("\n".join([head, *lines]) + "\n", "utf-8")})
-    out_console.print(f"Written to {out}.", soft_wrap=True, highlight=False)
+            refocusing = injected(refocusing)
+        configs = variants(ablation, refocusing, len(clip.visual.transformer.resblocks))
+        if scenes:
+            title = f"ablation {ablation}, {count} scenes, seed {seed}, {model}"
+            _score_scenes(clip, configs, title, count, seed, inject_distraction, backend, out)
+            return
+        out = out or Path("rfclip-runs", f"{benchmark}-ablation-{ablation}")
+        rows = []
+        for number, (label, choice) in enumerate(configs.items(), 1):
+            folder = out / f"variant-{number}"
+            names = (model, pretrained)
+            result = _score(found, pairs, root, folder, clip, names, choice, backend, batch, pamr, overwrite)
+            rows.append((label, f"{100 * result.miou:.1f}"))
+        title = f"ablation {ablation}, {found.title}, {len(pairs)} pictures, {model}"
+        _print_table(("variant", "mIoU %"), rows, title, out / "ablation.md")
+        out_console.print(f"Written to {out}.", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -545,30 +551,89 @@ def prepare(
         out_console.print(f"{len(written)} files, the last one {written[-1]}", soft_wrap=True, highlight=False)
 
 
-def _evaluate_scenes(
-    clip, refocusing, model: str, count: int, seed: int, inject: float, backend: str, out: Path | None
-) -> None:
+def _scenes_only(options: dict[str, object]) -> None:
+    for option, given in options.items():
+        if given:
+            raise ValueError(f"{option} does not go with scenes")
+
+
+def _load(model: str, pretrained: str | None, device: str, config: Path | None):
+    """The model, and the config that is given, is the model's own or is its preset's."""
     from rfclip.config import RefocusConfig
+    from rfclip.models import load_model
+
+    with _loading(model):
+        clip = load_model(model, pretrained, device=_device(device))
+    return clip, _config(config) or clip.refocus_config or RefocusConfig.preset(model, pretrained)
+
+
+def _find_benchmarks(name: str | None, root: Path | None, limit: int | None, inject: float) -> list[tuple]:
+    """The benchmark of that name, or all, each with its pictures and labels; before a model is loaded."""
+    from rfclip.benchmarks import BENCHMARKS
+
+    if name is not None and name not in BENCHMARKS:
+        raise ValueError(f"benchmark {name!r}: expected scenes, {', '.join(BENCHMARKS)}")
+    if inject:
+        raise ValueError("--inject-distraction goes with scenes only")
+    if root is None:
+        raise ValueError("--root DIR is missing: the folder that holds the benchmarks' data")
+    chosen = BENCHMARKS.values() if name is None else [BENCHMARKS[name]]
+    return [(benchmark, benchmark.pairs(root)[:limit]) for benchmark in chosen]
+
+
+def _score(
+    benchmark,
+    pairs: list[tuple[Path, Path]],
+    root: Path,
+    folder: Path,
+    clip,
+    names: tuple[str, str | None],
+    config,
+    backend: str,
+    batch: int | None,
+    pamr: bool,
+    overwrite: bool,
+):
+    """Score a config of a model, of these names, on a benchmark in a folder, or go on with it; returns the result."""
+    from rfclip.models import load_tokenizer
+    from rfclip.runs import Run, segmenter_for, settings
+
+    options = {"config": config, "backend": backend, "batch": batch, "tokenizer": load_tokenizer(names[0])}
+    with segmenter_for(benchmark, clip, **options) as segmenter, _progress() as progress:
+        run = Run(folder, settings(segmenter, benchmark, *names, pamr), overwrite=overwrite)
+        task = progress.add_task(benchmark.title, total=len(pairs))
+        for _ in run.score(segmenter, benchmark, pairs, root, pamr):
+            progress.advance(task)
+        return run.finish(segmenter, benchmark, pairs, root, pamr)
+
+
+def _print_table(heads: tuple[str, ...], rows: list[tuple[str, ...]], title: str, path: Path | None) -> None:
+    """On the terminal and, where a path is given, in Markdown."""
+    table = Table(*heads, title=title)
+    for row in rows:
+        table.add_row(*row)
+    out_console.print(table)
+    if path is not None:
+        lines = [f"# {title}", "", *(f"| {' | '.join(row)} |" for row in (heads, ("---",) * len(heads), *rows)), ""]
+        write_whole({path: lambda part: part.write_text("\n".join(lines), "utf-8")})
+
+
+def _score_scenes(
+    clip, configs: dict, title: str, count: int, seed: int, inject: float, backend: str, out: Path | None
+) -> None:
     from rfclip.evaluate import evaluate_scenes
 
-    title = f"{count} scenes, seed {seed}, {model}"
     if inject:
         title += f"; simulated distraction in {100 * inject:g} % of the patch tokens"
-    table = Table("method", "top-1 %", "mIoU %", "pixel accuracy %", title=title)
-    rows = []
+    rows, records = [], []
     with console.status("evaluating"):
-        for scores in evaluate_scenes(clip, refocusing, count=count, seed=seed, inject=inject, backend=backend):
-            figures = (scores.top1, scores.miou, scores.pixel_accuracy)
-            table.add_row(scores.method, *(f"{100 * figure:.1f}" for figure in figures))
-            rows.append({"method": scores.method, "top1": scores.top1, "miou": scores.miou})
+        for scores in evaluate_scenes(clip, configs, count=count, seed=seed, inject=inject, backend=backend):
+            figures = {"top1": scores.top1, "miou": scores.miou, "pixel_accuracy": scores.pixel_accuracy}
+            rows.append((scores.method, *(f"{100 * figure:.1f}" for figure in figures.values())))
             iou = {name: None if math.isnan(value) else value for name, value in scores.iou.items()}
-            rows[-1] |= {"pixel_accuracy": scores.pixel_accuracy, "iou": iou}
-    out_console.print(table)
-    if not inject and refocusing == RefocusConfig(distraction_dims=()):
-        out_console.print(
-            "This model has no distraction dimensions: RF-CLIP equals the layer-averaged kk here.", soft_wrap=True
-        )
+            records.append({"method": scores.method} | figures | {"iou": iou})
+    _print_table(("method", "top-1 %", "mIoU %", "pixel accuracy %"), rows, title, None)
     if out is not None:
-        record = {"title": title, "count": count, "seed": seed, "inject_distraction": inject, "rows": rows}
+        record = {"title": title, "count": count, "seed": seed, "inject_distraction": inject, "rows": records}
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole({out: lambda part: part.write_text(json.dumps(record, indent=2) + "\n", "utf-8")})

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from rfclip.benchmarks import IGNORED
 from rfclip.config import RefocusConfig
 from rfclip.plugin import PLAIN
 from rfclip.scenes import CLASSES, OBJECTS, Scene, make_scene
@@ -35,6 +37,19 @@ class SceneScores:
         return float(np.nanmean(list(self.iou.values())))
 
 
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Pixels by label (rows) and prediction (columns), int64 [C, C], of arrays of one shape; label 255 is left out."""
+    target, found = (torch.from_numpy(array.astype(np.int64)) for array in (labels, predicted))
+    return multiclass_confusion_matrix(found, target, classes, ignore_index=IGNORED).numpy()
+
+
+def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
+    """By class, float64 [C], of pixels by label and prediction [C, C]; NaN where a class occurs in neither."""
+    hits = np.diag(confusion)
+    with np.errstate(invalid="ignore"):
+        return hits / (confusion.sum(0) + confusion.sum(1) - hits)
+
+
 def methods(config: RefocusConfig) -> dict[str, RefocusConfig]:
     """The methods compared: plain CLIP's patch tokens, the paper's two baselines, and RF-CLIP as configured."""
     return {
@@ -45,20 +60,25 @@ def methods(config: RefocusConfig) -> dict[str, RefocusConfig]:
     }
 
 
+def injected(config: RefocusConfig) -> RefocusConfig:
+    """The config for scenes with injected distraction: its dimensions are those injected."""
+    return replace(config, distraction_dims=INJECTED_DIMS)
+
+
 def evaluate_scenes(
     model: nn.Module,
-    config: RefocusConfig,
+    configs: Mapping[str, RefocusConfig],
     *,
     count: int = 300,
     seed: int = 0,
     inject: float = 0.0,
     backend: str = "auto",
 ) -> Iterator[SceneScores]:
-    """Score each method on `count` scenes for segmentation and as many single-object scenes for top-1.
+    """Score each config on `count` scenes for segmentation and as many single-object scenes for top-1.
 
     Args:
         model: an open_clip model that is not refocused.
-        config: RF-CLIP's. With `inject` its dimensions are those injected.
+        configs: by the names of the methods. Where distraction is injected, its dimensions are `INJECTED_DIMS`.
         count: scenes of each kind.
         seed: other scenes for another seed.
         inject: the share of patch tokens that are over-activated in mid-network, see `inject_distraction`.
@@ -69,31 +89,22 @@ def evaluate_scenes(
     """
     if count < 1 or not 0 <= inject <= 1:
         raise ValueError(f"count={count}, inject={inject}: expected at least one scene, and a share from 0 to 1")
-    if inject:
-        config = replace(config, distraction_dims=INJECTED_DIMS)
     scenes = [make_scene((SEGMENTATION_STREAM, seed, number)) for number in range(count)]
     singles = [
         make_scene((SINGLE_STREAM, seed, number), 112, objects=(1, 1), object_size=(40, 100)) for number in range(count)
     ]
     with inject_distraction(model, inject):
-        for method, choice in methods(config).items():
+        for method, choice in configs.items():
             with Segmenter(model, config=choice, backend=backend) as segmenter:
                 confusion = _confusion(segmenter, scenes)
                 top1 = _top1(segmenter, singles)
-            hits = np.diag(confusion)
-            with np.errstate(invalid="ignore"):
-                iou = hits / (confusion.sum(0) + confusion.sum(1) - hits)
-            yield SceneScores(method, top1, dict(zip(CLASSES, iou.tolist(), strict=True)), hits.sum() / confusion.sum())
+            iou = dict(zip(CLASSES, intersection_over_union(confusion).tolist(), strict=True))
+            yield SceneScores(method, top1, iou, np.trace(confusion) / confusion.sum())
 
 
 def _confusion(segmenter: Segmenter, scenes: list[Scene]) -> np.ndarray:
     """Pixels by label (rows) and prediction (columns), summed over the scenes."""
-    confusion = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
-    for scene in scenes:
-        predicted = segmenter(scene.image, CLASSES).labels
-        pairs = scene.labels.astype(np.int64) * len(CLASSES) + predicted
-        confusion += np.bincount(pairs.ravel(), minlength=confusion.size).reshape(confusion.shape)
-    return confusion
+    return sum(confusion_matrix(scene.labels, segmenter(scene.image, CLASSES).labels, len(CLASSES)) for scene in scenes)
 
 
 @torch.inference_mode()

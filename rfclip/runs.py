@@ -15,14 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from rfclip import __version__
-from rfclip.benchmarks import IGNORED, Benchmark, Pair
+from rfclip.benchmarks import Benchmark, Pair
+from rfclip.evaluate import confusion_matrix, intersection_over_union
 from rfclip.files import write_whole
 from rfclip.images import to_rgb
 from rfclip.segmenter import Segmentation, Segmenter
@@ -72,19 +71,6 @@ class Result:
             "iou": dict(zip(self.benchmark.class_names, iou, strict=True)),
             "confusion": self.confusion.tolist(),
         }
-
-
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Pixels by label (rows) and prediction (columns), int64 [C, C], of arrays of one shape; label 255 is left out."""
-    target, found = (torch.from_numpy(array.astype(np.int64)) for array in (labels, predicted))
-    return multiclass_confusion_matrix(found, target, classes, ignore_index=IGNORED).numpy()
-
-
-def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
-    """By class, float64 [C], of pixels by label and prediction [C, C]; NaN where a class occurs in neither."""
-    hits = np.diag(confusion)
-    with np.errstate(invalid="ignore"):
-        return hits / (confusion.sum(0) + confusion.sum(1) - hits)
 
 
 def segmenter_for(benchmark: Benchmark, model: nn.Module, **options) -> Segmenter:

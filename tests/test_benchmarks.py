@@ -10,11 +10,12 @@ import torchvision.datasets
 from PIL import Image
 from typer.testing import CliRunner
 
-from rfclip import runs
+from rfclip import RefocusConfig, runs
+from rfclip.ablations import ABLATIONS, variants
 from rfclip.benchmarks import BENCHMARKS
 from rfclip.cli import app
 from rfclip.prepare import coco_object, context
-from rfclip.runs import Run, confusion_matrix, table_rows
+from rfclip.runs import Run, table_rows
 from rfclip.segmenter import Segmentation
 
 SIZE = (16, 24)  # height and width
@@ -149,17 +150,6 @@ def test_background_is_what_no_class_is_sure_of(tmp_path):
     assert (predicted.labels == 0).all()
 
 
-def test_confusion_against_a_loop():
-    generator = np.random.default_rng(0)
-    labels, predicted = generator.integers(0, 5, (2, 13, 7))
-    labels[labels == 4] = 255
-    want = np.zeros((5, 5), int)
-    for label, prediction in zip(labels.ravel(), predicted.ravel(), strict=True):
-        if label != 255:
-            want[label, prediction] += 1
-    assert np.array_equal(confusion_matrix(labels, predicted, 5), want)
-
-
 def test_a_stopped_run_goes_on(tmp_path):
     root = make(tmp_path / "data", "ade20k")
     whole = score(root, "ade20k", tmp_path / "whole")
@@ -292,7 +282,7 @@ def test_evaluate_all(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     rows = Path("rfclip-runs/table2.md").read_text().splitlines()
     titles = [benchmark.title for benchmark in BENCHMARKS.values()]
-    assert [row.split("|")[1].strip() for row in rows[2:]] == [*titles, "mean"]
+    assert [row.split("|")[1].strip() for row in rows[4:]] == [*titles, "mean"]
     for name in BENCHMARKS:
         assert json.loads(Path("rfclip-runs", name, "result.json").read_text())["pamr"] is True
 
@@ -305,10 +295,11 @@ def test_evaluate_all(tmp_path, monkeypatch):
         (["photos"], "expected scenes, voc21"),
         (["voc21"], "--root DIR is missing"),
         (["voc21", "--root", "."], "expected below ."),
-        (["voc21", "--root", ".", "--limit", 0], "--limit 0"),
+        (["voc21", "--root", ".", "--limit", 0], "--limit"),
         (["scenes", "--root", "."], "--root does not go with scenes"),
+        (["voc21", "--inject-distraction", 0.1], "goes with scenes only"),
     ],
-    ids=["nothing", "both", "name", "no-root", "empty-root", "limit", "scenes"],
+    ids=["nothing", "both", "name", "no-root", "empty-root", "limit", "scenes", "inject"],
 )
 def test_wrong_arguments(tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
@@ -316,6 +307,48 @@ def test_wrong_arguments(tmp_path, monkeypatch, arguments, words):
     assert result.exit_code == 2
     assert words in result.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_ablations_on_scenes(tmp_path, monkeypatch, ablation):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "figures.json"
+    result = run("ablate", ablation, "--count", 1, "--inject-distraction", 0.1, "--out", out)
+    assert result.exit_code == 0, result.output
+    config = RefocusConfig(distraction_dims=(1,))
+    assert [row["method"] for row in json.loads(out.read_text())["rows"]] == list(variants(ablation, config, 6))
+
+
+def test_an_ablation_on_a_benchmark(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make(Path("data"), "cityscapes")
+    Path("config.json").write_text(RefocusConfig(distraction_dims=(3,)).to_json())
+    result = run("ablate", "6", "cityscapes", "--root", "data", "--config", "config.json")
+    assert result.exit_code == 0, result.output
+    folder = Path("rfclip-runs/cityscapes-ablation-6")
+    assert [line.split("|")[1].strip() for line in (folder / "ablation.md").read_text().splitlines()[4:]] == [
+        "to non-distraction",
+        "to cls",
+        "to defocused",
+    ]
+    targets = [json.loads((folder / f"variant-{n}/run.json").read_text())["config"]["target"] for n in (1, 2, 3)]
+    assert targets == ["non-distraction", "cls", "defocused"]
+
+
+def test_variants():
+    """Each differs from all others of its ablation, but for the full method, which stands once in each group."""
+    config = RefocusConfig(distraction_dims=(1, 2))
+    for ablation in ABLATIONS:
+        found = list(variants(ablation, config, 12).values())
+        full = found.count(config)
+        assert full == {"5": 3, "7": 2}.get(ablation, 1)
+        assert len(set(found)) == len(found) - full + 1
+    assert variants("7", config, 12)["blocks 5 to 8"].layers == (5, 6, 7, 8)
+    with pytest.raises(ValueError, match="expected one of 1, 4"):
+        variants("2", config, 12)
+    with pytest.raises(ValueError, match="no distraction dimensions"):
+        variants("tau", RefocusConfig(distraction_dims=()), 12)
 
 
 def test_prepare(tmp_path):

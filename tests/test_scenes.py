@@ -6,8 +6,10 @@ import torch
 
 import rfclip
 from rfclip import RefocusConfig, Segmenter
-from rfclip.evaluate import INJECTED_DIMS, evaluate_scenes, inject_distraction, methods
+from rfclip.evaluate import INJECTED_DIMS, confusion_matrix, evaluate_scenes, inject_distraction, methods
 from rfclip.scenes import CLASSES, GROUNDS, OBJECTS, make_scene, sprites
+
+METHODS = methods(RefocusConfig(distraction_dims=()))
 
 
 def test_fifty_objects_on_six_grounds():
@@ -64,8 +66,8 @@ def test_impossible_scenes(options):
 
 def test_the_small_clip_reaches_its_figures():
     """On a few scenes, with room for their spread; the README gives the figures of 300."""
-    scores = {s.method: s for s in evaluate_scenes(rfclip.load_model(), RefocusConfig(distraction_dims=()), count=24)}
-    assert list(scores) == list(methods(RefocusConfig(distraction_dims=())))
+    scores = {s.method: s for s in evaluate_scenes(rfclip.load_model(), METHODS, count=24)}
+    assert list(scores) == list(METHODS)
     averaged = scores["kk, averaged over layers"]
     assert averaged.top1 >= 0.85
     assert averaged.miou >= 0.40
@@ -76,7 +78,7 @@ def test_the_small_clip_reaches_its_figures():
 
 def test_without_dimensions_rf_clip_is_the_averaged_kk():
     model = rfclip.load_model()
-    rows = list(evaluate_scenes(model, model.refocus_config, count=2))
+    rows = list(evaluate_scenes(model, methods(model.refocus_config), count=2))
     if not model.refocus_config.distraction_dims:
         assert rows[3].iou == pytest.approx(rows[2].iou, abs=0, nan_ok=True)
         assert rows[3].top1 == rows[2].top1
@@ -117,7 +119,18 @@ def test_refocusing_wins_back_what_injection_costs():
     assert repaired > (hurt + clean) / 2
 
 
+def test_confusion_against_a_loop():
+    generator = np.random.default_rng(0)
+    labels, predicted = generator.integers(0, 5, (2, 13, 7))
+    labels[labels == 4] = 255
+    want = np.zeros((5, 5), int)
+    for label, prediction in zip(labels.ravel(), predicted.ravel(), strict=True):
+        if label != 255:
+            want[label, prediction] += 1
+    assert np.array_equal(confusion_matrix(labels, predicted, 5), want)
+
+
 @pytest.mark.parametrize("options", [{"count": 0}, {"count": 1, "inject": 1.5}], ids=str)
 def test_wrong_evaluations(options):
     with pytest.raises(ValueError, match="at least one scene"):
-        list(evaluate_scenes(rfclip.load_model(), RefocusConfig(distraction_dims=()), **options))
+        list(evaluate_scenes(rfclip.load_model(), METHODS, **options))
