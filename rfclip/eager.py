@@ -184,7 +184,7 @@ def _by_groups(q: Tensor, k: Tensor, v: Tensor, dis: Tensor, tgt: Tensor, beta: 
     order = torch.cat(groups)
     k, v = (tensor.index_select(2, order) for tensor in (k, v))
     if len(order) < FLASH_TOKENS:
-        A = torch.softmax(matmul(q, k.mT * scale), dim=-1)
+        A = torch.softmax(matmul(q, k.mT.to(computing_dtype(k)) * scale), dim=-1)
         groups = A.split(sizes, dim=-1)[:2]
         mass = [group.sum(dim=-1, keepdim=True) for group in groups]
         for group, before, after in zip(groups, mass, _moved(*mass, beta), strict=True):
