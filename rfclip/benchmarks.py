@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class Benchmark:
     threshold: float | None = None
     short_side: int = 336
 
-    @property
+    @cached_property
     def classes(self) -> list[tuple[str, ...]]:
         """The names of each class; in the order of the labels, the first name standing for the class.
 
@@ -90,17 +91,9 @@ class Benchmark:
         """The labels of a picture of size (height, width): uint8 of that shape, `IGNORED` where a pixel does not count.
 
         Raises:
-            ValueError: the file cannot be read, is not of one byte a pixel (Pillow's modes L and P), has another size
-                than the picture, or holds a label beyond the classes.
+            ValueError: as `read_indices`, or the file has another size than the picture, or a label beyond the classes.
         """
-        try:
-            with Image.open(path) as opened:
-                mode = opened.mode
-                labels = np.array(opened) if mode in ("L", "P") else None
-        except Exception as error:  # Pillow raises whatever a damaged file makes it stumble on
-            raise ValueError(f"{path}: cannot be read as labels: {error}") from error
-        if labels is None:
-            raise ValueError(f"{path}: a picture of mode {mode}; labels have one byte a pixel, mode L or P")
+        labels = read_indices(path)
         if labels.shape != size:
             raise ValueError(f"{path}: labels of {labels.shape} (height, width) for a picture of {size}")
         if path.name.endswith("_labelIds.png"):
@@ -116,6 +109,23 @@ class Benchmark:
                 f"{path}: labels {given.tolist()}; {self.name} has {known}, and 255 for what does not count"
             )
         return labels
+
+
+def read_indices(path: Path) -> np.ndarray:
+    """The values that a picture of labels stores, uint8 [H, W]: not the colours of its palette.
+
+    Raises:
+        ValueError: the file cannot be read, or is not of one byte a pixel (Pillow's modes L and P).
+    """
+    try:
+        with Image.open(path) as opened:
+            mode = opened.mode
+            indices = np.array(opened) if mode in ("L", "P") else None
+    except Exception as error:  # Pillow raises whatever a damaged file makes it stumble on
+        raise ValueError(f"{path}: cannot be read as labels: {error}") from error
+    if indices is None:
+        raise ValueError(f"{path}: a picture of mode {mode}; labels have one byte a pixel, mode L or P")
+    return indices
 
 
 # Cityscapes' labels come as ids; its own scripts make the files of train ids, which are read where they exist.

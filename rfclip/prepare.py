@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rfclip.benchmarks import IGNORED
+from rfclip.benchmarks import IGNORED, read_indices
 from rfclip.files import write_whole
 
 # COCO's ids, less one, that stand for no thing; what follows 90 is stuff.
@@ -43,12 +43,12 @@ def coco_object(root: Path) -> Iterator[Path]:
         raise ValueError(f"coco_object: there is no {folder}/*.png, the labels of COCO-Stuff (stuffthingmaps)")
     out = root / "coco_object/annotations/val2017"
     out.mkdir(parents=True, exist_ok=True)
+    from_ids, from_train_ids = (np.zeros(256, np.uint8) for _ in range(2))
+    from_ids[_THINGS] = from_train_ids[:80] = range(1, 81)
+    from_ids[IGNORED] = from_train_ids[IGNORED] = IGNORED
     for name, path in files.items():
-        train_ids = path.stem.endswith("_labelTrainIds")
-        table = np.zeros(256, np.uint8)
-        table[IGNORED] = IGNORED
-        table[range(80) if train_ids else _THINGS] = range(1, 81)
-        yield _save(out / f"{name}_instanceTrainIds.png", table[_one_byte(path)])
+        table = from_train_ids if path.stem.endswith("_labelTrainIds") else from_ids
+        yield _save(out / f"{name}_instanceTrainIds.png", table[read_indices(path)])
 
 
 def context(root: Path) -> Iterator[Path]:
@@ -94,13 +94,6 @@ def context(root: Path) -> Iterator[Path]:
 
 
 PREPARED = {"coco_object": coco_object, "context": context}
-
-
-def _one_byte(path: Path) -> np.ndarray:
-    with Image.open(path) as opened:
-        if opened.mode not in ("L", "P"):
-            raise ValueError(f"{path}: a picture of mode {opened.mode}; labels have one byte a pixel, mode L or P")
-        return np.array(opened)
 
 
 def _save(path: Path, labels: np.ndarray) -> Path:
