@@ -27,8 +27,8 @@ column. At batch 8 that is paid once.
 
 What helped: one matrix of attention, ordered by group, below 256 tokens (three flash attentions above); tiles of 2 MB;
 plain blocks where nothing distracts; no query in the last block; reading the least value from the sums. What did not:
-smaller tiles (key similarity: 1.0 to 1.5 times the time); contiguous keys; linear layers packed for
-oneDNN (as fast as MKL's: 140 GFLOP/s of fp32); orthogonalizing the cut's vectors once instead of twice (wrong vectors)."""
+smaller tiles (key similarity: 1.0 to 1.5 times the time); contiguous keys; linear layers packed for oneDNN
+(as fast as MKL's: 140 GFLOP/s of fp32); orthogonalizing the cut's vectors once instead of twice (wrong vectors)."""
 
 
 @dataclass
