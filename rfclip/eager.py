@@ -7,6 +7,7 @@ What differs from the reference is the order of the work, not its result (relati
   tokens are many, a flash attention, and the shares follow from its log-sum-exp.
 - The graph cut takes fifteen Lanczos steps from the last block's vector, as the kernel in `rfclip_kernels.cut` does.
 - Where the similarity of keys is needed anyway, its softmax also feeds the proxy attention (`heads`).
+- PAMR's neighbours are views of a padded picture, and it goes by class by class, so that a class stays in the cache.
 
 Half-precision inputs are computed in float32, but in flash attention, which multiplies in their own dtype.
 """
@@ -21,6 +22,7 @@ from rfclip import reference
 from rfclip.reference import attention_sets, computing_dtype, matmul, move_attention, no_autocast, offset_bias
 from rfclip_kernels.checks import (
     cut_inputs,
+    pamr_inputs,
     proxy_inputs,
     query_key,
     refocused_inputs,
@@ -34,6 +36,7 @@ __all__ = [
     "distraction_mask",
     "fiedler_vector",
     "key_similarity",
+    "pamr",
     "proxy_attention",
     "received_attention",
     "refocused_attention",
@@ -172,6 +175,39 @@ def proxy_attention(
     for k in keys:
         out = out + F.scaled_dot_product_attention(k, k, without_cls, scale=scale)[:, :, 1:].to(dtype)
     return (out / (len(keys) + count)).to(v.dtype)
+
+
+def pamr(image: Tensor, mask: Tensor, iterations: int = 10, dilations: Sequence[int] = (8, 16)) -> Tensor:
+    """`rfclip.reference.pamr`, one class after another."""
+    dilations = pamr_inputs(image, mask, iterations, dilations)
+    dtype = torch.promote_types(computing_dtype(image), computing_dtype(mask))
+    weight = _pamr_weights(image.to(dtype), dilations)
+    refined = []
+    for out in mask.to(dtype, copy=True).split(1, dim=1):
+        for _ in range(iterations):
+            before, out = out, torch.zeros_like(out)
+            for w, near in zip(weight, _neighbours(before, dilations), strict=True):
+                out.addcmul_(w, near)
+        refined.append(out)
+    return torch.cat(refined, dim=1).to(mask.dtype)
+
+
+def _pamr_weights(x: Tensor, dilations: list[int]) -> Tensor:
+    """The shares of a pixel's neighbours [P, B, 1, H, W], from a picture [B, CI, H, W]."""
+    near, itself = _neighbours(x, dilations), len(dilations)
+    count = len(near) + itself
+    mean = (sum(near) + itself * x) / count
+    variance = sum((n - mean).square() for n in near) + itself * (x - mean).square()
+    spread = 1e-8 + 0.1 * (variance / (count - 1)).sqrt()
+    return torch.stack([-((x - n).abs() / spread).mean(dim=1, keepdim=True) for n in near]).softmax(dim=0)
+
+
+def _neighbours(x: Tensor, dilations: list[int]) -> list[Tensor]:
+    """Views of x [B, C, H, W], moved to each place around a pixel; the edge repeats beyond the border."""
+    reach, (H, W) = max(dilations), x.shape[2:]
+    padded = F.pad(x, (reach,) * 4, mode="replicate")
+    around = [(reach + d * dy, reach + d * dx) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
+    return [padded[:, :, y : y + H, x0 : x0 + W] for y, x0 in around]
 
 
 def _by_groups(q: Tensor, k: Tensor, v: Tensor, dis: Tensor, tgt: Tensor, beta: float, scale: float) -> Tensor:
