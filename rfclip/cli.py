@@ -12,6 +12,8 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +37,6 @@ out_console = Console()
 console = Console(stderr=True)
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-OUTPUTS = (".mask.png", ".overlay.png", ".json")
 
 Images = Annotated[
     list[str],
@@ -50,6 +51,12 @@ Config = Annotated[Path | None, typer.Option(help="A refocusing config in JSON, 
 Backend = Annotated[str, typer.Option(help="auto, eager, reference or triton; `rfclip info` says which auto takes.")]
 Pamr = Annotated[bool, typer.Option("--pamr", help="Refine along the picture's edges (PAMR).")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
+EngineName = Annotated[
+    str, typer.Option("--engine", help="local: this process; ray: workers of the Ray cluster there is, or a local Ray.")
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="ray: how many; else one for each GPU, or for each four CPU cores.")
+]
 
 Root = Annotated[Path | None, typer.Option(help="Folder of the benchmarks' data; a wrong one shows the layout.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Score only so many pictures, the first.")]
@@ -129,6 +136,8 @@ def _progress() -> Progress:
 
 def _find_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[str, str]]]:
     """Pictures as (file, path of the result below the output folder, without suffix), and what was not found."""
+    from rfclip.outputs import OUTPUTS
+
     found: dict[Path, tuple[Path, Path]] = {}
     missing = []
     for item in given:
@@ -207,12 +216,19 @@ def segment(
     config: Config = None,
     threshold: Annotated[float | None, typer.Option(help="Pixels less probable than this get no class.")] = None,
     pamr: Pamr = False,
+    format: Annotated[
+        str, typer.Option(help="png: three files a picture; parquet: files of many pictures' run-length masks.")
+    ] = "png",
+    engine: EngineName = "local",
+    workers: Workers = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Segment pictures by class names: an indexed mask, an overlay and a JSON file for each."""
     with _clear_errors(), _warnings_to(lambda text: console.print(text, highlight=False, soft_wrap=True)):
         found, failed = _find_images(images)
-        from rfclip.segmenter import Segmenter, parse_classes
+        from rfclip.engines import start
+        from rfclip.outputs import Job, Writer, plan_files, plan_shards
+        from rfclip.segmenter import parse_classes
 
         named = parse_classes(classes)
         if len(named) > 255:
@@ -221,91 +237,52 @@ def segment(
             raise ValueError(f"--threshold {threshold}: expected a probability, from 0 to 1")
         if precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"--precision {precision}: expected fp32, bf16 or fp16")
+        if format not in ("png", "parquet"):
+            raise ValueError(f"--format {format}: expected png or parquet")
         out.mkdir(parents=True, exist_ok=True)
+        job = Job(named, model, pretrained, _config(config), backend, device, precision, threshold, pamr)
+        done, skipped, rate = 0, 0, _Rate()
         if found:
-            with _loading(model):
-                segmenter = Segmenter(
-                    model,
-                    pretrained,
-                    config=_config(config),
-                    backend=backend,
-                    device=_device(device),
-                    precision=precision,
-                )
-        done = skipped = 0
-        with _progress() as progress:
-            for path, result in progress.track(found, description="segmenting"):
-                files = [out / result.parent / f"{result.name}{suffix}" for suffix in OUTPUTS]
-                if not overwrite and any(file.exists() for file in files):
-                    if _same_picture(files[-1], path):
-                        skipped += 1
-                    else:
-                        failed.append(
-                            (str(path), f"another picture's results are in {files[0].parent} under this name")
-                        )
-                    continue
-                try:
-                    _segment_one(segmenter, path, named, threshold, pamr, files)
-                    done += 1
-                except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch's lack of memory is the last
-                    failed.append((str(path), str(error)))
+            with start(engine, workers, device) as where:
+                _device(where.here)
+                with _loading(model):
+                    segmenter = job.segmenter(where.here)
+                if format == "png":
+                    tasks, skipped, clashing = plan_files(found, out, overwrite)
+                    failed += clashing
+                else:
+                    tasks, skipped = plan_shards(found, out, job.described(segmenter), overwrite)
+                with _progress() as progress:
+                    bar = progress.add_task("segmenting", total=sum(len(task["pictures"]) for task in tasks))
+                    for result in where.results(lambda: Writer(job, segmenter), partial(Writer, job), tasks):
+                        done += result["done"]
+                        failed += map(tuple, result["failed"])
+                        rate.add(result["done"] + len(result["failed"]))
+                        progress.update(bar, completed=rate.count)
     _print_failed(failed)
     counts = [f"{done} segmented into {escape(str(out))}"]
     counts += [f"{skipped} left as they were, for results exist (--overwrite replaces them)"] if skipped else []
     counts += [f"{len(failed)} failed"] if failed else []
+    counts += [str(rate)] if str(rate) else []
     console.print("; ".join(counts), highlight=False, soft_wrap=True)
     raise typer.Exit(1 if failed else 0)
 
 
-def _same_picture(record: Path, path: Path) -> bool:
-    """Whether the results recorded there are of a picture of this file name; a missing or strange record says yes."""
-    try:
-        return Path(json.loads(record.read_text("utf-8"))["image"]).name == _printable(path.name)
-    except (OSError, ValueError, KeyError, TypeError):
-        return True
+class _Rate:
+    """Pictures a second, from the first result on: what comes before is mostly start."""
 
+    def __init__(self) -> None:
+        self.count = self._first = 0
+        self._began = self._now = 0.0
 
-def _printable(path: Path | str) -> str:
-    return os.fsencode(path).decode("utf-8", "replace")
+    def add(self, pictures: int) -> None:
+        self.count, self._now = self.count + pictures, time.monotonic()
+        if not self._first:
+            self._first, self._began = pictures, self._now
 
-
-def _segment_one(
-    segmenter, path: Path, named: list[tuple[str, ...]], threshold: float | None, pamr: bool, files: list[Path]
-) -> None:
-    began = time.perf_counter()
-    result = segmenter(path, named, threshold=threshold, pamr=pamr)
-    seconds = time.perf_counter() - began
-    mask, overlay, record = files
-    mask.parent.mkdir(parents=True, exist_ok=True)
-    shares = result.shares
-    text = json.dumps(
-        {
-            "image": _printable(path),
-            "width": result.image.width,
-            "height": result.image.height,
-            "classes": [
-                {"index": index, "name": names[0], "synonyms": names[1:], "share": shares[names[0]]}
-                for index, names in enumerate(named)
-            ],
-            "threshold": threshold,
-            "pamr": pamr,
-            "nothing": result.nothing,
-            "model": segmenter.name,
-            "pretrained": segmenter.pretrained,
-            "config": json.loads(segmenter.config.to_json()),
-            "seconds": round(seconds, 3),
-            "rfclip": __version__,
-        },
-        indent=2,
-        ensure_ascii=False,
-    )
-    write_whole(
-        {
-            mask: lambda part: result.mask().save(part, format="PNG"),
-            overlay: lambda part: result.overlay().save(part, format="PNG"),
-            record: lambda part: part.write_text(text + "\n", "utf-8"),
-        }
-    )
+    def __str__(self) -> str:
+        pictures, seconds = self.count - self._first, self._now - self._began
+        return f"{pictures / seconds:.2f} pictures a second after the first" if pictures and seconds else ""
 
 
 @app.command()
@@ -436,6 +413,8 @@ def evaluate(
     device: Device = "cpu",
     backend: Backend = "auto",
     config: Config = None,
+    engine: EngineName = "local",
+    workers: Workers = None,
     out: RunFolder = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -448,7 +427,7 @@ def evaluate(
         if every == (benchmark is not None):
             raise ValueError("give one benchmark's NAME, or --all")
         if benchmark == "scenes":
-            _scenes_only({"--root": root, "--limit": limit, "--batch": batch, "--pamr": pamr})
+            _scenes_only(root=root, limit=limit, batch=batch, pamr=pamr, engine=engine != "local", workers=workers)
             _check_new(out, overwrite)
             from rfclip.config import RefocusConfig
             from rfclip.evaluate import injected, methods
@@ -464,15 +443,17 @@ def evaluate(
                 )
             return
         chosen = _find_benchmarks(None if every else benchmark, root, limit, inject_distraction)
-        out = out or Path("rfclip-runs", benchmark or "")
-        clip, refocusing = _load(model, pretrained, device, config)
-        results = []
-        for found, pairs in chosen:
-            folder = out / found.name if every else out
-            names = (model, pretrained)
-            results.append(_score(found, pairs, root, folder, clip, names, refocusing, backend, batch, pamr, overwrite))
-        from rfclip.runs import table_rows
+        from rfclip.engines import start
+        from rfclip.runs import Setup, table_rows
 
+        out = out or Path("rfclip-runs", benchmark or "")
+        results = []
+        with start(engine, workers, device) as where:
+            clip, refocusing = _load(model, pretrained, where.here, config)
+            for found, pairs in chosen:
+                folder = out / found.name if every else out
+                setup = Setup(found.name, root, model, pretrained, refocusing, backend, device, batch, pamr)
+                results.append(_score(setup, pairs, folder, clip, where, overwrite))
         rows = table_rows(results, model, pretrained, pamr)
         heads = ("benchmark", "pictures", "mIoU %", "paper %", "difference")
         _print_table(heads, rows, f"{model}, {pretrained or 'its own weights'}", out / "table2.md" if every else None)
@@ -495,6 +476,8 @@ def ablate(
     device: Device = "cpu",
     backend: Backend = "auto",
     config: Config = None,
+    engine: EngineName = "local",
+    workers: Workers = None,
     out: RunFolder = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -502,28 +485,30 @@ def ablate(
     with _clear_errors(), _warnings_to(lambda text: console.print(text, highlight=False, soft_wrap=True)):
         from rfclip.ablations import variants
 
-        scenes = benchmark == "scenes"
-        if scenes:
-            _scenes_only({"--root": root, "--limit": limit, "--batch": batch, "--pamr": pamr})
+        if benchmark == "scenes":
+            _scenes_only(root=root, limit=limit, batch=batch, pamr=pamr, engine=engine != "local", workers=workers)
             _check_new(out, overwrite)
-        ((found, pairs),) = [(None, None)] if scenes else _find_benchmarks(benchmark, root, limit, inject_distraction)
-        clip, refocusing = _load(model, pretrained, device, config)
-        if scenes and inject_distraction:
             from rfclip.evaluate import injected
 
-            refocusing = injected(refocusing)
-        configs = variants(ablation, refocusing, len(clip.visual.transformer.resblocks))
-        if scenes:
+            clip, refocusing = _load(model, pretrained, device, config)
+            refocusing = injected(refocusing) if inject_distraction else refocusing
+            configs = variants(ablation, refocusing, len(clip.visual.transformer.resblocks))
             title = f"ablation {ablation}, {count} scenes, seed {seed}, {model}"
             _score_scenes(clip, configs, title, count, seed, inject_distraction, backend, out)
             return
+        ((found, pairs),) = _find_benchmarks(benchmark, root, limit, inject_distraction)
+        from rfclip.engines import start
+        from rfclip.runs import Setup
+
         out = out or Path("rfclip-runs", f"{benchmark}-ablation-{ablation}")
         rows = []
-        for number, (label, choice) in enumerate(configs.items(), 1):
-            folder = out / f"variant-{number}"
-            names = (model, pretrained)
-            result = _score(found, pairs, root, folder, clip, names, choice, backend, batch, pamr, overwrite)
-            rows.append((label, f"{100 * result.miou:.1f}"))
+        with start(engine, workers, device) as where:
+            clip, refocusing = _load(model, pretrained, where.here, config)
+            configs = variants(ablation, refocusing, len(clip.visual.transformer.resblocks))
+            for number, (label, choice) in enumerate(configs.items(), 1):
+                setup = Setup(found.name, root, model, pretrained, choice, backend, device, batch, pamr)
+                result = _score(setup, pairs, out / f"variant-{number}", clip, where, overwrite)
+                rows.append((label, f"{100 * result.miou:.1f}"))
         title = f"ablation {ablation}, {found.title}, {len(pairs)} pictures, {model}"
         _print_table(("variant", "mIoU %"), rows, title, out / "ablation.md")
         out_console.print(f"Written to {out}.", soft_wrap=True, highlight=False)
@@ -551,10 +536,10 @@ def prepare(
         out_console.print(f"{len(written)} files, the last one {written[-1]}", soft_wrap=True, highlight=False)
 
 
-def _scenes_only(options: dict[str, object]) -> None:
-    for option, given in options.items():
+def _scenes_only(**options: object) -> None:
+    for name, given in options.items():
         if given:
-            raise ValueError(f"{option} does not go with scenes")
+            raise ValueError(f"--{name} does not go with scenes")
 
 
 def _load(model: str, pretrained: str | None, device: str, config: Path | None):
@@ -581,30 +566,18 @@ def _find_benchmarks(name: str | None, root: Path | None, limit: int | None, inj
     return [(benchmark, benchmark.pairs(root)[:limit]) for benchmark in chosen]
 
 
-def _score(
-    benchmark,
-    pairs: list[tuple[Path, Path]],
-    root: Path,
-    folder: Path,
-    clip,
-    names: tuple[str, str | None],
-    config,
-    backend: str,
-    batch: int | None,
-    pamr: bool,
-    overwrite: bool,
-):
-    """Score a config of a model, of these names, on a benchmark in a folder, or go on with it; returns the result."""
-    from rfclip.models import load_tokenizer
-    from rfclip.runs import Run, segmenter_for, settings
+def _score(setup, pairs: list[tuple[Path, Path]], folder: Path, clip, engine, overwrite: bool):
+    """Do a run in a folder, or go on with it, the model being here already; returns the result."""
+    from rfclip.runs import Run, Scorer
 
-    options = {"config": config, "backend": backend, "batch": batch, "tokenizer": load_tokenizer(names[0])}
-    with segmenter_for(benchmark, clip, **options) as segmenter, _progress() as progress:
-        run = Run(folder, settings(segmenter, benchmark, *names, pamr), overwrite=overwrite)
-        task = progress.add_task(benchmark.title, total=len(pairs))
-        for _ in run.score(segmenter, benchmark, pairs, root, pamr):
-            progress.advance(task)
-        return run.finish(segmenter, benchmark, pairs, root, pamr)
+    there = replace(setup, root=setup.root.absolute())
+    with setup.segmenter(clip) as segmenter, _progress() as progress:
+        run, scorer = Run(folder, setup.settings(segmenter), overwrite=overwrite), Scorer(setup, segmenter)
+        todo = run.missing(pairs, setup.root)
+        bar = progress.add_task(scorer.benchmark.title, total=len(pairs), completed=len(pairs) - len(todo))
+        for _ in run.keep(engine.results(lambda: scorer, partial(Scorer, there), todo)):
+            progress.advance(bar)
+        return run.finish(scorer, pairs)
 
 
 def _print_table(heads: tuple[str, ...], rows: list[tuple[str, ...]], title: str, path: Path | None) -> None:

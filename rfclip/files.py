@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 
 def write_whole(saves: dict[Path, Callable[[Path], object]]) -> None:
-    """Save each file under a temporary name beside its own, and rename them once all are written."""
-    parts = {path: path.with_name(f".{path.name}.part") for path in saves}
+    """Save each file under a temporary name beside its own, and rename them once all are written.
+
+    The temporary names are of this call alone, so that two processes may write the same file.
+    """
+    mark = uuid.uuid4().hex[:8]
+    parts = {path: path.with_name(f".{mark}-{number}.part") for number, path in enumerate(saves)}
     try:
         for path, save in saves.items():
             save(parts[path])

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,12 @@ from PIL import Image
 from torch import nn
 
 from rfclip import __version__
-from rfclip.benchmarks import Benchmark, Pair
+from rfclip.benchmarks import BENCHMARKS, Benchmark, Pair
+from rfclip.config import RefocusConfig
 from rfclip.evaluate import confusion_matrix, intersection_over_union
 from rfclip.files import write_whole
 from rfclip.images import to_rgb
+from rfclip.models import load_model, load_tokenizer
 from rfclip.segmenter import Segmentation, Segmenter
 
 LONG_SIDE, WINDOW = 2048, 224  # sides of pictures are given for windows of 224, and scaled for others
@@ -37,7 +39,7 @@ class Result:
 
     Attributes:
         images: how many pictures were scored.
-        seconds: spent on them.
+        seconds: spent on them, summed over workers.
         confusion: pixels by label (rows) and prediction (columns), int64 [C, C].
     """
 
@@ -73,47 +75,85 @@ class Result:
         }
 
 
-def segmenter_for(benchmark: Benchmark, model: nn.Module, **options) -> Segmenter:
-    """A segmenter of the benchmark's sizes, in the model's own windows; options are `Segmenter`'s."""
-    window = int(np.max(model.visual.image_size))
-    short_side, long_side = (round(side * window / WINDOW) for side in (benchmark.short_side, LONG_SIDE))
-    return Segmenter(model, short_side=short_side, long_side=long_side, **options)
-
-
-def settings(
-    segmenter: Segmenter, benchmark: Benchmark, model: str, pretrained: str | None, pamr: bool
-) -> dict[str, object]:
-    """What a result depends on: a run goes on only where all of it is as it was."""
-    return {
-        "benchmark": benchmark.name,
-        "model": model,
-        "pretrained": pretrained,
-        "weights": segmenter.digest(),
-        "config": json.loads(segmenter.config.to_json()),
-        "backend": segmenter.backend,
-        "short_side": segmenter.short_side,
-        "long_side": segmenter.long_side,
-        "window": segmenter.window,
-        "stride": segmenter.stride,
-        "logit_scale": segmenter.logit_scale,
-        "threshold": benchmark.threshold,
-        "pamr": pamr,
-        "rfclip": __version__,
-    }
-
-
 @dataclass(frozen=True)
-class Scored:
-    """What a run keeps of a picture: seconds, and [label, prediction, pixels] where there are any."""
+class Setup:
+    """All that a run needs, by names, so that a worker elsewhere can make it; fields are the command line's options."""
 
-    seconds: float
-    pixels: list[list[int]]
+    benchmark: str
+    root: Path
+    model: str
+    pretrained: str | None
+    config: RefocusConfig
+    backend: str = "auto"
+    device: str = "cpu"
+    batch: int | None = None
+    pamr: bool = False
 
-    def confusion(self, classes: int) -> np.ndarray:
-        matrix = np.zeros((classes, classes), np.int64)
-        for label, prediction, pixels in self.pixels:
-            matrix[label, prediction] = pixels
-        return matrix
+    def load(self) -> nn.Module:
+        """The model."""
+        return load_model(self.model, self.pretrained, device=self.device)
+
+    def segmenter(self, model: nn.Module) -> Segmenter:
+        """A segmenter of the benchmark's sizes, in the model's own windows; on another device on any backend."""
+        window = int(np.max(model.visual.image_size))
+        sides = (BENCHMARKS[self.benchmark].short_side, LONG_SIDE)
+        short_side, long_side = (round(side * window / WINDOW) for side in sides)
+        return Segmenter(
+            model,
+            config=self.config,
+            backend=self.backend if model.visual.conv1.weight.device.type == self.device.partition(":")[0] else "auto",
+            batch=self.batch,
+            tokenizer=load_tokenizer(self.model),
+            short_side=short_side,
+            long_side=long_side,
+        )
+
+    def settings(self, segmenter: Segmenter) -> dict[str, object]:
+        """What a result depends on: a run goes on only where all of it is as it was."""
+        return {
+            "benchmark": self.benchmark,
+            "model": self.model,
+            "pretrained": self.pretrained,
+            "weights": segmenter.digest(),
+            "config": json.loads(segmenter.config.to_json()),
+            "backend": self.backend,
+            "short_side": segmenter.short_side,
+            "long_side": segmenter.long_side,
+            "window": segmenter.window,
+            "stride": segmenter.stride,
+            "logit_scale": segmenter.logit_scale,
+            "threshold": BENCHMARKS[self.benchmark].threshold,
+            "pamr": self.pamr,
+            "rfclip": __version__,
+        }
+
+
+class Scorer:
+    """A worker (see `rfclip.engines`) that scores a picture: {"image": path below the root, "labels": path} in.
+
+    Out come the image, the seconds it took, and [label, prediction, pixels] where there are any.
+    """
+
+    def __init__(self, setup: Setup, segmenter: Segmenter | None = None):
+        self.setup, self.benchmark = setup, BENCHMARKS[setup.benchmark]
+        self.segmenter = setup.segmenter(setup.load()) if segmenter is None else segmenter
+
+    def __call__(self, task: dict[str, str]) -> dict[str, object]:
+        began = time.perf_counter()
+        root, classes = self.setup.root, len(self.benchmark.classes)
+        predicted, wanted = self.predict(root / task["image"], root / task["labels"])
+        confusion = confusion_matrix(wanted, predicted.labels, classes)
+        rows, columns = np.nonzero(confusion)
+        pixels = np.stack([rows, columns, confusion[rows, columns]], axis=1).tolist()
+        return {"image": task["image"], "seconds": time.perf_counter() - began, "pixels": pixels}
+
+    def predict(self, image: Path, labels: Path) -> tuple[Segmentation, np.ndarray]:
+        """What a picture is segmented into, and its labels, uint8 [H, W] each, at the size of the file."""
+        benchmark, rgb = self.benchmark, to_rgb(image)
+        wanted = benchmark.read_labels(labels, rgb.size[::-1])
+        found = self.segmenter.segment(rgb, benchmark.classes, threshold=benchmark.threshold, pamr=self.setup.pamr)
+        predicted = np.where(found.labels == found.nothing, 0, found.labels) if benchmark.background else found.labels
+        return replace(found, labels=predicted, classes=tuple(benchmark.class_names)), wanted
 
 
 class Run:
@@ -142,8 +182,8 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole({path: lambda part: part.write_text(json.dumps(described, indent=2) + "\n", "utf-8")})
 
-    def done(self) -> dict[str, Scored]:
-        """The pictures scored so far, by name."""
+    def done(self) -> dict[str, dict]:
+        """What `Scorer` found, by image."""
         if not self._lines.exists():
             return {}
         text = self._lines.read_bytes()
@@ -151,38 +191,32 @@ class Run:
         if len(whole) < len(text):  # stopped in the middle of a line
             with self._lines.open("r+b") as file:
                 file.truncate(len(whole))
-        records = map(json.loads, whole.splitlines())
-        return {record["image"]: Scored(record["seconds"], record["pixels"]) for record in records}
+        return {record["image"]: record for record in map(json.loads, whole.splitlines())}
 
-    def score(
-        self, segmenter: Segmenter, benchmark: Benchmark, pairs: list[Pair], root: Path, pamr: bool
-    ) -> Iterator[str]:
-        """Score the pictures that are not done, one a step, and yield each one's name."""
-        done, classes = self.done(), benchmark.classes
+    def missing(self, pairs: list[Pair], root: Path) -> list[dict[str, str]]:
+        """The tasks for a `Scorer` that are not done."""
+        done = self.done()
+        tasks = [{"image": _below(image, root), "labels": _below(labels, root)} for image, labels in pairs]
+        return [task for task in tasks if task["image"] not in done]
+
+    def keep(self, records: Iterable[dict]) -> Iterator[str]:
+        """Keep what a `Scorer` found, each as it comes, and yield its image."""
         with self._lines.open("a", encoding="utf-8") as file:
-            for image, labels in pairs:
-                name = str(image.relative_to(root))
-                if name not in done:
-                    began = time.perf_counter()
-                    predicted, wanted = predict(segmenter, benchmark, image, labels, pamr)
-                    confusion = confusion_matrix(wanted, predicted.labels, len(classes))
-                    rows, columns = np.nonzero(confusion)
-                    pixels = np.stack([rows, columns, confusion[rows, columns]], axis=1).tolist()
-                    scored = Scored(time.perf_counter() - began, pixels)
-                    file.write(json.dumps({"image": name} | asdict(scored)) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                yield name
+            for record in records:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                yield record["image"]
 
-    def finish(self, segmenter: Segmenter, benchmark: Benchmark, pairs: list[Pair], root: Path, pamr: bool) -> Result:
+    def finish(self, scorer: Scorer, pairs: list[Pair]) -> Result:
         """Sum up the pictures, all of which are scored, and write what came out."""
-        done, classes = self.done(), len(benchmark.classes)
-        found = {pair: done[str(pair[0].relative_to(root))] for pair in pairs}
-        confusion = sum(scored.confusion(classes) for scored in found.values())
-        result = Result(benchmark, len(pairs), sum(scored.seconds for scored in found.values()), confusion)
-        rated = [(_mean_iou(scored.confusion(classes)), pair) for pair, scored in found.items()]
+        done, benchmark, root = self.done(), scorer.benchmark, scorer.setup.root
+        records = [done[_below(image, root)] for image, _ in pairs]
+        confusions = [_confusion(record, len(benchmark.classes)) for record in records]
+        result = Result(benchmark, len(pairs), sum(record["seconds"] for record in records), sum(confusions))
+        rated = zip(map(_mean_iou, confusions), pairs, strict=True)
         worst = sorted((miou, pair) for miou, pair in rated if not np.isnan(miou))[:WORST]
-        text = markdown(result, self.settings, [(miou, str(pair[0].relative_to(root))) for miou, pair in worst])
+        text = markdown(result, self.settings, [(miou, _below(pair[0], root)) for miou, pair in worst])
         record = json.dumps(self.settings | result.figures(), indent=2) + "\n"
         writers: tuple[Callable[[Path], object], ...] = (
             lambda part: part.write_text(record, "utf-8"),
@@ -191,21 +225,22 @@ class Run:
         )
         saves = {self.folder / name: writer for name, writer in zip(RESULTS, writers, strict=True)}
         for rank, (_, pair) in enumerate(worst, 1):
-            beside = _beside(*predict(segmenter, benchmark, *pair, pamr), benchmark)
+            beside = _beside(*scorer.predict(*pair))
             saves[self.folder / f"worst-{rank}.jpg"] = lambda part, beside=beside: beside.save(part, "JPEG", quality=90)
         write_whole(saves)
         return result
 
 
-def predict(
-    segmenter: Segmenter, benchmark: Benchmark, image: Path, labels: Path, pamr: bool
-) -> tuple[Segmentation, np.ndarray]:
-    """What a picture is segmented into, and its labels, uint8 [H, W] each, at the size of the file."""
-    rgb = to_rgb(image)
-    wanted = benchmark.read_labels(labels, rgb.size[::-1])
-    found = segmenter.segment(rgb, benchmark.classes, threshold=benchmark.threshold, pamr=pamr)
-    predicted = np.where(found.labels == found.nothing, 0, found.labels) if benchmark.background else found.labels
-    return replace(found, labels=predicted, classes=tuple(benchmark.class_names)), wanted
+def _below(path: Path, root: Path) -> str:
+    return str(path.relative_to(root))
+
+
+def _confusion(record: dict, classes: int) -> np.ndarray:
+    """Pixels by label and prediction, int64 [C, C], from what a `Scorer` found."""
+    matrix = np.zeros((classes, classes), np.int64)
+    for label, prediction, pixels in record["pixels"]:
+        matrix[label, prediction] = pixels
+    return matrix
 
 
 def table_rows(results: list[Result], model: str, pretrained: str | None, pamr: bool) -> list[tuple[str, ...]]:
@@ -228,11 +263,11 @@ def table_rows(results: list[Result], model: str, pretrained: str | None, pamr: 
 def markdown(result: Result, described: dict[str, object], worst: list[tuple[float, str]]) -> str:
     """The figures, those of each class, the worst pictures, and what was run."""
     benchmark = result.benchmark
-    rate = result.images / max(result.seconds, 1e-9)
+    each = result.seconds / max(result.images, 1)
     lines = [
         f"# {benchmark.title}: {100 * result.miou:.2f} % mIoU",
         "",
-        f"{result.images} pictures, pixel accuracy {100 * result.pixel_accuracy:.2f} %, {rate:.2f} pictures a second.",
+        f"{result.images} pictures, pixel accuracy {100 * result.pixel_accuracy:.2f} %, {each:.2f} s a picture.",
         "",
         "| class | IoU % | share of the pixels % |",
         "| --- | --- | --- |",
@@ -268,7 +303,7 @@ def picture(result: Result) -> Figure:
     return figure
 
 
-def _beside(found: Segmentation, wanted: np.ndarray, benchmark: Benchmark) -> Image.Image:
+def _beside(found: Segmentation, wanted: np.ndarray) -> Image.Image:
     """What was predicted, left, and what the labels say, right."""
     pictures = [found.overlay(), replace(found, labels=wanted).overlay()]
     canvas = Image.new("RGB", (sum(p.width for p in pictures) + 8, max(p.height for p in pictures)), "white")

@@ -26,6 +26,7 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_segmentation_masks
 
 from rfclip.config import TINY, RefocusConfig
+from rfclip.files import write_whole
 from rfclip.images import ImageLike, to_rgb
 from rfclip.models import check_model, load_model, load_tokenizer, open_clip_name
 from rfclip.plugin import RefocusedForward, refocus
@@ -79,7 +80,7 @@ class Segmentation:
 
     Attributes:
         image: the picture, RGB, turned upright.
-        labels: [H, W], uint8 (uint16 from 255 classes on): the index in `classes`, or `nothing`.
+        labels: [H, W], uint8 (uint16 from 256 classes on): the index in `classes`, or `nothing`.
         classes: the first name of each class.
         probabilities: [C, H, W] float32, the largest of each class's names, on demand, else None.
     """
@@ -380,9 +381,7 @@ class Segmenter:
         embeddings = make()
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the result
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{key}.{os.getpid()}.part")
-            save_file({"embeddings": embeddings}, part)
-            os.replace(part, path)
+            write_whole({path: lambda part: save_file({"embeddings": embeddings}, part)})
         return embeddings
 
     @torch.inference_mode()

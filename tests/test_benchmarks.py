@@ -1,6 +1,7 @@
 """Benchmarks in miniature, each in its layout on disk, whose mIoU is known by hand; stopped runs; bad files."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,8 @@ from rfclip.ablations import ABLATIONS, variants
 from rfclip.benchmarks import BENCHMARKS
 from rfclip.cli import app
 from rfclip.prepare import coco_object, context
-from rfclip.runs import Run, table_rows
-from rfclip.segmenter import Segmentation
+from rfclip.runs import Run, Scorer, Setup, table_rows
+from rfclip.segmenter import Segmentation, Segmenter
 
 SIZE = (16, 24)  # height and width
 
@@ -103,13 +104,16 @@ class Reader:
         return Segmentation(rgb, labels, tuple(names[0] for names in named))
 
 
+def setup(root, name):
+    return Setup(name, root, "rfclip-tiny", None, RefocusConfig(distraction_dims=()))
+
+
 def score(root, name, folder, segmenter=None, **options):
-    benchmark = BENCHMARKS[name]
-    run = Run(folder, {"benchmark": name, **options})
-    pairs, segmenter = benchmark.pairs(root), segmenter or Reader()
-    for _ in run.score(segmenter, benchmark, pairs, root, False):
+    scorer = Scorer(setup(root, name), segmenter or Reader())
+    run, pairs = Run(folder, {"benchmark": name, **options}), BENCHMARKS[name].pairs(root)
+    for _ in run.keep(map(scorer, run.missing(pairs, root))):
         pass
-    return run.finish(segmenter, benchmark, pairs, root, False)
+    return run.finish(scorer, pairs)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -146,7 +150,7 @@ def test_background_is_what_no_class_is_sure_of(tmp_path):
         segment=lambda rgb, named, threshold, pamr: Segmentation(rgb, np.full(SIZE, 255, np.uint8), ("a",) * len(named))
     )
     root = make(tmp_path, "voc21")
-    predicted, _ = runs.predict(found, BENCHMARKS["voc21"], *BENCHMARKS["voc21"].pairs(root)[0], False)
+    predicted, _ = Scorer(setup(root, "voc21"), found).predict(*BENCHMARKS["voc21"].pairs(root)[0])
     assert (predicted.labels == 0).all()
 
 
@@ -283,9 +287,8 @@ def test_evaluate_all(tmp_path, monkeypatch):
     for name in BENCHMARKS:
         if name not in ("voc20", "context59"):
             make(Path("data"), name)
-    whole = runs.segmenter_for
-    one_prompt = [lambda name: f"a {name}."]
-    monkeypatch.setattr(runs, "segmenter_for", lambda *given, **named: whole(*given, templates=one_prompt, **named))
+    one_prompt = partial(Segmenter, templates=[lambda name: f"a {name}."])
+    monkeypatch.setattr(runs, "Segmenter", one_prompt)
     result = run("evaluate", "--all", "--root", "data", "--limit", 1, "--batch", 4)
     assert result.exit_code == 0, result.output
     rows = Path("rfclip-runs/table2.md").read_text().splitlines()
