@@ -38,11 +38,13 @@ def variants(ablation: str, config: RefocusConfig, layers: int) -> dict[str, Ref
         f"blocks {third + 1} to {layers - third}": tuple(range(third + 1, layers - third + 1)),
         f"blocks {layers - third + 1} to {layers}": tuple(range(layers - third + 1, layers + 1)),
     }
+    uncut = {"similarity": "kk-mean", "cut_threshold": "mean"}  # where nothing is cut, these are the only legal ones
+    alone = {"neighbourhood": 3}  # and this where no neighbour is read
     changes: dict[str, dict[str, object]] = {
         "1": {
             "no refocusing": {"distraction_dims": ()},
-            "attention masked to -inf": {"embedding": "none", "target": "rest", "beta": 1.0},
-            "embeddings clamped": {"embedding": "clamp", "beta": 0.0},
+            "attention masked to -inf": {"embedding": "none", "target": "rest", "beta": 1.0} | uncut | alone,
+            "embeddings clamped": {"embedding": "clamp", "beta": 0.0} | alone,
             "mean filter": {"embedding": "mean", "beta": 0.0},
             "median filter": {"embedding": "median", "beta": 0.0},
             "RF-CLIP": {},
@@ -51,9 +53,9 @@ def variants(ablation: str, config: RefocusConfig, layers: int) -> dict[str, Ref
             "(I) layer-averaged kk": {"distraction_dims": ()},
             "(II) mean filter, random tokens": {"tokens": "random", "embedding": "mean", "beta": 0.0},
             "(III) mean filter, distraction tokens": {"embedding": "mean", "beta": 0.0},
-            "(IV) attention redistribution": {"embedding": "none", "target": "non-distraction"},
+            "(IV) attention redistribution": {"embedding": "none", "target": "non-distraction"} | uncut | alone,
             "(V) embedding redistribution": {"beta": 0.0},
-            "(VI) both": {"target": "non-distraction"},
+            "(VI) both": {"target": "non-distraction"} | uncut,
             "(VII) both, defocus localization": {},
         },
         "5": {
@@ -61,7 +63,11 @@ def variants(ablation: str, config: RefocusConfig, layers: int) -> dict[str, Ref
             **{f"cut at {name}": {"cut_threshold": name} for name in ("otsu", "mean")},
             **{f"neighbourhood {side} x {side}": {"neighbourhood": side} for side in (3, 5, 7)},
         },
-        "6": {f"to {name}": {"target": name} for name in ("non-distraction", "cls", "defocused")},
+        "6": {
+            "to non-distraction": {"target": "non-distraction"} | uncut,
+            "to cls": {"target": "cls"} | uncut,
+            "to defocused": {},
+        },
         "7": {
             **{f"proxy {name}": {"proxy": name} for name in ("qk", "qq", "vv", "kk", "kk-mean")},
             **{name: {"layers": numbers} for name, numbers in (blocks | {"all blocks": None}).items()},

@@ -13,6 +13,7 @@ from rfclip import eager, reference
 from rfclip_kernels.checks import interpreted
 
 BACKENDS = ("auto", "eager", "reference", "triton")
+_MODULES = {"reference": reference, "eager": eager, "triton": rfclip_kernels}
 HEADS_BUDGET = 128 << 20  # bytes that "eager" may take for sums over layers of each head's attention
 
 
@@ -49,10 +50,14 @@ def functions(backend: str) -> SimpleNamespace:
 
     `heads_budget` says how many bytes `key_similarity` and `proxy_attention` may share in `heads`.
     """
-    module = {"reference": reference, "eager": eager, "triton": rfclip_kernels}[backend]
     found = {name: getattr(reference, name) for name in reference.__all__}
-    found |= {name: getattr(module, name) for name in module.__all__}
+    found |= {name: getattr(_MODULES[backend], name) for name in _MODULES[backend].__all__}
     return SimpleNamespace(**found, heads_budget=HEADS_BUDGET if backend == "eager" else 0)
+
+
+def borrowed(backend: str) -> list[str]:
+    """The names of the functions that a backend takes from the reference."""
+    return sorted(set(reference.__all__) - set(_MODULES[backend].__all__)) if backend != "reference" else []
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

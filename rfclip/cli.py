@@ -351,7 +351,7 @@ def info(device: Device = "cpu", backend: Backend = "auto") -> None:
 
         import torch
 
-        from rfclip.backends import choose
+        from rfclip.backends import borrowed, choose
 
         table = Table(show_header=False)
         table.add_row("rfclip", __version__)
@@ -365,6 +365,7 @@ def info(device: Device = "cpu", backend: Backend = "auto") -> None:
         table.add_row("GPUs", ", ".join(gpus) or "none that PyTorch can use")
         chosen = choose(backend, _device(device), torch.float32)
         table.add_row(f"backend on {device}", f"{chosen.backend}: {chosen.reason}")
+        table.add_row("of it in the reference's PyTorch", ", ".join(borrowed(chosen.backend)) or "nothing")
         out_console.print(table)
 
 

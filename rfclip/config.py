@@ -45,8 +45,13 @@ class RefocusConfig:
             last layer (table 7), all without residual and MLP; "none" runs the last block as it was.
         layers: numbers, from 1, of the blocks whose input is refocused; None means all (table 7).
 
+    Clamping and the mean and median filters run on the reference's PyTorch in every backend, and random tokens are
+    drawn on the host; all other choices run on the Triton kernels where that is the backend.
+
     Raises:
-        ValueError: for a value that is not among those listed.
+        ValueError: for a value that is not among those listed, or one that another choice leaves without an effect: a
+            neighbourhood where no neighbour is read, a similarity or threshold where nothing is cut, or random tokens
+            to clamp, which only those over the threshold can be.
     """
 
     distraction_dims: tuple[int, ...]
@@ -81,6 +86,25 @@ class RefocusConfig:
                 raise ValueError(f"{name}={value!r}: expected a number of at least {least}{upper}")
         if not isinstance(self.shifted, bool):
             raise ValueError(f"shifted={self.shifted!r}: expected True or False")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.embedding in ("clamp", "none"):
+            self._refuse_unread("neighbourhood", "embedding", "'redistribute', 'mean' or 'median'")
+        if self.target != "defocused":
+            for name in ("similarity", "cut_threshold"):
+                self._refuse_unread(name, "target", "'defocused'")
+        if self.embedding == "clamp":
+            self._refuse_unread("tokens", "embedding", "'redistribute', 'mean' or 'median'")
+
+    def _refuse_unread(self, name: str, other: str, readers: str) -> None:
+        """Refuse a choice that is not the default's, where only some values of another field read it."""
+        value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+        if value != default:
+            raise ValueError(
+                f"{name}={value!r} has no effect with {other}={getattr(self, other)!r}: "
+                f"take {other}={readers}, or {name}={default!r}"
+            )
 
     def check_tower(self, width: int, layers: int) -> None:
         """Raise ValueError where a dimension or a block lies outside a tower of that width and number of blocks."""

@@ -354,6 +354,10 @@ def test_variants():
         full = found.count(config)
         assert full == {"5": 3, "7": 2}.get(ablation, 1)
         assert len(set(found)) == len(found) - full + 1
+        other = RefocusConfig(
+            (1, 2), similarity="vv", cut_threshold="otsu", neighbourhood=5
+        )  # not read by all variants
+        assert len(variants(ablation, other, 12)) == len(variants(ablation, config, 12))
     assert variants("7", config, 12)["blocks 5 to 8"].layers == (5, 6, 7, 8)
     with pytest.raises(ValueError, match="expected one of 1, 4"):
         variants("2", config, 12)

@@ -13,24 +13,35 @@ from torchvision.transforms.v2 import functional as TF
 from towers import DIMS, pictures, small_clip
 
 import rfclip
+from rfclip.config import CHOICES
 from rfclip.evaluate import INJECTED_DIMS, inject_distraction
 from rfclip.images import to_rgb
 from rfclip.models import tiny_folder
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run as TRITON_INTERPRET=1 pytest tests/test_kernels_tower.py"
 
-CONFIGS = {
+CONFIGS = {  # every value of every choice is in one of them
     "paper": {},
     "received attention too": {"tau_attn": 1.0},
     "target cls": {"target": "cls"},
     "target rest, beta 1": {"target": "rest", "beta": 1.0},
+    "target non-distraction alone, proxy qk": {"target": "non-distraction", "embedding": "none", "proxy": "qk"},
     "otsu": {"cut_threshold": "otsu"},
     "similarity qq, window 5": {"similarity": "qq", "neighbourhood": 5},
+    "similarity vv, window 7, proxy vv": {"similarity": "vv", "neighbourhood": 7, "proxy": "vv"},
+    "similarity kk, proxy kk": {"similarity": "kk", "proxy": "kk"},
     "two layers": {"layers": (1, 3)},
-    "proxy qq": {"proxy": "qq"},
-    "median": {"embedding": "median"},
+    "proxy qq, raw": {"proxy": "qq", "shifted": False},
+    "proxy none, median": {"proxy": "none", "embedding": "median"},
     "clamp": {"embedding": "clamp"},
+    "mean of random tokens": {"embedding": "mean", "tokens": "random", "beta": 0.0},
 }
+
+
+def test_the_configs_cover_every_choice():
+    for name, values in CHOICES.items():
+        default = getattr(rfclip.RefocusConfig(()), name)
+        assert {changes.get(name, default) for changes in CONFIGS.values()} == set(values)
 
 
 def features(model, images, config, backend, read=rfclip.dense_features):

@@ -823,6 +823,21 @@ def test_config_values_are_checked(name, value, expected):
         assert repr(choice) in message
 
 
+@pytest.mark.parametrize(
+    "changes, without, readers",
+    [
+        ({"neighbourhood": 5, "embedding": "none"}, "neighbourhood=5 .* embedding='none'", "mean"),
+        ({"neighbourhood": 7, "embedding": "clamp"}, "neighbourhood=7 .* embedding='clamp'", "neighbourhood=3"),
+        ({"similarity": "vv", "target": "cls"}, "similarity='vv' .* target='cls'", "target='defocused'"),
+        ({"cut_threshold": "otsu", "target": "rest"}, "cut_threshold='otsu' .* target='rest'", "cut_threshold='mean'"),
+        ({"tokens": "random", "embedding": "clamp"}, "tokens='random' .* embedding='clamp'", "tokens='distraction'"),
+    ],
+)
+def test_choices_without_an_effect_are_refused(changes, without, readers):
+    with pytest.raises(ValueError, match=f"{without}: take .*{readers}"):
+        replace(DEFAULT, **changes)
+
+
 def test_config_is_frozen_hashable_and_normalized():
     config = RefocusConfig([30, 5, 17], layers=[3, 1])
     assert (config.distraction_dims, config.layers) == ((5, 17, 30), (1, 3))
