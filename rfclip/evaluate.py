@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from rfclip.benchmarks import IGNORED
 from rfclip.config import RefocusConfig
-from rfclip.plugin import PLAIN
+from rfclip.methods import PLAIN
 from rfclip.scenes import CLASSES, OBJECTS, Scene, make_scene
 from rfclip.segmenter import Segmenter
 

@@ -1,4 +1,4 @@
-"""RF-CLIP inside an open_clip model: refocus it, read dense features from it, calibrate it.
+"""A method inside an open_clip model: put it there, read dense features from it; and calibrate a model for RF-CLIP.
 
 [P n] is equation n of the paper (arXiv 2511.16170) and [D] a decision of this project where it is silent.
 """
@@ -8,169 +8,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfclip import reference
-from rfclip.backends import choose, functions
 from rfclip.config import RefocusConfig
-from rfclip.tower import Block, Tower
+from rfclip.methods import CLIP, Method, find_method
+from rfclip.tower import Tower
 
-PLAIN = RefocusConfig(distraction_dims=(), proxy="none")  # the tower as it was
 MAX_DIMS = 8  # a calibration keeps at most this many dimensions [D]
 
 _patching = threading.Lock()
 
 
-class RefocusedForward:
-    """The forward of a refocused image tower. It keeps no tensor between calls, so threads can share it."""
-
-    def __init__(self, tower: Tower, config: RefocusConfig, backend: str):
-        self.tower, self.config, self.backend = tower, config, backend
-        self._chosen: tuple[torch.device, torch.dtype, SimpleNamespace] | None = None
-        self.ops  # noqa: B018  a backend that cannot run here is refused now
-
-    @property
-    def ops(self) -> SimpleNamespace:
-        """The functions of the method, from the backend that is right for where the weights are now."""
-        weight = self.tower.visual.conv1.weight
-        if self._chosen is None or self._chosen[:2] != (weight.device, weight.dtype):
-            chosen = choose(self.backend, weight.device, weight.dtype)
-            self._chosen = weight.device, weight.dtype, functions(chosen.backend)
-        return self._chosen[2]
-
-    def __call__(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """What the tower's own forward returns, with every block refocused and the last one run as it was."""
-        x, query_key_value, *_ = self._run(self.tower.patches(images))
-        return self.tower.pool(self.tower.blocks[-1].finish(x, F.scaled_dot_product_attention(*query_key_value)))
-
-    def dense(self, patches: Tensor) -> Tensor:
-        """Patch embeddings [B, N, C]: the last block's values gathered by the proxy attention [P 14].
-
-        `patches` [B, d, gh, gw] are the tower's, of images, or of windows that were cut out after the convolution.
-        """
-        proxy, last = self.config.proxy, self.tower.blocks[-1]
-        query = proxy not in ("kk", "kk-mean", "vv")
-        x, (q, k, v), keys, heads, count = self._run(patches, keep_keys=proxy == "kk-mean", last_query=query)
-        if proxy == "none":
-            return self.tower.readout(last.finish(x, F.scaled_dot_product_attention(q, k, v))[:, 1:])
-        if proxy == "qk":  # like the others without the row and the column of CLS, not renormalized [D]
-            without_cls = torch.cat([torch.zeros_like(v[:, :, :1]), v[:, :, 1:]], dim=2)
-            gathered = F.scaled_dot_product_attention(q, k, without_cls)[:, :, 1:]
-        elif proxy == "kk-mean":
-            gathered = self.ops.proxy_attention(keys, v, heads=heads, count=count)
-        else:
-            gathered = self.ops.proxy_attention({"kk": k, "qq": q, "vv": v}[proxy][None], v)
-        return self.tower.readout(last.project(gathered))
-
-    def _run(
-        self, patches: Tensor, keep_keys: bool = False, last_query: bool = True
-    ) -> tuple[Tensor, tuple[Tensor | None, Tensor, Tensor], Tensor | None, Tensor | None, int]:
-        """All blocks but the last one's attention.
-
-        Returns the input of the last block after its redistribution [B, T, d] and that block's q, if wanted, k and v.
-        On demand also what the proxy attention reads: the keys of the blocks [., B, H, T, D], and in place of the
-        first `count` of them, where the backend asks for it, the sum of their attention [B, H, N, N].
-        """
-        self.tower.check_eval()
-        config, ops, blocks = self.config, self.ops, self.tower.blocks
-        grid = patches.shape[2], patches.shape[3]
-        x = self.tower.embed(patches)
-        refocused = range(1, len(blocks) + 1) if config.layers is None else config.layers
-        refocused = refocused if config.distraction_dims else ()
-        cut = config.beta > 0 and config.target == "defocused"
-        # The similarity is averaged over the blocks up to this one.
-        averaged = min(max(refocused, default=0), len(blocks) - 1) if cut and config.similarity == "kk-mean" else 0
-        N, count = grid[0] * grid[1], 0
-        keys = heads = similarity = fiedler = None
-        if keep_keys and 4 * len(x) * blocks[0].heads * N * N <= ops.heads_budget:
-            count = averaged
-        for number, block in enumerate(blocks, 1):
-            distraction = None
-            if number in refocused:
-                distraction = self._locate(block, x, number)
-                if _seen_empty(distraction):
-                    distraction = None
-                else:
-                    x = self._repair(x, distraction, grid)
-            q, k, v = block.query_key_value(x, query=last_query or number < len(blocks))
-            if keep_keys and number > count:
-                keys = k.new_empty((len(blocks) - count, *k.shape)) if keys is None else keys
-                keys[number - 1 - count] = k
-            if number == len(blocks):
-                break
-            if number <= averaged:
-                if count and heads is None:
-                    heads = k.new_zeros((*k.shape[:2], N, N), dtype=reference.computing_dtype(k))
-                similarity = ops.key_similarity(k, similarity, number - 1, inplace=not k.requires_grad, heads=heads)
-            elif cut and distraction is not None:
-                similarity = ops.key_similarity({"kk": k, "qq": q, "vv": v}[config.similarity])
-            if distraction is None or config.beta == 0:
-                attended = F.scaled_dot_product_attention(q, k, v)
-            else:
-                if cut:
-                    fiedler = ops.fiedler_vector(similarity, fiedler)
-                target = self._target(distraction, fiedler)
-                attended = ops.refocused_attention(q, k, v, distraction, target, config.beta)
-            x = block.finish(x, attended)
-        return x, (q, k, v), keys, heads, count
-
-    def _locate(self, block: Block, x: Tensor, number: int) -> Tensor:
-        """T_dis, bool [B, N], from the input of a block [B, T, d]: steps 1 and 2."""
-        config, patches = self.config, x[:, 1:]
-        tau = config.tau / patches.shape[2]
-        mask = self.ops.distraction_mask(patches, config.distraction_dims, tau, shifted=config.shifted)
-        if config.tau_attn is not None:
-            q, k, _ = block.query_key_value(x)
-            mask = mask & (self.ops.received_attention(q, k) > config.tau_attn / patches.shape[1])
-        if config.tokens == "random":
-            # As many tokens of each image, the same order in each, so that an image's result depends on no other [D].
-            generator = torch.Generator().manual_seed(number)
-            rank = torch.randperm(patches.shape[1], generator=generator).to(x.device)
-            mask = rank < mask.sum(dim=1, keepdim=True)
-        return mask
-
-    def _repair(self, x: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Step 3, or its variant of table 1, on the input of a block [B, T, d], which may be overwritten."""
-        config, ops, patches = self.config, self.ops, x[:, 1:]
-        if config.embedding == "none":
-            return x
-        if config.embedding == "redistribute":
-            size, inplace = config.neighbourhood, not x.requires_grad
-            repaired = ops.redistribute_embeddings(
-                patches, mask, config.distraction_dims, grid, size=size, inplace=inplace
-            )
-            return x if inplace else torch.cat([x[:, :1], repaired], dim=1)
-        if config.embedding == "clamp":
-            tau = config.tau / patches.shape[2]
-            repaired = ops.clamp_embeddings(patches, mask, config.distraction_dims, tau, shifted=config.shifted)
-        else:
-            repaired = ops.filter_embeddings(patches, mask, grid, size=config.neighbourhood, statistic=config.embedding)
-        return torch.cat([x[:, :1], repaired], dim=1)
-
-    def _target(self, distraction: Tensor, fiedler: Tensor | None) -> Tensor:
-        """The tokens that receive the budget, bool [B, N] over patches or [B, T] over all tokens."""
-        target = self.config.target
-        if target == "defocused":
-            return self.ops.defocus_mask(fiedler, threshold=self.config.cut_threshold) & ~distraction
-        if target == "non-distraction":
-            return ~distraction
-        patches = torch.zeros_like(distraction) if target == "cls" else ~distraction
-        return F.pad(patches, (1, 0), value=True)
-
-
-def _seen_empty(mask: Tensor) -> bool:
-    """Whether no token is in the mask, so that a block stays plain; on a CPU only, where to look means no wait."""
-    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and not mask.any()
-
-
 class Handle:
     """A refocused model's way back. Use it in a `with` statement, or call `remove()`, once or often."""
 
-    def __init__(self, visual: nn.Module, forward: RefocusedForward):
+    def __init__(self, visual: nn.Module, forward: Method):
         self._visual, self._forward = visual, forward
 
     def remove(self) -> None:
@@ -183,7 +39,7 @@ class Handle:
             present = vars(self._visual).get("forward")
             if present is self._forward:
                 del self._visual.forward
-            elif present is not None and not isinstance(present, RefocusedForward):
+            elif present is not None and not isinstance(present, Method):
                 raise RuntimeError(f"the image tower's forward is now {present!r}: undo that before the refocusing")
 
     def __enter__(self) -> Handle:
@@ -193,8 +49,10 @@ class Handle:
         self.remove()
 
 
-def refocus(model: nn.Module, config: RefocusConfig | None = None, *, backend: str = "auto") -> Handle:
-    """Run RF-CLIP in an open_clip model's image tower, in place and on the model's own weights.
+def refocus(
+    model: nn.Module, config: RefocusConfig | None = None, *, method: str = "rf-clip", backend: str = "auto"
+) -> Handle:
+    """Run RF-CLIP, or another method, in an open_clip model's image tower, in place and on the model's own weights.
 
     Nothing but the tower's `forward`, on this one instance, is replaced: no weight or module is touched, `state_dict`
     stays the same, and other models stay as they are. From then on `model.encode_image` gives the CLS embedding
@@ -203,7 +61,9 @@ def refocus(model: nn.Module, config: RefocusConfig | None = None, *, backend: s
 
     Args:
         model: an open_clip CLIP model, in eval mode.
-        config: what to do; None takes the one that belongs to a model loaded by `rfclip.load_model`.
+        config: what to do; None takes the one that belongs to a model loaded by `rfclip.load_model`. Only "rf-clip" and
+            "released" have one.
+        method: one of `rfclip.methods.METHODS`.
         backend: "eager", "reference", "triton" or "auto", the best there is for where the model's weights are, or are
             moved to. A named backend is never replaced by another.
 
@@ -215,10 +75,26 @@ def refocus(model: nn.Module, config: RefocusConfig | None = None, *, backend: s
             run there.
         RuntimeError: the model is refocused already, or in training mode.
     """
-    tower = _tower(model)
+    tower, kind = _tower(model), find_method(method)
     visual = tower.visual
-    if config is None:
-        config = getattr(model, "refocus_config", None)
+    if not kind.configured and config is not None:
+        raise ValueError(f"config: method {method!r} has nothing to configure; leave it out")
+    if kind.configured:
+        config = _checked(getattr(model, "refocus_config", None) if config is None else config)
+        config.check_tower(tower.width, len(tower.blocks))
+    tower.check_eval()
+    forward = kind(tower, config, backend)
+    with _patching:
+        if "forward" in vars(visual):
+            raise RuntimeError(
+                "this model's image tower is refocused already, or patched by another library: undo that first "
+                "(handle.remove() of the earlier rfclip.refocus)"
+            )
+        visual.forward = forward
+    return Handle(visual, forward)
+
+
+def _checked(config: object) -> RefocusConfig:
     if config is None:
         raise ValueError(
             "config=None, and this model does not say which checkpoint it is: load it with rfclip.load_model, or pass "
@@ -229,17 +105,7 @@ def refocus(model: nn.Module, config: RefocusConfig | None = None, *, backend: s
         raise ValueError(
             f"config: got {type(config).__name__}, expected a RefocusConfig; RefocusConfig.from_json reads JSON"
         )
-    config.check_tower(tower.width, len(tower.blocks))
-    tower.check_eval()
-    forward = RefocusedForward(tower, config, backend)
-    with _patching:
-        if "forward" in vars(visual):
-            raise RuntimeError(
-                "this model's image tower is refocused already, or patched by another library: undo that first "
-                "(handle.remove() of the earlier rfclip.refocus)"
-            )
-        visual.forward = forward
-    return Handle(visual, forward)
+    return config
 
 
 def dense_features(model: nn.Module, images: Tensor) -> Tensor:
@@ -252,17 +118,16 @@ def dense_features(model: nn.Module, images: Tensor) -> Tensor:
             patch, position embeddings being resized bicubically [D].
 
     Returns:
-        [B, C, gh, gw] in the dtype that the tower computes in.
+        [B, C, gh, gw] in the dtype that the tower computes in; ProxyCLIP's are on the grid of its DINO.
 
     Raises:
         ValueError: the tower is of another kind, or images are of another shape.
     """
     tower = _tower(model)
     forward = vars(tower.visual).get("forward")
-    if not isinstance(forward, RefocusedForward):
-        forward = RefocusedForward(tower, PLAIN, "reference")
-    patches = forward.tower.patches(images)
-    return forward.dense(patches).transpose(1, 2).unflatten(-1, patches.shape[2:])
+    if not isinstance(forward, Method):
+        forward = CLIP(tower, None, "reference")
+    return forward.dense(forward.tower.patches(images), images)
 
 
 @dataclass(frozen=True)

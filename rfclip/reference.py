@@ -188,7 +188,7 @@ def redistribute_embeddings(
         return out
     before = _columns(x, dims)  # [B, |D_dis|, N]
     planes = before.to(computing_dtype(x)).unflatten(-1, (gh, gw))
-    total, count = _neighbour_sum(F.pad(planes, (0, 0, 0, 0, 0, 1), value=1), size).split([len(dims), 1], dim=1)
+    total, count = neighbour_sum(F.pad(planes, (0, 0, 0, 0, 0, 1), value=1), size).split([len(dims), 1], dim=1)
     mean = (total / count).to(x.dtype)
     after = torch.where(mask[:, None] & (count > 0), mean, before)
     for j, values in zip(dims, after.unbind(dim=1), strict=True):
@@ -669,7 +669,7 @@ def no_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if lowered else nullcontext()
 
 
-def _neighbour_sum(planes: Tensor, size: int) -> Tensor:
+def neighbour_sum(planes: Tensor, size: int) -> Tensor:
     """Sum over the size x size window without its centre, zeros off the grid: [B, C, gh, gw] -> [B, C, N].
 
     The centre is left out rather than subtracted: it can outweigh its neighbours by orders of magnitude.

@@ -28,8 +28,9 @@ from torchvision.utils import draw_segmentation_masks
 from rfclip.config import TINY, RefocusConfig
 from rfclip.files import write_whole
 from rfclip.images import ImageLike, to_rgb
+from rfclip.methods import RFCLIP, Method, find_method
 from rfclip.models import check_model, load_model, load_tokenizer, open_clip_name
-from rfclip.plugin import RefocusedForward, refocus
+from rfclip.plugin import refocus
 
 TEXT_BATCH = 256
 Classes = str | os.PathLike | Sequence[str | Sequence[str]]
@@ -161,7 +162,7 @@ def _with_legend(picture: Image.Image, entries: list[tuple[str, tuple[int, int, 
 
 
 class Segmenter:
-    """Segments pictures by class names with RF-CLIP.
+    """Segments pictures by class names with RF-CLIP, or with another method.
 
     A picture is resized to a short side of one and a half windows, seen through overlapping windows of the model's own
     size, whose logits are averaged, resized to the picture and turned into labels (steps 8 and 9 of the method).
@@ -170,16 +171,18 @@ class Segmenter:
         model: an open_clip name, or an open_clip model. A model that is not refocused yet is refocused until `close()`.
         pretrained: open_clip's tag or a path to safetensors, where model is a name.
         config: a `RefocusConfig`; None takes the model's own where it is known. Not for a model refocused already.
+        method: one of `rfclip.methods.METHODS`; None takes RF-CLIP, or that of a model refocused already. It also sets
+            the defaults of the sides and the scale below.
         backend: as for `rfclip.refocus`.
         device, precision: where model is a name.
         tokenizer: where model is a ready model with another tokenizer than CLIP's.
         templates: functions from a name to a prompt; open_clip's 80 for ImageNet.
-        short_side, window, stride: in pixels, the window a multiple of the patch; None: 3/2, 1 and 1/2 of the size
-            that the model was trained at (336, 224 and 112 for ViT-B/16).
+        short_side, window, stride: in pixels, the window a multiple of the patch; None: the method's, RF-CLIP's being
+            3/2, 1 and 1/2 of the size that the model was trained at (336, 224 and 112 for ViT-B/16).
         long_side: the most that the resized picture may have, its short side being no less than a window all the same;
             None: any.
         batch: windows that go through the tower at a time; None: as many as `memory_limit` lets.
-        logit_scale: factor of the cosines before the softmax.
+        logit_scale: factor of the cosines before the softmax; None: the method's, 40 for RF-CLIP.
         memory_limit: about how many bytes a batch of windows, or a band of the probabilities asked for, may take. On
             top come the convolved patches and the patch logits of all windows, the averaged logits of the resized
             picture, and the model.
@@ -195,6 +198,7 @@ class Segmenter:
         pretrained: str | None = None,
         *,
         config: RefocusConfig | None = None,
+        method: str | None = None,
         backend: str = "auto",
         device: str | torch.device = "cpu",
         precision: str = "fp32",
@@ -205,14 +209,14 @@ class Segmenter:
         stride: int | None = None,
         long_side: int | None = None,
         batch: int | None = None,
-        logit_scale: float = 40.0,
+        logit_scale: float | None = None,
         memory_limit: int = 1 << 30,
         cache: str | os.PathLike | bool | None = None,
     ):
         if isinstance(model, str):
             model = open_clip_name(model)
             self.name, self.pretrained = model, pretrained
-            if config is None and model != TINY:
+            if config is None and model != TINY and find_method(method or RFCLIP.name).configured:
                 check_model(model, pretrained)
                 config = RefocusConfig.preset(model, pretrained)  # before a download, which would be in vain
             self.model = load_model(model, pretrained, device=device, precision=precision)
@@ -230,10 +234,15 @@ class Segmenter:
         self.tokenizer, self.templates = tokenizer, tuple(templates)
         if not self.templates:
             raise ValueError("templates: expected at least one function from a name to a prompt")
+        present = vars(self.model.visual).get("forward")
+        if isinstance(present, Method) and (config is not None or method is not None):
+            raise ValueError("config, method: this model is refocused already, with those it was given then")
+        kind = type(present) if isinstance(present, Method) else find_method(method or RFCLIP.name)
+        protocol, patch = kind.protocol, int(np.max(self.model.visual.patch_size))
         native = int(np.max(self.model.visual.image_size))
-        self.window, self.stride = window or native, stride or (window or native) // 2
-        self.short_side = short_side or self.window * 3 // 2
-        patch = int(np.max(self.model.visual.patch_size))
+        self.window = window or round(native * protocol.window / 224 / patch) * patch
+        self.stride = stride or self.window * protocol.stride // protocol.window
+        self.short_side = short_side or self.window * protocol.short_side // protocol.window
         if self.window < patch or self.window % patch or not 1 <= self.stride <= self.window <= self.short_side:
             raise ValueError(
                 f"window {self.window}, stride {self.stride}, short side {self.short_side}: expected a window that is "
@@ -243,16 +252,14 @@ class Segmenter:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1, or None")
         self.long_side, self.batch = long_side, batch
-        self.logit_scale, self.memory_limit = logit_scale, memory_limit
+        self.logit_scale = protocol.logit_scale if logit_scale is None else logit_scale
+        self.memory_limit = memory_limit
         self._cache = user_cache_path("rfclip") / "text" if cache in (None, True) else cache
         self._embeddings: dict[tuple[str, ...], Tensor] = {}
         self._text_weights: str | None = None
         self._handle = None
-        if isinstance(vars(self.model.visual).get("forward"), RefocusedForward):
-            if config is not None:
-                raise ValueError("config: this model is refocused already, with the config it was given then")
-        else:
-            self._handle = refocus(self.model, config, backend=backend)
+        if not isinstance(present, Method):
+            self._handle = refocus(self.model, config, method=kind.name, backend=backend)
         self._forward = vars(self.model.visual)["forward"]
 
     @property
@@ -261,8 +268,13 @@ class Segmenter:
         return self._forward.backend
 
     @property
-    def config(self) -> RefocusConfig:
-        """The refocusing config in use."""
+    def method(self) -> str:
+        """The name of the method."""
+        return self._forward.name
+
+    @property
+    def config(self) -> RefocusConfig | None:
+        """The refocusing config in use; None where the method has none."""
         return self._forward.config
 
     def close(self) -> None:
@@ -400,9 +412,11 @@ class Segmenter:
         patches, logits = self._window_patches(x, corners), []
         batch = self.batch or max(1, self.memory_limit // self._bytes_per_window(len(text)))
         for start in range(0, len(corners), batch):
-            windows = torch.stack(patches[start : start + batch])
-            features = F.normalize(self._forward.dense(windows).float(), dim=-1)
-            logits.append((features @ text.T).mT.unflatten(-1, windows.shape[2:]))
+            part = slice(start, start + batch)
+            windows = torch.stack(patches[part])
+            images = [x[:, top : top + self.window, left : left + self.window] for top, left in corners[part]]
+            features = F.normalize(self._forward.dense(windows, torch.stack(images)).float(), dim=1)
+            logits.append((text @ features.flatten(2)).unflatten(-1, features.shape[2:]))
         averaged = self._forward.ops.average_windows(torch.cat(logits), corners, self.window, (height, width))
         return self._forward.ops.pamr(x[None], averaged[None])[0] if pamr else averaged
 

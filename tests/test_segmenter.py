@@ -92,7 +92,7 @@ def test_memory_limit_changes_nothing_but_the_batches(model, segmenter, picture)
     want = segmenter(picture, NAMES, probabilities=True).probabilities
     batches = []
     dense = model.visual.forward.dense
-    model.visual.forward.dense = lambda images: batches.append(len(images)) or dense(images)
+    model.visual.forward.dense = lambda windows, images: batches.append(len(windows)) or dense(windows)
     segmenter.memory_limit = 1
     np.testing.assert_allclose(segmenter(picture, NAMES, probabilities=True).probabilities, want, atol=1e-5)
     assert len(batches) > 1
