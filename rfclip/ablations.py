@@ -75,4 +75,7 @@ def variants(ablation: str, config: RefocusConfig, layers: int) -> dict[str, Ref
         "tau": {f"tau {value:g} / d": {"tau": value} for value in TAUS},
         "beta": {f"beta {value:g}": {"beta": value} for value in BETAS},
     }[ablation]
-    return {label: replace(config, **change) for label, change in changes.items()}
+    try:
+        return {label: replace(config, **change) for label, change in changes.items()}
+    except ValueError as error:
+        raise ValueError(f"ablation {ablation} does not go with this config: {error}") from error

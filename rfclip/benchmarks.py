@@ -1,6 +1,6 @@
 """The paper's eight benchmarks: where their pictures and labels lie on disk, and what the labels mean.
 
-Layouts are those of MMSegmentation's data guide, class names, thresholds and sizes those that the field evaluates with.
+Layouts are those of MMSegmentation's data guide, class names those that the field evaluates with.
 Labels are one byte a pixel: the index of a class, or 255 where a pixel does not count.
 """
 
@@ -13,8 +13,10 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from torchvision.datasets import Cityscapes, VOCSegmentation
+
+from rfclip.images import to_rgb
 
 IGNORED = 255
 Pair = tuple[Path, Path]  # a picture and its labels
@@ -29,10 +31,8 @@ class Benchmark:
         title: as in the paper's tables.
         layout: what must lie below the root, for people to read.
         find: the pictures and labels below a root; OSError or RuntimeError where something is missing.
-        background: class 0 is what the other classes are not, and gets the pixels under `threshold`.
+        background: class 0 is what the other classes are not, and gets the pixels of which no class is sure.
         zero_ignored: label 0 of the files does not count, and label k is class k - 1.
-        threshold: class probability under which a pixel is background.
-        short_side: of the resized picture, in pixels.
         paper: RF-CLIP's mIoU in percent from the paper's table 2, by open_clip's name of the model.
     """
 
@@ -43,8 +43,6 @@ class Benchmark:
     paper: dict[str, float]
     background: bool = False
     zero_ignored: bool = False
-    threshold: float | None = None
-    short_side: int = 336
 
     @cached_property
     def classes(self) -> list[tuple[str, ...]]:
@@ -68,8 +66,8 @@ class Benchmark:
             ValueError: the layout is not there, is empty, or lacks files; the message shows what is expected and found.
         """
         try:
-            pairs = sorted(self.find(root))
-        except (OSError, RuntimeError) as error:
+            pairs = sorted(set(self.find(root)))  # a list may name a picture twice
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:
             raise ValueError(self._expected(root, str(error))) from error
         if not pairs:
             raise ValueError(self._expected(root, "there is no picture"))
@@ -111,6 +109,20 @@ class Benchmark:
         return labels
 
 
+def read_picture(path: Path) -> Image.Image:
+    """A benchmark's picture, RGB.
+
+    Raises:
+        ValueError: it cannot be read, or is to be turned, since nothing says whether its labels are turned, too.
+    """
+    rgb = to_rgb(path)
+    with Image.open(path) as opened:
+        orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation not in (0, 1):
+        raise ValueError(f"{path}: its EXIF orientation is {orientation}; save it and its labels upright")
+    return rgb
+
+
 def read_indices(path: Path) -> np.ndarray:
     """The values that a picture of labels stores, uint8 [H, W]: not the colours of its palette.
 
@@ -120,6 +132,9 @@ def read_indices(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as opened:
             mode = opened.mode
+            # Pillow stretches the values of gray PNGs with fewer bits, whose tile says "L;4" or "L;2".
+            if mode == "L" and opened.tile and str(opened.tile[0][3]).startswith("L;"):
+                mode = f"{opened.tile[0][3]} (fewer than 8 bits)"
             indices = np.array(opened) if mode in ("L", "P") else None
     except Exception as error:  # Pillow raises whatever a damaged file makes it stumble on
         raise ValueError(f"{path}: cannot be read as labels: {error}") from error
@@ -201,8 +216,8 @@ def _row(b16: float, l14: float) -> dict[str, float]:
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (  # in the order of the paper's table 2
-        Benchmark("voc21", "VOC21", _VOC, _voc, _row(64.8, 65.8), background=True, threshold=0.1),
-        Benchmark("context60", "Context60", _CONTEXT, _context, _row(36.4, 36.7), background=True, threshold=0.1),
+        Benchmark("voc21", "VOC21", _VOC, _voc, _row(64.8, 65.8), background=True),
+        Benchmark("context60", "Context60", _CONTEXT, _context, _row(36.4, 36.7), background=True),
         Benchmark(
             "coco_object",
             "COCO-Object",
@@ -213,7 +228,6 @@ BENCHMARKS = {
             _coco_object,
             _row(37.9, 41.8),
             background=True,
-            threshold=0.1,
         ),
         Benchmark("voc20", "VOC20", _VOC, _voc, _row(87.0, 89.1), zero_ignored=True),
         Benchmark("context59", "Context59", _CONTEXT, _context, _row(39.8, 40.2), zero_ignored=True),
@@ -236,7 +250,6 @@ BENCHMARKS = {
             ),
             _cityscapes,
             _row(41.3, 41.4),
-            short_side=560,
         ),
         Benchmark(
             "ade20k",

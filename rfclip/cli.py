@@ -11,8 +11,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -48,6 +47,11 @@ Model = Annotated[str, typer.Option(help="An open_clip model; `rfclip models` li
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag for its weights, or a path to safetensors.")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
 Config = Annotated[Path | None, typer.Option(help="A refocusing config in JSON, as `rfclip calibrate` writes it.")]
+MethodName = Annotated[str, typer.Option("--method", help="rf-clip, or another method of `rfclip methods`.")]
+Methods = Annotated[
+    str | None,
+    typer.Option("--method", help="Of `rfclip methods`: one, several by commas, or all; rf-clip if not given."),
+]
 Backend = Annotated[str, typer.Option(help="auto, eager, reference or triton; `rfclip info` says which auto takes.")]
 Pamr = Annotated[bool, typer.Option("--pamr", help="Refine along the picture's edges (PAMR).")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
@@ -61,8 +65,11 @@ Workers = Annotated[
 Root = Annotated[Path | None, typer.Option(help="Folder of the benchmarks' data; a wrong one shows the layout.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Score only so many pictures, the first.")]
 Batch = Annotated[int | None, typer.Option(min=1, help="Windows at a time in the image tower.")]
-Count = Annotated[int, typer.Option(help="scenes: how many for segmentation, and as many with one object for top-1.")]
-Seed = Annotated[int, typer.Option(help="scenes: others for another seed.")]
+Count = Annotated[
+    int | None,
+    typer.Option(help="scenes: how many for segmentation, and as many for top-1; 300 if not given."),
+]
+Seed = Annotated[int | None, typer.Option(help="scenes: others for another seed; 0 if not given.")]
 Inject = Annotated[
     float,
     typer.Option(metavar="P", help="scenes: simulate distraction by over-activating this share of the patch tokens."),
@@ -119,6 +126,8 @@ def _warnings_to(show: Callable[[str], None]) -> Iterator[None]:
 
 
 def _check_new(out: Path | None, overwrite: bool) -> None:
+    if out is not None and (out.is_dir() or (out.parent.exists() and not out.parent.is_dir())):
+        raise ValueError(f"--out {out}: expected a file in a folder")
     if out is not None and out.exists() and not overwrite:
         raise ValueError(f"{out} exists; --overwrite replaces it")
 
@@ -163,12 +172,15 @@ def _find_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[
     for file, result in found.values():
         stem = result.with_suffix("")
         images.append((file, result if stems[stem] > 1 else stem))
+    return images, missing
+
+
+def _check_distinct(images: list[tuple[Path, Path]]) -> None:
     clashing = [str(result) for result, count in Counter(result for _, result in images).items() if count > 1]
     if clashing:
         raise ValueError(
             f"several images would be written as {', '.join(clashing)}; segment their folders one at a time"
         )
-    return images, missing
 
 
 def _print_failed(failed: list[tuple[str, str]]) -> None:
@@ -212,12 +224,18 @@ def segment(
     pretrained: Pretrained = None,
     device: Device = "cpu",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    method: MethodName = "rf-clip",
     backend: Backend = "auto",
     config: Config = None,
-    threshold: Annotated[float | None, typer.Option(help="Pixels less probable than this get no class.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help='Pixels less probable than this get no class, or "background".')
+    ] = None,
     pamr: Pamr = False,
     format: Annotated[
-        str, typer.Option(help="png: three files a picture; parquet: files of many pictures' run-length masks.")
+        str,
+        typer.Option(
+            help="png: three files a picture; parquet: run-length masks of many a file; --overwrite replaces all."
+        ),
     ] = "png",
     engine: EngineName = "local",
     workers: Workers = None,
@@ -227,6 +245,7 @@ def segment(
     with _clear_errors(), _warnings_to(lambda text: console.print(text, highlight=False, soft_wrap=True)):
         found, failed = _find_images(images)
         from rfclip.engines import start
+        from rfclip.methods import find_method
         from rfclip.outputs import Job, Writer, plan_files, plan_shards
         from rfclip.segmenter import parse_classes
 
@@ -237,28 +256,38 @@ def segment(
             raise ValueError(f"--threshold {threshold}: expected a probability, from 0 to 1")
         if precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"--precision {precision}: expected fp32, bf16 or fp16")
+        find_method(method)
         if format not in ("png", "parquet"):
             raise ValueError(f"--format {format}: expected png or parquet")
+        if format == "png":
+            _check_distinct(found)
         out.mkdir(parents=True, exist_ok=True)
-        job = Job(named, model, pretrained, _config(config), backend, device, precision, threshold, pamr)
+        job = Job(named, model, pretrained, _config(config), method, backend, device, precision, threshold, pamr)
         done, skipped, rate = 0, 0, _Rate()
         if found:
             with start(engine, workers, device) as where:
                 _device(where.here)
                 with _loading(model):
                     segmenter = job.segmenter(where.here)
+                described, stale = job.described(segmenter), []
                 if format == "png":
                     tasks, skipped, clashing = plan_files(found, out, overwrite)
                     failed += clashing
                 else:
-                    tasks, skipped = plan_shards(found, out, job.described(segmenter), overwrite)
+                    tasks, skipped, stale = plan_shards(found, out, described, overwrite)
                 with _progress() as progress:
                     bar = progress.add_task("segmenting", total=sum(len(task["pictures"]) for task in tasks))
-                    for result in where.results(lambda: Writer(job, segmenter), partial(Writer, job), tasks):
+                    here, there = (
+                        (lambda: Writer(job, described, segmenter)),
+                        partial(Writer, job.elsewhere(), described),
+                    )
+                    for result in where.results(here, there, tasks):
                         done += result["done"]
                         failed += map(tuple, result["failed"])
                         rate.add(result["done"] + len(result["failed"]))
                         progress.update(bar, completed=rate.count)
+                for path in stale if done else []:
+                    path.unlink()
     _print_failed(failed)
     counts = [f"{done} segmented into {escape(str(out))}"]
     counts += [f"{skipped} left as they were, for results exist (--overwrite replaces them)"] if skipped else []
@@ -391,6 +420,21 @@ def models() -> None:
 
 
 @app.command()
+def methods() -> None:
+    """List the methods: where they come from, and how they see a picture, in pixels for a tower trained at 224."""
+    from rfclip.methods import METHODS
+
+    table = Table("method", "source", "short side", "window", "stride", "scale", "threshold")
+    for name, method in METHODS.items():
+        p = method.protocol
+        sides = (str(side) for side in (p.short_side, p.window, p.stride))
+        table.add_row(
+            name, method.source, *sides, f"{p.logit_scale:g}", "-" if p.threshold is None else f"{p.threshold:g}"
+        )
+    out_console.print(table)
+
+
+@app.command()
 def evaluate(
     benchmark: Annotated[
         str | None,
@@ -406,8 +450,9 @@ def evaluate(
     limit: Limit = None,
     batch: Batch = None,
     pamr: Pamr = False,
-    count: Count = 300,
-    seed: Seed = 0,
+    method: Methods = None,
+    count: Count = None,
+    seed: Seed = None,
     inject_distraction: Inject = 0.0,
     model: Model = TINY,
     pretrained: Pretrained = None,
@@ -430,34 +475,44 @@ def evaluate(
         if benchmark == "scenes":
             _scenes_only(root=root, limit=limit, batch=batch, pamr=pamr, engine=engine != "local", workers=workers)
             _check_new(out, overwrite)
+            names = _method_names(method or "clip,kk,kk-mean,rf-clip")
             from rfclip.config import RefocusConfig
-            from rfclip.evaluate import injected, methods
+            from rfclip.evaluate import injected
 
-            clip, refocusing = _load(model, pretrained, device, config)
+            clip, refocusing = _load(model, pretrained, device, config, names)
+            given = injected(refocusing) if inject_distraction else refocusing
+            count, seed = 300 if count is None else count, seed or 0
             title = f"{count} scenes, seed {seed}, {model}"
-            configs = methods(injected(refocusing) if inject_distraction else refocusing)
-            _score_scenes(clip, configs, title, count, seed, inject_distraction, backend, out)
+            chosen = _choices(clip, names, given, method == "all")
+            _score_scenes(clip, chosen, title, count, seed, inject_distraction, backend, out)
             if not inject_distraction and refocusing == RefocusConfig(distraction_dims=()):
                 out_console.print(
-                    "This model has no distraction dimensions: RF-CLIP equals the layer-averaged kk here.",
-                    soft_wrap=True,
+                    "This model has no distraction dimensions: rf-clip equals kk-mean here.", soft_wrap=True
                 )
             return
-        chosen = _find_benchmarks(None if every else benchmark, root, limit, inject_distraction)
+        names = _method_names(method or "rf-clip")
+        # The paper's figures are for OpenAI's weights, all pictures and its own settings.
+        comparable = (pretrained or "").lower() == "openai" and not (pamr or limit or config)
+        found = _find_benchmarks(None if every else benchmark, root, limit, count, seed, inject_distraction)
         from rfclip.engines import start
         from rfclip.runs import Setup, table_rows
 
-        out = out or Path("rfclip-runs", benchmark or "")
-        results = []
+        common = {"backend": backend, "device": device, "batch": batch, "pamr": pamr}
+        rows = []
         with start(engine, workers, device) as where:
-            clip, refocusing = _load(model, pretrained, where.here, config)
-            for found, pairs in chosen:
-                folder = out / found.name if every else out
-                setup = Setup(found.name, root, model, pretrained, refocusing, backend, device, batch, pamr)
-                results.append(_score(setup, pairs, folder, clip, where, overwrite))
-        rows = table_rows(results, model, pretrained, pamr)
-        heads = ("benchmark", "pictures", "mIoU %", "paper %", "difference")
-        _print_table(heads, rows, f"{model}, {pretrained or 'its own weights'}", out / "table2.md" if every else None)
+            clip, refocusing = _load(model, pretrained, where.here, config, names)
+            chosen = _choices(clip, names, refocusing, method == "all")
+            single = len(found) * len(chosen) == 1
+            out = out or Path("rfclip-runs", *([_run_name(benchmark, *chosen)] if single else []))
+            for name, options in chosen.items():
+                results = []
+                for data, pairs in found:
+                    setup = Setup(data.name, root, model, pretrained, **options, **common)
+                    folder = out if single else out / _run_name(data.name, name)
+                    results.append(_score(setup, pairs, folder, clip, where, overwrite))
+                rows += table_rows(results, model, name, comparable)
+        heads = ("method", "benchmark", "pictures", "mIoU %", "paper %", "difference")
+        _print_table(heads, rows, f"{model}, {pretrained or 'its own weights'}", None if single else out / "table2.md")
         out_console.print(f"Written to {out}.", soft_wrap=True, highlight=False)
 
 
@@ -469,8 +524,8 @@ def ablate(
     limit: Limit = None,
     batch: Batch = None,
     pamr: Pamr = False,
-    count: Count = 300,
-    seed: Seed = 0,
+    count: Count = None,
+    seed: Seed = None,
     inject_distraction: Inject = 0.0,
     model: Model = TINY,
     pretrained: Pretrained = None,
@@ -494,22 +549,27 @@ def ablate(
             clip, refocusing = _load(model, pretrained, device, config)
             refocusing = injected(refocusing) if inject_distraction else refocusing
             configs = variants(ablation, refocusing, len(clip.visual.transformer.resblocks))
+            count, seed = 300 if count is None else count, seed or 0
             title = f"ablation {ablation}, {count} scenes, seed {seed}, {model}"
-            _score_scenes(clip, configs, title, count, seed, inject_distraction, backend, out)
+            chosen = {label: {"config": choice} for label, choice in configs.items()}
+            _score_scenes(clip, chosen, title, count, seed, inject_distraction, backend, out)
             return
-        ((found, pairs),) = _find_benchmarks(benchmark, root, limit, inject_distraction)
+        ((found, pairs),) = _find_benchmarks(benchmark, root, limit, count, seed, inject_distraction)
         from rfclip.engines import start
         from rfclip.runs import Setup
 
         out = out or Path("rfclip-runs", f"{benchmark}-ablation-{ablation}")
+        common = {"backend": backend, "device": device, "batch": batch, "pamr": pamr}
         rows = []
         with start(engine, workers, device) as where:
             clip, refocusing = _load(model, pretrained, where.here, config)
             configs = variants(ablation, refocusing, len(clip.visual.transformer.resblocks))
+            scored = {}  # the full method stands in a table more than once
             for number, (label, choice) in enumerate(configs.items(), 1):
-                setup = Setup(found.name, root, model, pretrained, choice, backend, device, batch, pamr)
-                result = _score(setup, pairs, out / f"variant-{number}", clip, where, overwrite)
-                rows.append((label, f"{100 * result.miou:.1f}"))
+                if choice not in scored:
+                    setup = Setup(found.name, root, model, pretrained, choice, **common)
+                    scored[choice] = _score(setup, pairs, out / f"variant-{number}", clip, where, overwrite)
+                rows.append((label, f"{100 * scored[choice].miou:.1f}"))
         title = f"ablation {ablation}, {found.title}, {len(pairs)} pictures, {model}"
         _print_table(("variant", "mIoU %"), rows, title, out / "ablation.md")
         out_console.print(f"Written to {out}.", soft_wrap=True, highlight=False)
@@ -543,24 +603,61 @@ def _scenes_only(**options: object) -> None:
             raise ValueError(f"--{name} does not go with scenes")
 
 
-def _load(model: str, pretrained: str | None, device: str, config: Path | None):
-    """The model, and the config that is given, is the model's own or is its preset's."""
+def _method_names(given: str) -> list[str]:
+    """The methods of --method; before a model is loaded."""
+    from rfclip.methods import METHODS, find_method
+
+    names = list(METHODS) if given == "all" else [name.strip() for name in given.split(",")]
+    for name in names:
+        find_method(name)
+    return list(dict.fromkeys(names))
+
+
+def _choices(clip, names: list[str], config, every: bool) -> dict[str, dict]:
+    """The options of each method; of all, those that this model cannot have are left out, and that is said."""
+    from rfclip.evaluate import choices
+
+    possible, refused = choices(clip, names, config)
+    for name, reason in refused.items():
+        if not every:
+            raise ValueError(reason)
+        console.print(f"[yellow]left out:[/] {escape(name)}: {escape(reason)}", highlight=False, soft_wrap=True)
+    return possible
+
+
+def _run_name(benchmark: str, method: str) -> str:
+    return benchmark if method == "rf-clip" else f"{benchmark}-{method}"
+
+
+def _load(model: str, pretrained: str | None, device: str, config: Path | None, names: Sequence[str] = ("rf-clip",)):
+    """The model, and the config that is given, is the model's own or is its preset's, where a method takes one."""
     from rfclip.config import RefocusConfig
+    from rfclip.methods import find_method
     from rfclip.models import load_model
 
+    given, read = _config(config), any(find_method(name).configured for name in names)
+    if given is not None and not read:
+        raise ValueError(f"--config: nothing to configure in {', '.join(names)}; leave it out")
     with _loading(model):
         clip = load_model(model, pretrained, device=_device(device))
-    return clip, _config(config) or clip.refocus_config or RefocusConfig.preset(model, pretrained)
+    return clip, (given or clip.refocus_config or RefocusConfig.preset(model, pretrained)) if read else None
 
 
-def _find_benchmarks(name: str | None, root: Path | None, limit: int | None, inject: float) -> list[tuple]:
+def _find_benchmarks(
+    name: str | None, root: Path | None, limit: int | None, count: int | None, seed: int | None, inject: float
+) -> list[tuple]:
     """The benchmark of that name, or all, each with its pictures and labels; before a model is loaded."""
     from rfclip.benchmarks import BENCHMARKS
 
     if name is not None and name not in BENCHMARKS:
         raise ValueError(f"benchmark {name!r}: expected scenes, {', '.join(BENCHMARKS)}")
-    if inject:
-        raise ValueError("--inject-distraction goes with scenes only")
+    for option, given in (
+        ("--count", count is not None),
+        ("--seed", seed is not None),
+        ("--inject-distraction", inject),
+    ):
+        if given:
+            raise ValueError(f"{option} goes with scenes only")
     if root is None:
         raise ValueError("--root DIR is missing: the folder that holds the benchmarks' data")
     chosen = BENCHMARKS.values() if name is None else [BENCHMARKS[name]]
@@ -571,14 +668,14 @@ def _score(setup, pairs: list[tuple[Path, Path]], folder: Path, clip, engine, ov
     """Do a run in a folder, or go on with it, the model being here already; returns the result."""
     from rfclip.runs import Run, Scorer
 
-    there = replace(setup, root=setup.root.absolute())
     with setup.segmenter(clip) as segmenter, _progress() as progress:
-        run, scorer = Run(folder, setup.settings(segmenter), overwrite=overwrite), Scorer(setup, segmenter)
-        todo = run.missing(pairs, setup.root)
-        bar = progress.add_task(scorer.benchmark.title, total=len(pairs), completed=len(pairs) - len(todo))
-        for _ in run.keep(engine.results(lambda: scorer, partial(Scorer, there), todo)):
-            progress.advance(bar)
-        return run.finish(scorer, pairs)
+        scorer = Scorer(setup, segmenter)
+        with Run(folder, setup.settings(segmenter), pairs, setup.root, overwrite=overwrite) as run:
+            todo = run.missing()
+            bar = progress.add_task(scorer.benchmark.title, total=len(pairs), completed=len(pairs) - len(todo))
+            for _ in run.keep(engine.results(lambda: scorer, partial(Scorer, setup.elsewhere()), todo)):
+                progress.advance(bar)
+            return run.finish(scorer)
 
 
 def _print_table(heads: tuple[str, ...], rows: list[tuple[str, ...]], title: str, path: Path | None) -> None:
@@ -593,7 +690,7 @@ def _print_table(heads: tuple[str, ...], rows: list[tuple[str, ...]], title: str
 
 
 def _score_scenes(
-    clip, configs: dict, title: str, count: int, seed: int, inject: float, backend: str, out: Path | None
+    clip, chosen: dict[str, dict], title: str, count: int, seed: int, inject: float, backend: str, out: Path | None
 ) -> None:
     from rfclip.evaluate import evaluate_scenes
 
@@ -601,7 +698,7 @@ def _score_scenes(
         title += f"; simulated distraction in {100 * inject:g} % of the patch tokens"
     rows, records = [], []
     with console.status("evaluating"):
-        for scores in evaluate_scenes(clip, configs, count=count, seed=seed, inject=inject, backend=backend):
+        for scores in evaluate_scenes(clip, chosen, count=count, seed=seed, inject=inject, backend=backend):
             figures = {"top1": scores.top1, "miou": scores.miou, "pixel_accuracy": scores.pixel_accuracy}
             rows.append((scores.method, *(f"{100 * figure:.1f}" for figure in figures.values())))
             iou = {name: None if math.isnan(value) else value for name, value in scores.iou.items()}

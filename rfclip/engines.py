@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 Worker = Callable[[dict], dict]
 
 CORES = 4  # CPU cores for a worker, where it is not said how many workers there should be
+RETRIES = 5  # of a task whose worker died, before it is given up
 BLOCKS = 10_000  # Ray's pieces of the tasks at most
 
 
@@ -34,13 +35,13 @@ class Engine:
             tasks: with absolute paths, where the worker is another process's.
 
         Raises:
-            ValueError: a worker raised ValueError or OSError.
+            ValueError: on Ray: a worker failed with an error, or the same task's workers died again and again.
         """
         yield from map(here(), tasks)
 
 
 class RayEngine(Engine):
-    """Workers on a Ray cluster; the models here, on the CPU, only check input and sum up."""
+    """Workers on a Ray cluster; the models here, on the CPU, check input and draw the worst pictures of a run."""
 
     def __init__(self, workers: int, share: dict[str, int]):
         super().__init__("cpu")
@@ -54,14 +55,17 @@ class RayEngine(Engine):
         rows = [{"task": json.dumps(task)} for task in tasks]
         workers = ray.data.ActorPoolStrategy(size=min(self._workers, len(rows)))
         done = ray.data.from_items(rows, override_num_blocks=min(len(rows), BLOCKS)).map(
-            _Actor, fn_constructor_args=(there,), compute=workers, **self._share
+            _Actor, fn_constructor_args=(there,), compute=workers, max_task_retries=RETRIES, **self._share
         )
-        for row in done.iter_rows():
-            for text in json.loads(row["warnings"]):
-                warnings.warn(text, stacklevel=2)
-            if row["error"]:
-                raise ValueError(row["error"])
-            yield json.loads(row["result"])
+        try:
+            for row in done.iter_rows():
+                for text in json.loads(row["warnings"]):
+                    warnings.warn(text, stacklevel=2)
+                if row["error"]:
+                    raise ValueError(row["error"])
+                yield json.loads(row["result"])
+        except ray.exceptions.RayError as error:
+            raise ValueError(f"Ray could not go on: {error}") from error
 
 
 @contextlib.contextmanager
@@ -143,5 +147,5 @@ class _Actor:
     def _reported(self) -> Iterator[None]:
         try:
             yield
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch's lack of memory is the last
             self._error = str(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,8 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from rfclip.benchmarks import IGNORED
 from rfclip.config import RefocusConfig
-from rfclip.methods import PLAIN
+from rfclip.methods import find_method
+from rfclip.plugin import refocus
 from rfclip.scenes import CLASSES, OBJECTS, Scene, make_scene
 from rfclip.segmenter import Segmenter
 
@@ -50,14 +51,20 @@ def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
         return hits / (confusion.sum(0) + confusion.sum(1) - hits)
 
 
-def methods(config: RefocusConfig) -> dict[str, RefocusConfig]:
-    """The methods compared: plain CLIP's patch tokens, the paper's two baselines, and RF-CLIP as configured."""
-    return {
-        "plain CLIP": PLAIN,
-        "kk, last layer": RefocusConfig(distraction_dims=(), proxy="kk"),
-        "kk, averaged over layers": RefocusConfig(distraction_dims=()),
-        "RF-CLIP": config,
-    }
+def choices(model: nn.Module, names: Sequence[str], config: RefocusConfig) -> tuple[dict[str, dict], dict[str, str]]:
+    """The options of a `Segmenter` for each method that this model can have, and for the others the reason.
+
+    `config` goes to the methods that have one.
+    """
+    possible, refused = {}, {}
+    for name in names:
+        options = {"method": name} | ({"config": config} if find_method(name).configured else {})
+        try:
+            refocus(model, **options).remove()
+            possible[name] = options
+        except (ValueError, OSError) as error:
+            refused[name] = str(error)
+    return possible, refused
 
 
 def injected(config: RefocusConfig) -> RefocusConfig:
@@ -67,18 +74,18 @@ def injected(config: RefocusConfig) -> RefocusConfig:
 
 def evaluate_scenes(
     model: nn.Module,
-    configs: Mapping[str, RefocusConfig],
+    choices: Mapping[str, Mapping[str, object]],
     *,
     count: int = 300,
     seed: int = 0,
     inject: float = 0.0,
     backend: str = "auto",
 ) -> Iterator[SceneScores]:
-    """Score each config on `count` scenes for segmentation and as many single-object scenes for top-1.
+    """Score each choice on `count` scenes for segmentation and as many single-object scenes for top-1.
 
     Args:
         model: an open_clip model that is not refocused.
-        configs: by the names of the methods. Where distraction is injected, its dimensions are `INJECTED_DIMS`.
+        choices: by label, `Segmenter`'s options. Where distraction is injected, its dimensions are `INJECTED_DIMS`.
         count: scenes of each kind.
         seed: other scenes for another seed.
         inject: the share of patch tokens that are over-activated in mid-network, see `inject_distraction`.
@@ -94,12 +101,12 @@ def evaluate_scenes(
         make_scene((SINGLE_STREAM, seed, number), 112, objects=(1, 1), object_size=(40, 100)) for number in range(count)
     ]
     with inject_distraction(model, inject):
-        for method, choice in configs.items():
-            with Segmenter(model, config=choice, backend=backend) as segmenter:
+        for label, choice in choices.items():
+            with Segmenter(model, **choice, backend=backend) as segmenter:
                 confusion = _confusion(segmenter, scenes)
                 top1 = _top1(segmenter, singles)
             iou = dict(zip(CLASSES, intersection_over_union(confusion).tolist(), strict=True))
-            yield SceneScores(method, top1, iou, np.trace(confusion) / confusion.sum())
+            yield SceneScores(label, top1, iou, np.trace(confusion) / confusion.sum())
 
 
 def _confusion(segmenter: Segmenter, scenes: list[Scene]) -> np.ndarray:

@@ -8,6 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 
+def printable(path: Path | str) -> str:
+    """A path as text that every file can hold, another for another path."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def write_whole(saves: dict[Path, Callable[[Path], object]]) -> None:
     """Save each file under a temporary name beside its own, and rename them once all are written.
 

@@ -100,6 +100,13 @@ def open_clip_name(name: str) -> str:
     return name if name.startswith(("hf-hub:", "local-dir:")) else name.replace("/", "-")
 
 
+def absolute_names(name: str, pretrained: str | None) -> tuple[str, str | None]:
+    """A model's name and its weights, with absolute paths where these are paths."""
+    if name.startswith("local-dir:"):
+        name = f"local-dir:{Path(name.removeprefix('local-dir:')).absolute()}"
+    return name, str(Path(pretrained).absolute()) if pretrained and Path(pretrained).is_file() else pretrained
+
+
 def check_model(name: str, pretrained: str | None) -> None:
     """Raise ValueError where a model or its weights cannot be used, before anything is built or downloaded."""
     if name.startswith("local-dir:") and not Path(name.removeprefix("local-dir:")).is_dir():

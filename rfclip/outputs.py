@@ -1,8 +1,8 @@
 """What `rfclip segment` writes: three files for each picture, or Parquet files of many pictures' run-length masks.
 
-A row of a Parquet file is a picture: `image` (its path as given), `width`, `height`, `seconds`, and the mask as runs,
-row by row from the left: as many pixels as `lengths` says have the label in `values`. The file's metadata "rfclip" is
-JSON that says what the labels mean and how they came about.
+A row of a Parquet file is a picture: `image`, its path as given; `path`, that in full, which tells pictures apart;
+`width`, `height`, `seconds`; and the mask as runs, row by row from the left: as many pixels as `lengths` says have the
+label in `values`. The file's metadata "rfclip" is JSON that says what the labels mean and how they came about.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from rfclip import __version__
 from rfclip.config import RefocusConfig
-from rfclip.files import write_whole
+from rfclip.files import printable, write_whole
+from rfclip.models import absolute_names
 from rfclip.segmenter import Segmentation, Segmenter
 
 OUTPUTS = (".mask.png", ".overlay.png", ".json")
@@ -34,6 +35,7 @@ class Job:
     model: str
     pretrained: str | None
     config: RefocusConfig | None
+    method: str
     backend: str
     device: str
     precision: str
@@ -41,16 +43,22 @@ class Job:
     pamr: bool
 
     def segmenter(self, device: str | None = None) -> Segmenter:
-        """On the job's device, or, to check everything but the device, on another: there in fp32 and on any backend."""
+        """On the job's device, or, to check all the rest, on another: there on any backend."""
         asked = device in (None, self.device)
         return Segmenter(
             self.model,
             self.pretrained,
             config=self.config,
+            method=self.method,
             backend=self.backend if asked else "auto",
             device=self.device if asked else device,
-            precision=self.precision if asked else "fp32",
+            precision=self.precision,
         )
+
+    def elsewhere(self) -> Job:
+        """The same for another working directory."""
+        model, pretrained = absolute_names(self.model, self.pretrained)
+        return replace(self, model=model, pretrained=pretrained)
 
     def described(self, segmenter: Segmenter) -> dict[str, object]:
         """What the labels mean and how they came about."""
@@ -64,7 +72,11 @@ class Job:
             "nothing": 255,
             "model": segmenter.name,
             "pretrained": segmenter.pretrained,
-            "config": json.loads(segmenter.config.to_json()),
+            "weights": segmenter.digest(),
+            "method": segmenter.method,
+            "config": segmenter.config and json.loads(segmenter.config.to_json()),
+            "backend": self.backend,
+            "precision": self.precision,
             "rfclip": __version__,
         }
 
@@ -77,9 +89,9 @@ class Writer:
     "done" how many pictures were written, and in "failed" image and reason of each of the others.
     """
 
-    def __init__(self, job: Job, segmenter: Segmenter | None = None):
-        self.job, self.segmenter = job, job.segmenter() if segmenter is None else segmenter
-        self.described = job.described(self.segmenter)
+    def __init__(self, job: Job, described: dict[str, object], segmenter: Segmenter | None = None):
+        self.job, self.described = job, described
+        self.segmenter = job.segmenter() if segmenter is None else segmenter
 
     def __call__(self, task: dict) -> dict:
         rows, failed = [], []
@@ -89,7 +101,8 @@ class Writer:
                 found = self.segmenter(
                     picture["path"], self.job.classes, threshold=self.job.threshold, pamr=self.job.pamr
                 )
-                row = {"image": printable(picture["image"]), "width": found.image.width, "height": found.image.height}
+                row = {"image": printable(picture["image"]), "path": printable(picture["path"])}
+                row |= {"width": found.image.width, "height": found.image.height}
                 row["seconds"] = round(time.perf_counter() - began, 3)
                 if "shard" in task:
                     row |= encode(found.labels)
@@ -120,62 +133,67 @@ class Writer:
 def plan_files(
     found: list[tuple[Path, Path]], out: Path, overwrite: bool
 ) -> tuple[list[dict], int, list[tuple[str, str]]]:
-    """Tasks for a `Writer`, one a picture; how many pictures have results; and those whose names others' results have.
+    """Tasks for a `Writer`, one a picture; how many pictures have results; and which have files in the way, and why.
 
     `found` are pictures and, below the folder `out`, the paths of their results without suffix.
     """
     tasks, skipped, failed = [], 0, []
     for path, result in found:
         files = [out / result.parent / f"{result.name}{suffix}" for suffix in OUTPUTS]
-        if overwrite or not any(file.exists() for file in files):
-            picture = {"path": os.path.abspath(path), "image": str(path), "files": list(map(os.path.abspath, files))}
+        try:
+            there = [] if overwrite else [file.name for file in files if file.exists()]
+        except OSError as error:
+            failed.append((str(path), str(error)))
+            continue
+        if not there:
+            picture = _picture(path) | {"files": list(map(os.path.abspath, files))}
             tasks.append({"pictures": [picture]})
-        elif _same_picture(files[-1], path):
+        elif _is_record(files[-1], path):  # the last of the files to be renamed
             skipped += 1
         else:
-            failed.append((str(path), f"another picture's results are in {files[0].parent} under this name"))
+            what = f"{', '.join(there)} in {files[0].parent} {'is' if len(there) == 1 else 'are'}"
+            failed.append((str(path), f"{what} another picture's results, or incomplete; --overwrite replaces them"))
     return tasks, skipped, failed
 
 
 def plan_shards(
     found: list[tuple[Path, Path]], out: Path, described: dict[str, object], overwrite: bool
-) -> tuple[list[dict], int]:
-    """Tasks for a `Writer`, one a Parquet file, and how many pictures are in such files in `out` already.
+) -> tuple[list[dict], int, list[Path]]:
+    """Tasks for a `Writer`, one a Parquet file; how many pictures are in such files in `out`; those to remove at last.
 
     Raises:
         ValueError: as `shards`, or a file there came about otherwise than described, and is not to be overwritten.
     """
+    there = list(shards(out))
     done: set[str] = set()
-    for path, before in list(shards(out)):
+    for path, before in [] if overwrite else there:
         differing = [key for key in described if before.get(key) != described[key]]
-        if overwrite:
-            path.unlink()
-        elif differing:
+        if differing:
             raise ValueError(f"{path} came about with other {', '.join(differing)}: another --out, or --overwrite")
-        else:
-            done.update(_pyarrow()[1].read_table(path, columns=["image"])["image"].to_pylist())
-    todo = [path for path, _ in found if printable(path) not in done]
+        done.update(row["path"] for row in _rows(path, ["path"]))
+    todo = [picture for picture in (_picture(path) for path, _ in found) if printable(picture["path"]) not in done]
     size = min(max(SHARD[0], len(todo) // SHARD[1]), SHARD[1])
     tasks = []
     for start in range(0, len(todo), size):
-        pictures = [{"path": os.path.abspath(path), "image": str(path)} for path in todo[start : start + size]]
+        pictures = todo[start : start + size]
         # The same name for the same pictures, so that a second try replaces the first.
         name = hashlib.blake2b(json.dumps(pictures).encode(), digest_size=8).hexdigest()
         tasks.append({"pictures": pictures, "shard": os.path.abspath(out / f"masks-{name}.parquet")})
-    return tasks, len(found) - len(todo)
+    written = {task["shard"] for task in tasks}
+    stale = [path for path, _ in there if overwrite and os.path.abspath(path) not in written]
+    return tasks, len(found) - len(todo), stale
 
 
-def _same_picture(record: Path, path: Path) -> bool:
-    """Whether the results recorded there are of a picture of this file name; a missing or strange record says yes."""
+def _picture(path: Path) -> dict[str, str]:
+    return {"path": os.path.realpath(path), "image": str(path)}
+
+
+def _is_record(record: Path, path: Path) -> bool:
+    """Whether that file says that the results beside it are of this picture."""
     try:
-        return Path(json.loads(record.read_text("utf-8"))["image"]).name == printable(path.name)
+        return json.loads(record.read_text("utf-8"))["path"] == printable(os.path.realpath(path))
     except (OSError, ValueError, KeyError, TypeError):
-        return True
-
-
-def printable(path: Path | str) -> str:
-    """A path as text that every file can hold."""
-    return os.fsencode(path).decode("utf-8", "replace")
+        return False
 
 
 def encode(labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -188,7 +206,7 @@ def encode(labels: np.ndarray) -> dict[str, np.ndarray]:
 def write_shard(path: Path, rows: list[dict], described: dict[str, object]) -> None:
     """Write pictures' rows, and what their labels mean, as a Parquet file."""
     pyarrow, parquet = _pyarrow()
-    columns = {"image": "string", "width": "int32", "height": "int32", "seconds": "float64"}
+    columns = {"image": "string", "path": "string", "width": "int32", "height": "int32", "seconds": "float64"}
     schema = pyarrow.schema(
         [
             *columns.items(),
@@ -198,7 +216,12 @@ def write_shard(path: Path, rows: list[dict], described: dict[str, object]) -> N
         metadata={"rfclip": json.dumps(described)},
     )
     table = pyarrow.Table.from_pylist(rows, schema=schema)
-    write_whole({path: lambda part: parquet.write_table(table, part)})
+
+    def save(part: Path) -> None:
+        with part.open("wb") as file:  # pyarrow takes no path that is not UTF-8
+            parquet.write_table(table, file)
+
+    write_whole({path: save})
 
 
 def shards(folder: Path) -> Iterator[tuple[Path, dict[str, object]]]:
@@ -210,7 +233,8 @@ def shards(folder: Path) -> Iterator[tuple[Path, dict[str, object]]]:
     _, parquet = _pyarrow()
     for path in sorted(folder.glob("masks-*.parquet")):
         try:
-            described = json.loads(parquet.read_schema(path).metadata[b"rfclip"])
+            with path.open("rb") as file:
+                described = dict(json.loads(parquet.read_schema(file).metadata[b"rfclip"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a file of masks that `rfclip segment` wrote: {error}") from error
         yield path, described
@@ -220,13 +244,21 @@ def read_masks(folder: Path | str) -> Iterator[tuple[str, np.ndarray]]:
     """Every picture in a folder's Parquet files: its path as it was given, and its labels, uint8 [H, W].
 
     Raises:
-        ValueError: as `shards`.
+        ValueError: as `shards`, or a file is damaged.
     """
-    _, parquet = _pyarrow()
     for path, _ in shards(Path(folder)):
-        for row in parquet.read_table(path).to_pylist():
+        for row in _rows(path, ["image", "height", "width", "values", "lengths"]):
             labels = np.repeat(np.array(row["values"], np.uint8), row["lengths"])
             yield row["image"], labels.reshape(row["height"], row["width"])
+
+
+def _rows(path: Path, columns: list[str]) -> list[dict]:
+    _, parquet = _pyarrow()
+    try:
+        with path.open("rb") as file:
+            return parquet.read_table(file, columns=columns).to_pylist()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _pyarrow():

@@ -43,12 +43,17 @@ def coco_object(root: Path) -> Iterator[Path]:
         raise ValueError(f"coco_object: there is no {folder}/*.png, the labels of COCO-Stuff (stuffthingmaps)")
     out = root / "coco_object/annotations/val2017"
     out.mkdir(parents=True, exist_ok=True)
-    from_ids, from_train_ids = (np.zeros(256, np.uint8) for _ in range(2))
-    from_ids[_THINGS] = from_train_ids[:80] = range(1, 81)
-    from_ids[IGNORED] = from_train_ids[IGNORED] = IGNORED
+    from_ids, from_train_ids = {IGNORED: IGNORED}, {IGNORED: IGNORED}
+    from_ids |= dict.fromkeys(range(91, 182), 0) | {label: number for number, label in enumerate(_THINGS, 1)}
+    from_train_ids |= dict.fromkeys(range(80, 171), 0) | {number - 1: number for number in range(1, 81)}
     for name, path in files.items():
         table = from_train_ids if path.stem.endswith("_labelTrainIds") else from_ids
-        yield _save(out / f"{name}_instanceTrainIds.png", table[read_indices(path)])
+        labels = read_indices(path)
+        other = sorted(set(np.unique(labels).tolist()) - table.keys())
+        if other:
+            raise ValueError(f"coco_object: {path} has labels {other}, which COCO-Stuff does not have in such files")
+        lookup = np.array([table.get(label, 0) for label in range(256)], np.uint8)
+        yield _save(out / f"{name}_instanceTrainIds.png", lookup[labels])
 
 
 def context(root: Path) -> Iterator[Path]:
@@ -75,18 +80,23 @@ def context(root: Path) -> Iterator[Path]:
         images = [image for image in record["images"] if image["phase"] == "val"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"context: {path} is not the annotations of Pascal Context: {error!r}") from error
+    if not images:
+        raise ValueError(f"context: {path} has no image of the validation set")
     classes = np.full(max(_CONTEXT_IDS) + 1, IGNORED, np.uint8)
     classes[list(_CONTEXT_IDS)] = range(len(_CONTEXT_IDS))
     out = folder / "SegmentationClassContext"
     out.mkdir(parents=True, exist_ok=True)
     names = []
     for image in images:
-        labels = np.zeros((image["height"], image["width"]), np.uint8)
-        for category, mask in regions[image["image_id"]]:
-            known = category in _CONTEXT_IDS
-            labels[rle.decode(mask).astype(bool)] = classes[category] if known else IGNORED
-        names.append(Path(image["file_name"]).stem)
-        yield _save(out / f"{names[-1]}.png", labels)
+        try:
+            name, labels = Path(image["file_name"]).stem, np.zeros((image["height"], image["width"]), np.uint8)
+            for category, mask in regions[image["image_id"]]:
+                known = category in _CONTEXT_IDS
+                labels[rle.decode(mask).astype(bool)] = classes[category] if known else IGNORED
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"context: {path} has an image or a mask of another form: {error!r}") from error
+        names.append(name)
+        yield _save(out / f"{name}.png", labels)
     val = folder / "ImageSets/SegmentationContext/val.txt"
     val.parent.mkdir(parents=True, exist_ok=True)
     write_whole({val: lambda part: part.write_text("\n".join(names) + "\n", "utf-8")})

@@ -15,21 +15,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
 from rfclip import __version__
-from rfclip.benchmarks import BENCHMARKS, Benchmark, Pair
+from rfclip.benchmarks import BENCHMARKS, Benchmark, Pair, read_picture
 from rfclip.config import RefocusConfig
 from rfclip.evaluate import confusion_matrix, intersection_over_union
-from rfclip.files import write_whole
-from rfclip.images import to_rgb
-from rfclip.models import load_model, load_tokenizer
+from rfclip.files import printable, write_whole
+from rfclip.methods import RFCLIP, Protocol, find_method
+from rfclip.models import absolute_names, load_model, load_tokenizer
 from rfclip.segmenter import Segmentation, Segmenter
 
-LONG_SIDE, WINDOW = 2048, 224  # sides of pictures are given for windows of 224, and scaled for others
+LONG_SIDE = 2048  # of a resized picture at most, for a tower trained at 224, and scaled for others
 WORST = 8  # pictures
+LOCK = ".lock"
 RESULTS = ("result.json", "result.md", "confusion.png")
 
 
@@ -83,7 +85,8 @@ class Setup:
     root: Path
     model: str
     pretrained: str | None
-    config: RefocusConfig
+    config: RefocusConfig | None = None
+    method: str = RFCLIP.name
     backend: str = "auto"
     device: str = "cpu"
     batch: int | None = None
@@ -94,19 +97,33 @@ class Setup:
         return load_model(self.model, self.pretrained, device=self.device)
 
     def segmenter(self, model: nn.Module) -> Segmenter:
-        """A segmenter of the benchmark's sizes, in the model's own windows; on another device on any backend."""
-        window = int(np.max(model.visual.image_size))
-        sides = (BENCHMARKS[self.benchmark].short_side, LONG_SIDE)
-        short_side, long_side = (round(side * window / WINDOW) for side in sides)
+        """A segmenter by the method's protocol for this benchmark; on another device than asked, on any backend."""
+        long_side = round(LONG_SIDE * int(np.max(model.visual.image_size)) / 224)
         return Segmenter(
             model,
             config=self.config,
+            method=self.method,
+            protocol=self.protocol,
             backend=self.backend if model.visual.conv1.weight.device.type == self.device.partition(":")[0] else "auto",
             batch=self.batch,
             tokenizer=load_tokenizer(self.model),
-            short_side=short_side,
             long_side=long_side,
         )
+
+    @property
+    def protocol(self) -> Protocol:
+        """The method's on this benchmark."""
+        return find_method(self.method).protocol.on(self.benchmark)
+
+    @property
+    def threshold(self) -> float | None:
+        """Class probability under which a pixel is background, where the benchmark has that."""
+        return self.protocol.threshold if BENCHMARKS[self.benchmark].background else None
+
+    def elsewhere(self) -> Setup:
+        """The same for another working directory."""
+        model, pretrained = absolute_names(self.model, self.pretrained)
+        return replace(self, root=self.root.absolute(), model=model, pretrained=pretrained)
 
     def settings(self, segmenter: Segmenter) -> dict[str, object]:
         """What a result depends on: a run goes on only where all of it is as it was."""
@@ -115,75 +132,117 @@ class Setup:
             "model": self.model,
             "pretrained": self.pretrained,
             "weights": segmenter.digest(),
-            "config": json.loads(segmenter.config.to_json()),
+            "method": self.method,
+            "config": segmenter.config and json.loads(segmenter.config.to_json()),
             "backend": self.backend,
             "short_side": segmenter.short_side,
             "long_side": segmenter.long_side,
             "window": segmenter.window,
             "stride": segmenter.stride,
             "logit_scale": segmenter.logit_scale,
-            "threshold": BENCHMARKS[self.benchmark].threshold,
+            "threshold": self.threshold,
             "pamr": self.pamr,
             "rfclip": __version__,
         }
 
 
 class Scorer:
-    """A worker (see `rfclip.engines`) that scores a picture: {"image": path below the root, "labels": path} in.
+    """A worker (see `rfclip.engines`) that scores a picture: {"image": path below the root, "labels": path, ...} in.
 
-    Out come the image, the seconds it took, and [label, prediction, pixels] where there are any.
+    Out comes the same, with the seconds it took, and [label, prediction, pixels] where there are any.
     """
 
     def __init__(self, setup: Setup, segmenter: Segmenter | None = None):
         self.setup, self.benchmark = setup, BENCHMARKS[setup.benchmark]
         self.segmenter = setup.segmenter(setup.load()) if segmenter is None else segmenter
 
-    def __call__(self, task: dict[str, str]) -> dict[str, object]:
+    def __call__(self, task: dict[str, object]) -> dict[str, object]:
         began = time.perf_counter()
         root, classes = self.setup.root, len(self.benchmark.classes)
         predicted, wanted = self.predict(root / task["image"], root / task["labels"])
         confusion = confusion_matrix(wanted, predicted.labels, classes)
         rows, columns = np.nonzero(confusion)
         pixels = np.stack([rows, columns, confusion[rows, columns]], axis=1).tolist()
-        return {"image": task["image"], "seconds": time.perf_counter() - began, "pixels": pixels}
+        return task | {"seconds": time.perf_counter() - began, "pixels": pixels}
 
     def predict(self, image: Path, labels: Path) -> tuple[Segmentation, np.ndarray]:
         """What a picture is segmented into, and its labels, uint8 [H, W] each, at the size of the file."""
-        benchmark, rgb = self.benchmark, to_rgb(image)
+        benchmark, rgb = self.benchmark, read_picture(image)
         wanted = benchmark.read_labels(labels, rgb.size[::-1])
-        found = self.segmenter.segment(rgb, benchmark.classes, threshold=benchmark.threshold, pamr=self.setup.pamr)
+        found = self.segmenter.segment(rgb, benchmark.classes, threshold=self.setup.threshold, pamr=self.setup.pamr)
         predicted = np.where(found.labels == found.nothing, 0, found.labels) if benchmark.background else found.labels
         return replace(found, labels=predicted, classes=tuple(benchmark.class_names)), wanted
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What a run keeps of a picture: seconds, and pixels by label and prediction, [K, 3], where there are any."""
+
+    seconds: float
+    pixels: np.ndarray
+
+    def confusion(self, classes: int) -> np.ndarray:
+        matrix = np.zeros((classes, classes), np.int64)
+        matrix[self.pixels[:, 0], self.pixels[:, 1]] = self.pixels[:, 2]
+        return matrix
+
+
 class Run:
-    """A run in a folder, new or stopped before; `overwrite` starts it anew.
+    """A run over pictures in a folder, new or stopped before; `overwrite` starts it anew. To be used with `with`.
 
     Raises:
-        ValueError: the folder holds a run with other settings, or files that are not a run's.
+        ValueError: the folder holds a run with other settings, files that are not a run's, or damaged ones; or another
+            process works in it.
     """
 
-    def __init__(self, folder: Path, described: dict[str, object], *, overwrite: bool = False):
-        self.folder, self.settings = folder, described
+    def __init__(
+        self, folder: Path, settings: dict[str, object], pairs: list[Pair], root: Path, *, overwrite: bool = False
+    ):
+        self.folder, self.settings, self.pairs, self.root = folder, settings, pairs, root
         self._lines = folder / "images.jsonl"
-        path = folder / "run.json"
-        if overwrite and path.exists():
-            for old in (path, self._lines, *(folder / name for name in RESULTS), *folder.glob("worst-*.jpg")):
-                old.unlink(missing_ok=True)
-        if path.exists():
-            before = json.loads(path.read_text("utf-8"))
-            differing = [key for key in {**before, **described} if before.get(key) != described.get(key)]
-            if differing:
-                changes = "; ".join(f"{key} was {before.get(key)!r}, is {described.get(key)!r}" for key in differing)
-                raise ValueError(f"{folder} holds another run ({changes}): give another folder, or --overwrite")
-        elif folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and holds no run: give another folder, or --overwrite")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole({path: lambda part: part.write_text(json.dumps(described, indent=2) + "\n", "utf-8")})
+        self._lock = FileLock(folder / LOCK)
+        self._overwrite = overwrite
 
-    def done(self) -> dict[str, dict]:
-        """What `Scorer` found, by image."""
+    def __enter__(self) -> Run:
+        folder, path = self.folder, self.folder / "run.json"
+        if folder.exists() and not path.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and holds no run: give another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(f"another process works in {folder}: wait for it, or give another folder") from error
+        try:
+            self._open(path)
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def _open(self, path: Path) -> None:
+        if self._overwrite:
+            for old in (self._lines, *self._results(), path):
+                old.unlink(missing_ok=True)
+        if not path.exists():
+            write_whole({path: lambda part: part.write_text(json.dumps(self.settings, indent=2) + "\n", "utf-8")})
+            return
+        try:
+            before = dict(json.loads(path.read_text("utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not as a run writes it ({error}): --overwrite starts anew") from error
+        differing = [key for key in {**before, **self.settings} if before.get(key) != self.settings.get(key)]
+        if differing:
+            changes = "; ".join(f"{key} was {before.get(key)!r}, is {self.settings.get(key)!r}" for key in differing)
+            raise ValueError(f"{self.folder} holds another run ({changes}): give another folder, or --overwrite")
+
+    def _results(self) -> list[Path]:
+        return [*(self.folder / name for name in RESULTS), *self.folder.glob("worst-*.jpg")]
+
+    def _done(self) -> dict[str, Scored]:
+        """What is kept, by the task's text."""
         if not self._lines.exists():
             return {}
         text = self._lines.read_bytes()
@@ -191,13 +250,30 @@ class Run:
         if len(whole) < len(text):  # stopped in the middle of a line
             with self._lines.open("r+b") as file:
                 file.truncate(len(whole))
-        return {record["image"]: record for record in map(json.loads, whole.splitlines())}
+        done = {}
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                record = json.loads(line)
+                scored = Scored(float(record.pop("seconds")), np.array(record.pop("pixels"), np.int64).reshape(-1, 3))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{self._lines}, line {number}, is not as a run writes it: --overwrite starts anew"
+                ) from error
+            done[json.dumps(record)] = scored
+        return done
 
-    def missing(self, pairs: list[Pair], root: Path) -> list[dict[str, str]]:
+    def _tasks(self) -> list[dict[str, object]]:
+        """For a `Scorer`; with sizes and times of the files, so that a picture whose files change is scored again."""
+        tasks = []
+        for image, labels in self.pairs:
+            stamp = [[status.st_size, status.st_mtime_ns] for status in (image.stat(), labels.stat())]
+            tasks.append({"image": _below(image, self.root), "labels": _below(labels, self.root), "files": stamp})
+        return tasks
+
+    def missing(self) -> list[dict[str, object]]:
         """The tasks for a `Scorer` that are not done."""
-        done = self.done()
-        tasks = [{"image": _below(image, root), "labels": _below(labels, root)} for image, labels in pairs]
-        return [task for task in tasks if task["image"] not in done]
+        done = self._done()
+        return [task for task in self._tasks() if json.dumps(task) not in done]
 
     def keep(self, records: Iterable[dict]) -> Iterator[str]:
         """Keep what a `Scorer` found, each as it comes, and yield its image."""
@@ -208,15 +284,15 @@ class Run:
                 os.fsync(file.fileno())
                 yield record["image"]
 
-    def finish(self, scorer: Scorer, pairs: list[Pair]) -> Result:
+    def finish(self, scorer: Scorer) -> Result:
         """Sum up the pictures, all of which are scored, and write what came out."""
-        done, benchmark, root = self.done(), scorer.benchmark, scorer.setup.root
-        records = [done[_below(image, root)] for image, _ in pairs]
-        confusions = [_confusion(record, len(benchmark.classes)) for record in records]
-        result = Result(benchmark, len(pairs), sum(record["seconds"] for record in records), sum(confusions))
-        rated = zip(map(_mean_iou, confusions), pairs, strict=True)
+        done, benchmark = self._done(), scorer.benchmark
+        scored = [done[json.dumps(task)] for task in self._tasks()]
+        confusions = [each.confusion(len(benchmark.classes)) for each in scored]
+        result = Result(benchmark, len(scored), sum(each.seconds for each in scored), sum(confusions))
+        rated = zip(map(_mean_iou, confusions), self.pairs, strict=True)
         worst = sorted((miou, pair) for miou, pair in rated if not np.isnan(miou))[:WORST]
-        text = markdown(result, self.settings, [(miou, _below(pair[0], root)) for miou, pair in worst])
+        text = markdown(result, self.settings, [(miou, _below(pair[0], self.root)) for miou, pair in worst])
         record = json.dumps(self.settings | result.figures(), indent=2) + "\n"
         writers: tuple[Callable[[Path], object], ...] = (
             lambda part: part.write_text(record, "utf-8"),
@@ -228,6 +304,8 @@ class Run:
             beside = _beside(*scorer.predict(*pair))
             saves[self.folder / f"worst-{rank}.jpg"] = lambda part, beside=beside: beside.save(part, "JPEG", quality=90)
         write_whole(saves)
+        for old in set(self._results()) - saves.keys():  # of a run over more pictures
+            old.unlink()
         return result
 
 
@@ -235,29 +313,22 @@ def _below(path: Path, root: Path) -> str:
     return str(path.relative_to(root))
 
 
-def _confusion(record: dict, classes: int) -> np.ndarray:
-    """Pixels by label and prediction, int64 [C, C], from what a `Scorer` found."""
-    matrix = np.zeros((classes, classes), np.int64)
-    for label, prediction, pixels in record["pixels"]:
-        matrix[label, prediction] = pixels
-    return matrix
-
-
-def table_rows(results: list[Result], model: str, pretrained: str | None, pamr: bool) -> list[tuple[str, ...]]:
-    """Benchmark, pictures, mIoU, the paper's where it has this model (table 2, without PAMR), and the difference."""
+def table_rows(results: list[Result], model: str, method: str, comparable: bool) -> list[tuple[str, ...]]:
+    """Method, benchmark, pictures, mIoU; where comparable, the paper's (table 2, RF-CLIP) and the difference."""
     found = []
     for result in results:
         known = result.benchmark.paper.get(model.replace("/", "-").removesuffix("-quickgelu"))
-        paper = known if pretrained == "openai" and not pamr else None
+        paper = known if comparable and method == RFCLIP.name else None
         found.append((result.benchmark.title, str(result.images), 100 * result.miou, paper))
     if len(results) > 1:
         papers = [paper for *_, paper in found if paper is not None]
         mean = float(np.mean([miou for *_, miou, _ in found]))
         found.append(("mean", "", mean, float(np.mean(papers)) if len(papers) == len(results) else None))
-    return [
-        (title, images, f"{miou:.1f}", *(("-", "-") if paper is None else (f"{paper:.1f}", f"{miou - paper:+.1f}")))
-        for title, images, miou, paper in found
-    ]
+    rows = []
+    for title, images, miou, paper in found:
+        beside = ("-", "-") if paper is None else (f"{paper:.1f}", f"{miou - paper:+.1f}")
+        rows.append((method, title, images, f"{miou:.1f}", *beside))
+    return rows
 
 
 def markdown(result: Result, described: dict[str, object], worst: list[tuple[float, str]]) -> str:
@@ -282,7 +353,7 @@ def markdown(result: Result, described: dict[str, object], worst: list[tuple[flo
         "## Worst pictures",
         "",
     ]
-    lines += [f"{rank}. {name}: {100 * miou:.2f} %" for rank, (miou, name) in enumerate(worst, 1)]
+    lines += [f"{rank}. {printable(name)}: {100 * miou:.2f} %" for rank, (miou, name) in enumerate(worst, 1)]
     lines += ["", "## Settings", "", "```json", json.dumps(described, indent=2), "```", ""]
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ from torchvision.utils import draw_segmentation_masks
 from rfclip.config import TINY, RefocusConfig
 from rfclip.files import write_whole
 from rfclip.images import ImageLike, to_rgb
-from rfclip.methods import RFCLIP, Method, find_method
+from rfclip.methods import RFCLIP, Method, Protocol, find_method
 from rfclip.models import check_model, load_model, load_tokenizer, open_clip_name
 from rfclip.plugin import refocus
 
@@ -171,18 +171,18 @@ class Segmenter:
         model: an open_clip name, or an open_clip model. A model that is not refocused yet is refocused until `close()`.
         pretrained: open_clip's tag or a path to safetensors, where model is a name.
         config: a `RefocusConfig`; None takes the model's own where it is known. Not for a model refocused already.
-        method: one of `rfclip.methods.METHODS`; None takes RF-CLIP, or that of a model refocused already. It also sets
-            the defaults of the sides and the scale below.
+        method: one of `rfclip.methods.METHODS`; None takes RF-CLIP, or that of a model refocused already.
+        protocol: the defaults of the sides and the scale below; None takes the method's own.
         backend: as for `rfclip.refocus`.
         device, precision: where model is a name.
         tokenizer: where model is a ready model with another tokenizer than CLIP's.
         templates: functions from a name to a prompt; open_clip's 80 for ImageNet.
-        short_side, window, stride: in pixels, the window a multiple of the patch; None: the method's, RF-CLIP's being
+        short_side, window, stride: in pixels, the window a multiple of the patch; None: the protocol's, RF-CLIP's being
             3/2, 1 and 1/2 of the size that the model was trained at (336, 224 and 112 for ViT-B/16).
         long_side: the most that the resized picture may have, its short side being no less than a window all the same;
             None: any.
         batch: windows that go through the tower at a time; None: as many as `memory_limit` lets.
-        logit_scale: factor of the cosines before the softmax; None: the method's, 40 for RF-CLIP.
+        logit_scale: factor of the cosines before the softmax; None: the protocol's, 40 for RF-CLIP.
         memory_limit: about how many bytes a batch of windows, or a band of the probabilities asked for, may take. On
             top come the convolved patches and the patch logits of all windows, the averaged logits of the resized
             picture, and the model.
@@ -199,6 +199,7 @@ class Segmenter:
         *,
         config: RefocusConfig | None = None,
         method: str | None = None,
+        protocol: Protocol | None = None,
         backend: str = "auto",
         device: str | torch.device = "cpu",
         precision: str = "fp32",
@@ -238,7 +239,7 @@ class Segmenter:
         if isinstance(present, Method) and (config is not None or method is not None):
             raise ValueError("config, method: this model is refocused already, with those it was given then")
         kind = type(present) if isinstance(present, Method) else find_method(method or RFCLIP.name)
-        protocol, patch = kind.protocol, int(np.max(self.model.visual.patch_size))
+        protocol, patch = protocol or kind.protocol, int(np.max(self.model.visual.patch_size))
         native = int(np.max(self.model.visual.image_size))
         self.window = window or round(native * protocol.window / 224 / patch) * patch
         self.stride = stride or self.window * protocol.stride // protocol.window

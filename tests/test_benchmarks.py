@@ -1,6 +1,9 @@
 """Benchmarks in miniature, each in its layout on disk, whose mIoU is known by hand; stopped runs; bad files."""
 
 import json
+import os
+import struct
+import zlib
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +18,7 @@ from rfclip import RefocusConfig, runs
 from rfclip.ablations import ABLATIONS, variants
 from rfclip.benchmarks import BENCHMARKS
 from rfclip.cli import app
+from rfclip.methods import METHODS
 from rfclip.prepare import coco_object, context
 from rfclip.runs import Run, Scorer, Setup, table_rows
 from rfclip.segmenter import Segmentation, Segmenter
@@ -110,10 +114,14 @@ def setup(root, name):
 
 def score(root, name, folder, segmenter=None, **options):
     scorer = Scorer(setup(root, name), segmenter or Reader())
-    run, pairs = Run(folder, {"benchmark": name, **options}), BENCHMARKS[name].pairs(root)
-    for _ in run.keep(map(scorer, run.missing(pairs, root))):
-        pass
-    return run.finish(scorer, pairs)
+    with open_run(root, name, folder, **options) as run:
+        for _ in run.keep(map(scorer, run.missing())):
+            pass
+        return run.finish(scorer)
+
+
+def open_run(root, name, folder, overwrite=False, **options):
+    return Run(folder, {"benchmark": name, **options}, BENCHMARKS[name].pairs(root), root, overwrite=overwrite)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -133,7 +141,7 @@ def test_miou_by_hand(tmp_path, name):
     assert "50.00 % mIoU" in (tmp_path / "run/result.md").read_text()
     for picture in ("confusion.png", "worst-1.jpg", "worst-2.jpg"):
         Image.open(tmp_path / "run" / picture).load()
-    assert not list((tmp_path / "run").glob(".*"))
+    assert [path.name for path in (tmp_path / "run").glob(".*")] in ([], [".lock"])
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -142,7 +150,11 @@ def test_class_lists(name):
     counts = dict(voc21=21, voc20=20, context60=60, context59=59, coco_object=81, coco_stuff=171, cityscapes=19)
     assert len(benchmark.classes) == counts.get(name, 150) == len(set(benchmark.class_names))
     assert all(n and n == n.strip() for names in benchmark.classes for n in names)
-    assert benchmark.background == (benchmark.threshold is not None) == (benchmark.class_names[0] == "background")
+    assert benchmark.background == (benchmark.class_names[0] == "background")
+    protocol = METHODS["rf-clip"].protocol.on(name)  # the sizes that the paper gives
+    assert (protocol.window, protocol.stride, protocol.logit_scale, protocol.threshold) == (224, 112, 40, 0.1)
+    assert protocol.short_side == (560 if name == "cityscapes" else 336)
+    assert setup(Path(), name).threshold == (0.1 if benchmark.background else None)
 
 
 def test_background_is_what_no_class_is_sure_of(tmp_path):
@@ -180,10 +192,101 @@ def test_a_run_of_other_settings_is_refused(tmp_path):
         score(root, "ade20k", tmp_path / "run", pamr=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").touch()
-    with pytest.raises(ValueError, match="is not empty and holds no run"):
-        Run(tmp_path / "other", {}, overwrite=True)
-    Run(tmp_path / "run", {"pamr": True}, overwrite=True)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="is not empty and holds no run: give another folder"):
+            open_run(root, "ade20k", tmp_path / "other", overwrite).__enter__()
+    with open_run(root, "ade20k", tmp_path / "run", True, pamr=True) as run:
+        assert [path.name for path in run.folder.iterdir() if path.name != ".lock"] == ["run.json"]
+        with pytest.raises(ValueError, match="another process works in .*run"):
+            open_run(root, "ade20k", tmp_path / "run", pamr=True).__enter__()
+
+
+def test_what_a_kill_leaves_is_gone_on_with(tmp_path):
+    """In the middle of the first file, and of starting anew."""
+    root = make(tmp_path / "data", "ade20k")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/.0123abcd-0.part").write_text("{")
+    assert score(root, "ade20k", tmp_path / "new").miou == 0.5
+    score(root, "ade20k", tmp_path / "anew")
+    for gone in ("images.jsonl", "result.json"):
+        (tmp_path / "anew" / gone).unlink()
+    assert score(root, "ade20k", tmp_path / "anew", overwrite=True).miou == 0.5
+
+
+def test_pictures_that_change_are_scored_again(tmp_path):
+    root = make(tmp_path / "data", "ade20k")
+    score(root, "ade20k", tmp_path / "run")
+    _, labels = BENCHMARKS["ade20k"].pairs(root)[0]
+    save_labels(labels, halves(1, 2) + 1)
+    reader = Reader()
+    assert score(root, "ade20k", tmp_path / "run", reader).miou == 1
+    assert len(reader.seen) == 1 + 2  # that picture, and both of the worst
+    other = make(tmp_path / "other", "ade20k")
+    reader = Reader()
+    assert score(other, "ade20k", tmp_path / "run", reader).miou == 0.5
+    assert len(reader.seen) == 2 + 2
+
+
+def test_a_run_over_fewer_pictures_leaves_no_other_worst(tmp_path):
+    root = make(tmp_path / "data", "ade20k")
+    score(root, "ade20k", tmp_path / "run")
+    first = BENCHMARKS["ade20k"].pairs(root)[:1]
+    scorer = Scorer(setup(root, "ade20k"), Reader())
+    with Run(tmp_path / "run", {"benchmark": "ade20k"}, first, root) as run:
+        assert run.missing() == []
+        assert run.finish(scorer).images == 1
+    assert [path.name for path in (tmp_path / "run").glob("worst-*")] == ["worst-1.jpg"]
+
+
+@pytest.mark.parametrize(
+    "file, text",
+    [
+        ("run.json", ""),
+        ("run.json", "[1]"),
+        ("run.json", "null"),
+        ("images.jsonl", "{}\n"),
+        ("images.jsonl", "[]\n"),
+        ("images.jsonl", "no JSON\n"),
+        ("images.jsonl", '{"seconds": 1, "pixels": [[1, 2]]}\n'),
+        ("images.jsonl", '{"seconds": null, "pixels": []}\n'),
+    ],
+)
+def test_damaged_runs(tmp_path, file, text):
+    root = make(tmp_path / "data", "ade20k")
+    score(root, "ade20k", tmp_path / "run")
+    (tmp_path / "run" / file).write_text(text)
+    with pytest.raises(ValueError, match=f"{file}.* is not as a run writes it.*--overwrite starts anew"):
+        score(root, "ade20k", tmp_path / "run")
+    assert score(root, "ade20k", tmp_path / "run", overwrite=True).miou == 0.5
+
+
+def test_a_list_that_names_a_picture_twice(tmp_path):
+    root = make(tmp_path / "data", "voc21")
+    listed = root / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"
+    listed.write_text(listed.read_text() * 2)
+    assert len(BENCHMARKS["voc21"].pairs(root)) == 2
+    listed.write_bytes(b"\xff\n")
+    with pytest.raises(ValueError, match="voc21: .*utf-8"):
+        BENCHMARKS["voc21"].pairs(root)
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    root = make(tmp_path / "data", "ade20k")
+    for path in BENCHMARKS["ade20k"].pairs(root)[0]:
+        path.rename(path.with_name(os.fsdecode(b"p\xff" + path.suffix.encode())))
+    assert score(root, "ade20k", tmp_path / "run").miou == 0.5
+    assert "p\\xff.jpg" in (tmp_path / "run/result.md").read_text()
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_turned_pictures_are_refused(tmp_path, orientation):
+    root = make(tmp_path / "data", "voc21")
+    image, _ = BENCHMARKS["voc21"].pairs(root)[0]
+    turned = Image.Exif()
+    turned[0x0112] = orientation
+    Image.open(image).save(image, exif=turned)
+    with pytest.raises(ValueError, match=f"EXIF orientation is {orientation}"):
+        score(root, "voc21", tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -201,6 +304,16 @@ def test_missing_data_shows_the_layout(tmp_path, name):
         benchmark.pairs(tmp_path)
 
 
+def four_bits():
+    """A gray PNG of 4 bits a pixel, which Pillow does not write."""
+    rows = b"".join(b"\0" + bytes([0x12] * (SIZE[1] // 2)) for _ in range(SIZE[0]))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", SIZE[1], SIZE[0], 4, 0, 0, 0, 0)), (b"IDAT", zlib.compress(rows))]
+    whole = b"\x89PNG\r\n\x1a\n"
+    for kind, data in [*chunks, (b"IEND", b"")]:
+        whole += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return whole
+
+
 @pytest.mark.parametrize(
     "spoil, words",
     [
@@ -209,8 +322,9 @@ def test_missing_data_shows_the_layout(tmp_path, name):
         (lambda path: Image.new("RGB", SIZE[::-1]).save(path), "a picture of mode RGB"),
         (lambda path: Image.new("L", (5, 7)).save(path), r"labels of \(7, 5\).*picture of \(16, 24\)"),
         (lambda path: Image.new("L", SIZE[::-1], 21).save(path), r"labels \[21\].*0 to 20"),
+        (lambda path: path.write_bytes(four_bits()), r"of mode L;4 \(fewer than 8 bits\)"),
     ],
-    ids=["no-picture", "cut-off", "rgb", "size", "beyond"],
+    ids=["no-picture", "cut-off", "rgb", "size", "beyond", "four-bits"],
 )
 def test_bad_labels(tmp_path, spoil, words):
     root = make(tmp_path, "voc21")
@@ -262,10 +376,12 @@ def test_prepare_context(tmp_path):
 def test_table_rows():
     benchmark = SimpleNamespace(title="VOC21", paper={"ViT-B-16": 64.8})
     result = SimpleNamespace(benchmark=benchmark, images=5, miou=0.653)
-    assert table_rows([result], "ViT-B/16", "openai", False) == [("VOC21", "5", "65.3", "64.8", "+0.5")]
-    assert table_rows([result], "ViT-B-16", "laion2b", False) == [("VOC21", "5", "65.3", "-", "-")]
-    assert table_rows([result, result], "ViT-B-16", "openai", False)[-1] == ("mean", "", "65.3", "64.8", "+0.5")
-    assert table_rows([result, result], "ViT-B-16", "openai", True)[-1] == ("mean", "", "65.3", "-", "-")
+    assert table_rows([result], "ViT-B/16", "rf-clip", True) == [("rf-clip", "VOC21", "5", "65.3", "64.8", "+0.5")]
+    assert table_rows([result], "ViT-B-16", "rf-clip", False) == [("rf-clip", "VOC21", "5", "65.3", "-", "-")]
+    assert table_rows([result], "ViT-B-16", "kk", True) == [("kk", "VOC21", "5", "65.3", "-", "-")]
+    both = partial(table_rows, [result, result], "ViT-B-16", "rf-clip")
+    assert both(True)[-1] == ("rf-clip", "mean", "", "65.3", "64.8", "+0.5")
+    assert both(False)[-1] == ("rf-clip", "mean", "", "65.3", "-", "-")
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -293,7 +409,7 @@ def test_evaluate_all(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     rows = Path("rfclip-runs/table2.md").read_text().splitlines()
     titles = [benchmark.title for benchmark in BENCHMARKS.values()]
-    assert [row.split("|")[1].strip() for row in rows[4:]] == [*titles, "mean"]
+    assert [row.split("|")[2].strip() for row in rows[4:]] == [*titles, "mean"]
     for name in BENCHMARKS:
         assert json.loads(Path("rfclip-runs", name, "result.json").read_text())["images"] == 1
 
@@ -309,8 +425,13 @@ def test_evaluate_all(tmp_path, monkeypatch):
         (["voc21", "--root", ".", "--limit", 0], "--limit"),
         (["scenes", "--root", "."], "--root does not go with scenes"),
         (["voc21", "--inject-distraction", 0.1], "goes with scenes only"),
+        (["voc21", "--seed", 0], "--seed goes with scenes only"),
+        (["voc21", "--count", 5], "--count goes with scenes only"),
+        (["scenes", "--out", "."], "--out .: expected a file"),
+        (["voc21", "--method", "lseg"], "expected one of clip"),
+        (["scenes", "--workers", 2], "--workers does not go with scenes"),
     ],
-    ids=["nothing", "both", "name", "no-root", "empty-root", "limit", "scenes", "inject"],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_wrong_arguments(tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)

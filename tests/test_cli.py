@@ -22,7 +22,7 @@ from rfclip.models import tiny_folder
 from rfclip.scenes import CLASSES, make_scene
 
 NAMES = ["cat", "grass", "sky"]
-METHODS = ["plain CLIP", "kk, last layer", "kk, averaged over layers", "RF-CLIP"]
+METHODS = ["clip", "kk", "kk-mean", "rf-clip"]
 
 
 def run(*arguments):
@@ -275,12 +275,16 @@ def test_existing_results_stay(pictures):
 
 
 @pytest.mark.parametrize("kept", sorted(results("picture")))
-def test_any_existing_result_stays(folder, kept):
+def test_any_existing_file_stays_and_is_told(folder, kept):
+    """Another's file, or one of three that a killed command left."""
     scene(1).save("picture.png")
     (folder / "rfclip-out").mkdir()
     (folder / "rfclip-out" / kept).write_text("mine")
-    assert "1 left as they were" in segment("picture.png").stderr
+    result = segment("picture.png")
+    assert result.exit_code == 1
+    assert f"failed: picture.png: {kept} in rfclip-out is another picture's results, or incomplete" in result.stderr
     assert {path.name: value[0] for path, value in state(folder / "rfclip-out").items()} == {kept: b"mine"}
+    assert segment("picture.png", "--overwrite").exit_code == 0
 
 
 @pytest.mark.parametrize("step", ["mask", "overlay"])
@@ -324,6 +328,11 @@ def test_results_of_another_picture_are_not_taken_for_this_one(folder):
     second = segment("a.jpg")
     assert second.exit_code == 1
     assert "another picture's results" in second.stderr
+    (folder / "b").mkdir()
+    scene(3).save("b/a.png")
+    third = segment("b/a.png")
+    assert third.exit_code == 1
+    assert "another picture's results" in third.stderr
     assert state(folder / "rfclip-out") == before
     assert segment("a.jpg", "--overwrite").exit_code == 0
 

@@ -25,7 +25,7 @@ from rfclip.runs import Run, Scorer, Setup
 from rfclip.scenes import make_scene
 
 NAMES = [("dog", "cat"), ("grass",), ("sky",)]
-JOB = Job(NAMES, "rfclip-tiny", None, None, "auto", "cpu", "fp32", None, False)
+JOB = Job(NAMES, "rfclip-tiny", None, None, "rf-clip", "auto", "cpu", "fp32", None, False)
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +92,9 @@ def mortal(worker, marker, when):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_killed_worker_of_shards(tmp_path, pictures, segmenter, masks, ray, when):
-    worker = partial(mortal(Writer, tmp_path / "died", when), JOB)
-    tasks, skipped = plan_shards(pictures, tmp_path, JOB.described(segmenter), False)
-    assert (len(tasks), skipped) == (3, 0)
+    worker = partial(mortal(Writer, tmp_path / "died", when), JOB, JOB.described(segmenter))
+    tasks, skipped, stale = plan_shards(pictures, tmp_path, JOB.described(segmenter), False)
+    assert (len(tasks), skipped, stale) == (3, 0, [])
     with engines.start("ray", workers=1) as engine:
         results = list(engine.results(worker, worker, tasks))
     assert (tmp_path / "died").exists()
@@ -103,7 +103,7 @@ def test_a_killed_worker_of_shards(tmp_path, pictures, segmenter, masks, ray, wh
 
 
 def test_a_killed_worker_of_files(tmp_path, pictures, masks, ray):
-    worker = partial(mortal(Writer, tmp_path / "died", "after"), JOB)
+    worker = partial(mortal(Writer, tmp_path / "died", "after"), JOB, {"classes": []})
     tasks, skipped, failed = plan_files(pictures, tmp_path, False)
     assert (skipped, failed) == (0, [])
     with engines.start("ray", workers=2) as engine:
@@ -121,16 +121,25 @@ def test_a_killed_worker_of_an_evaluation(tmp_path, ray):
     setup = Setup("voc20", root, "rfclip-tiny", None, RefocusConfig(distraction_dims=()))
     pairs = BENCHMARKS["voc20"].pairs(root)
     scorer = Scorer(setup)
-    run = Run(tmp_path / "here", {})
-    assert list(run.keep(map(scorer, run.missing(pairs, root)))) == [str(image.relative_to(root)) for image, _ in pairs]
-    whole = run.finish(scorer, pairs)
+    with Run(tmp_path / "here", {}, pairs, root) as run:
+        assert list(run.keep(map(scorer, run.missing()))) == [str(image.relative_to(root)) for image, _ in pairs]
+        whole = run.finish(scorer)
     worker = partial(mortal(Scorer, tmp_path / "died", "after"), setup)
-    run = Run(tmp_path / "there", {})
-    with engines.start("ray", workers=1) as engine:
-        kept = list(run.keep(engine.results(worker, worker, run.missing(pairs, root))))
-    assert (tmp_path / "died").exists()
-    assert len(kept) == len(set(kept)) == len(pairs) == len((tmp_path / "there/images.jsonl").read_text().splitlines())
-    assert np.array_equal(run.finish(scorer, pairs).confusion, whole.confusion)
+    with Run(tmp_path / "there", {}, pairs, root) as run, engines.start("ray", workers=1) as engine:
+        kept = list(run.keep(engine.results(worker, worker, run.missing())))
+        assert (tmp_path / "died").exists()
+        assert len(kept) == len(set(kept)) == len(pairs)
+        assert len((tmp_path / "there/images.jsonl").read_text().splitlines()) == len(pairs)
+        assert np.array_equal(run.finish(scorer).confusion, whole.confusion)
+
+
+def test_a_task_that_kills_every_worker(ray):
+    class Poison:
+        def __call__(self, task):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with engines.start("ray", workers=2) as engine, pytest.raises(ValueError, match="Ray could not go on"):
+        list(engine.results(Poison, Poison, [{}]))
 
 
 def run(*arguments):
@@ -169,7 +178,7 @@ def test_errors_of_workers_come_back(tmp_path, ray):
     result = run("evaluate", "voc20", "--root", root, "--out", tmp_path / "run", "--engine", "ray")
     assert result.exit_code == 2
     assert f"error: {labels}: cannot be read as labels" in result.stderr
-    worker = partial(Writer, Job(NAMES, "no-model", None, None, "auto", "cpu", "fp32", None, False))
+    worker = partial(Writer, Job(NAMES, "no-model", None, None, "rf-clip", "auto", "cpu", "fp32", None, False), {})
     with engines.start("ray") as engine, pytest.raises(ValueError, match="unknown model 'no-model'"):
         list(engine.results(worker, worker, [{"pictures": []}]))
 
@@ -278,7 +287,13 @@ def test_runs_of_labels(tmp_path, shape):
                 runs.append([value, 1])
         found = encode(labels)
         assert [list(pair) for pair in zip(found["values"].tolist(), found["lengths"].tolist(), strict=True)] == runs
-        row = {"image": f"{number}.png", "height": shape[0], "width": shape[1], "seconds": 0.5} | found
+        row = {
+            "image": f"{number}.png",
+            "path": f"/{number}.png",
+            "height": shape[0],
+            "width": shape[1],
+            "seconds": 0.5,
+        } | found
         images[row["image"]] = labels
         write_shard(tmp_path / f"masks-{number}.parquet", [row], {"nothing": 255})
     same(read_masks(tmp_path), images)
@@ -288,21 +303,21 @@ def test_shards_that_are_there(tmp_path, pictures, segmenter, masks):
     """They are gone on with; others' are refused; on demand all are replaced, however they are cut now."""
     pytest.importorskip("pyarrow")
     described = JOB.described(segmenter)
-    writer = Writer(JOB, segmenter)
-    tasks, _ = plan_shards(pictures[:10], tmp_path, described, False)
+    writer = Writer(JOB, described, segmenter)
+    tasks, *_ = plan_shards(pictures[:10], tmp_path, described, False)
     assert [len(task["pictures"]) for task in tasks] == [8, 2]
     assert writer(tasks[0]) == {"done": 8, "failed": []}
-    tasks, skipped = plan_shards(pictures, tmp_path, described, False)
-    assert ([len(task["pictures"]) for task in tasks], skipped) == ([8, 2], 8)
+    tasks, skipped, stale = plan_shards(pictures, tmp_path, described, False)
+    assert ([len(task["pictures"]) for task in tasks], skipped, stale) == ([8, 2], 8, [])
     for task in tasks:
         writer(task)
     same(read_masks(tmp_path), masks)
-    assert plan_shards(pictures, tmp_path, described, False) == ([], 18)
+    assert plan_shards(pictures, tmp_path, described, False) == ([], 18, [])
     with pytest.raises(ValueError, match="other threshold, pamr: another --out, or --overwrite"):
         plan_shards(pictures, tmp_path, described | {"pamr": True, "threshold": 0.5}, False)
-    assert len(list(tmp_path.iterdir())) == 3
-    tasks, skipped = plan_shards(pictures[:4], tmp_path, described, True)
-    assert (len(tasks), skipped, list(tmp_path.iterdir())) == (1, 0, [])
+    before = sorted(tmp_path.iterdir())
+    (task,), skipped, stale = plan_shards(pictures[:8], tmp_path, described | {"pamr": True}, True)
+    assert skipped == 0 and sorted([*stale, Path(task["shard"])]) == before  # the one that is written again may stay
     many = [(Path(f"{number}.png"), Path(f"{number}")) for number in range(10_000)]
     sizes = [len(task["pictures"]) for task in plan_shards(many, tmp_path, described, False)[0]]
     assert sum(sizes) == 10_000 and max(sizes) == 64
