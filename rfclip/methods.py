@@ -543,7 +543,7 @@ def load_dino() -> nn.Module:
         dino = timm.create_model("vit_base_patch8_224.dino", pretrained=True, num_classes=0, dynamic_img_size=True)
     except (OSError, RuntimeError) as error:
         raise ConnectionError(
-            f"proxyclip: the weights of DINO ViT-B/8 could not be downloaded ({error}); this needs a network once"
+            f"the weights of DINO ViT-B/8 could not be downloaded ({error}); this needs a network once"
         ) from error
     return dino.eval()
 
