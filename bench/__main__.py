@@ -6,12 +6,12 @@ import logging
 import sys
 from pathlib import Path
 
-from bench import end_to_end, tables, towers
+from bench import end_to_end, methods, tables, towers
 from bench.kernels import time_kernels
 from bench.measure import DEVICE, machine, versions
 from bench.roofline import project
 
-SECTIONS = ("kernels", "towers", "memory", "end-to-end", "roofline")
+SECTIONS = ("kernels", "towers", "methods", "memory", "end-to-end", "roofline")
 HOW = """\
 Ratios are of medians of the rounds of one process, in which the implementations take turns after one call of each, each
 round starting with another, in `inference_mode`. Weights are random, with over-activation of a tenth of the patches
@@ -50,6 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
             if row.goal is not None and row.ratio > row.goal:
                 (case,) = (case for case in cases if str(case) == row.case)
                 report.profile += towers.profile(given.model, case)
+        tables.write(given.out, report)
+    if "methods" in only:
+        report.methods += _told(methods.time_methods(given.model, given.quick))
         tables.write(given.out, report)
     if "memory" in only:
         report.memory += _told(towers.measure_memory(given.model, [case for case in cases if not case.bf16]))

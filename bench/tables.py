@@ -42,6 +42,7 @@ class Report:
     kernels: list[KernelTime] = field(default_factory=list)
     towers: list[TowerTime] = field(default_factory=list)
     profile: list[Part] = field(default_factory=list)
+    methods: list[TowerTime] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
     throughput: list[Throughput] = field(default_factory=list)
     growth: list[Growth] = field(default_factory=list)
@@ -49,11 +50,11 @@ class Report:
 
     def ratios(self) -> dict[str, float]:
         """Every ratio to plain CLIP, of which less is better."""
-        rows = [*self.towers, *self.memory, *self.throughput]
+        rows = [*self.towers, *self.methods, *self.memory, *self.throughput]
         return {row.key: row.ratio for row in rows if row.ratio is not None}
 
     def failures(self) -> list[str]:
-        return [f"{row.key}: {row.failure}" for row in [*self.towers, *self.memory] if row.failure]
+        return [f"{row.key}: {row.failure}" for row in [*self.towers, *self.methods, *self.memory] if row.failure]
 
     def json(self) -> str:
         return json.dumps(asdict(self) | {"ratios": self.ratios(), "failures": self.failures()}, indent=2) + "\n"
@@ -71,9 +72,11 @@ class Report:
         if self.kernels:
             lines.append(_kernel_table(self.kernels))
         if self.towers:
-            lines.append(_tower_table(self.towers, self.machine["gpu"]))
+            lines.append(_tower_table("Towers", self.towers, self.machine["gpu"]))
         if self.profile:
             lines.append(_profile_table(self.profile))
+        if self.methods:
+            lines.append(_tower_table("Methods", self.methods, self.machine["gpu"]))
         if self.memory:
             lines.append(_memory_table(self.memory))
         if self.throughput:
@@ -101,7 +104,7 @@ def _kernel_table(rows: list[KernelTime]) -> str:
     return table("## Single functions: time", heads, shown)
 
 
-def _tower_table(rows: list[TowerTime], gpu: object) -> str:
+def _tower_table(title: str, rows: list[TowerTime], gpu: object) -> str:
     peak = peak_of(str(gpu)) if gpu else None
     heads = "case | tokens | implementation | median ms | 20 % to 80 % | over plain | goal | error | note"
     shown = []
@@ -117,7 +120,7 @@ def _tower_table(rows: list[TowerTime], gpu: object) -> str:
         goal, error = _goal(row.ratio, row.goal), _number(row.error, "{:.1e}")
         ratio, median = _number(row.ratio), f"{1000 * row.seconds:.2f}"
         shown.append((row.case, row.tokens, row.implementation, median, spread, ratio, goal, error, note))
-    return table("## Towers: time", heads, shown)
+    return table(f"## {title}: time", heads, shown)
 
 
 def _profile_table(rows: list[Part]) -> str:

@@ -63,6 +63,7 @@ class Method:
         blocks: how many the tower must have.
         configured: whether it takes a `RefocusConfig`.
         fixed: the config of a method that is a special case of RF-CLIP.
+        beyond: what its formula computes beyond the tower's blocks, for those that take notably longer.
     """
 
     name: ClassVar[str]
@@ -71,6 +72,7 @@ class Method:
     blocks: ClassVar[int] = 1
     configured: ClassVar[bool] = False
     fixed: ClassVar[RefocusConfig | None] = None
+    beyond: ClassVar[str] = ""
 
     def __init__(self, tower: Tower, config: RefocusConfig | None, backend: str):
         if len(tower.blocks) < self.blocks:
@@ -369,6 +371,7 @@ class CLIPSurgery(TwoStreams):
     """SS(v) v in each of the last six blocks; its surgery on the logits of all classes is left out."""
 
     name, source = "clip-surgery", "Li et al., Pattern Recognition 2025"
+    beyond = "a second attention in each of six blocks"
     protocol = Protocol(short_side=448, window=448, stride=224, threshold=None, benchmarks={})
 
     def _gather(self, block: Block, x: Tensor) -> Tensor:
@@ -384,6 +387,7 @@ class GEM(TwoStreams):
     """
 
     name, source = "gem", "Bousselham et al., CVPR 2024"
+    beyond = "six more attentions in each of six blocks"
     protocol = Protocol(short_side=448, window=448, stride=224, logit_scale=100.0, threshold=None, benchmarks={})
 
     def _gather(self, block: Block, x: Tensor) -> Tensor:
@@ -413,6 +417,7 @@ class SCCLIP(Method):
     """
 
     name, source, blocks = "sc-clip", "Bai et al., 2024", 11
+    beyond = "the last block's attention twice, and cosines of all pairs of patches"
     protocol = Protocol(
         threshold=0.15,
         benchmarks={
@@ -451,6 +456,7 @@ class ProxyCLIP(Method):
     """
 
     name, source = "proxyclip", "Lan et al., ECCV 2024"
+    beyond = "a DINO ViT-B/8 on the picture"
     protocol = Protocol(
         window=336,
         threshold=0.2,
@@ -498,6 +504,7 @@ class Released(Method):
     """
 
     name, source, configured = "released", RFCLIP.source, True
+    beyond = "the last block's attention twice more, each over all blocks' keys"
 
     def __call__(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         self.tower.check_eval()

@@ -12,6 +12,7 @@ from PIL import Image
 
 from bench import end_to_end, kernels, measure, roofline, tables, towers
 from bench.__main__ import main
+from rfclip.methods import METHODS
 from rfclip_kernels.launches import OPS, Shape
 
 SMALL = "ViT-S-32"
@@ -27,7 +28,16 @@ def test_a_quick_run_writes_whole_files_and_fails_on_a_regression(tmp_path):
     earlier = tmp_path / "earlier.json"
     earlier.write_text(json.dumps({"ratios": {"tower, 224x224, batch 1, fp32, eager": 0.001}}))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "bench", "--quick", "--model", SMALL, "--only", "kernels,towers,memory,roofline"]
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "--quick",
+        "--model",
+        SMALL,
+        "--only",
+        "kernels,towers,methods,memory,roofline",
+    ]
     done = subprocess.run(
         [*command, "--out", out, "--compare", earlier],
         cwd=ROOT,
@@ -50,7 +60,9 @@ def test_a_quick_run_writes_whole_files_and_fails_on_a_regression(tmp_path):
     assert eager["rounds"] == 2 and eager["seconds"] > 0 and eager["error"] < 1e-5
     assert [row["implementation"] for row in found["memory"]] == ["plain", "reference", "eager"]
     assert all(row["peak"] >= row["loaded"] > 10**8 for row in found["memory"])
-    assert len(found["ratios"]) == 6 and found["failures"] == []
+    assert [row["implementation"] for row in found["methods"]] == ["open_clip", *METHODS]
+    assert all(row["ratio"] > 0 and row["goal"] is None for row in found["methods"])
+    assert len(found["ratios"]) == 6 + len(METHODS) and found["failures"] == []
 
     titles = [line for line in done.stdout.splitlines() if line.startswith("## Roofline")]
     assert len(titles) == 2 and all("projected, not measured" in title for title in titles)
