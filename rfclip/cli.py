@@ -424,7 +424,7 @@ def methods() -> None:
     """List the methods: where they come from, and how they see a picture, in pixels for a tower trained at 224."""
     from rfclip.methods import METHODS
 
-    table = Table("method", "source", "short side", "window", "stride", "scale", "threshold")
+    table = Table(Column("method", no_wrap=True), "source", "short side", "window", "stride", "scale", "threshold")
     for name, method in METHODS.items():
         p = method.protocol
         sides = (str(side) for side in (p.short_side, p.window, p.stride))
@@ -462,6 +462,9 @@ def evaluate(
     engine: EngineName = "local",
     workers: Workers = None,
     out: RunFolder = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="scenes: a PNG file for a contact sheet of what each method makes of two.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Score a model on a benchmark: mIoU, a table of classes, the confusion matrix and the worst pictures.
@@ -475,6 +478,7 @@ def evaluate(
         if benchmark == "scenes":
             _scenes_only(root=root, limit=limit, batch=batch, pamr=pamr, engine=engine != "local", workers=workers)
             _check_new(out, overwrite)
+            _check_new(sheet, overwrite)
             names = _method_names(method or "clip,kk,kk-mean,rf-clip")
             from rfclip.config import RefocusConfig
             from rfclip.evaluate import injected
@@ -485,11 +489,19 @@ def evaluate(
             title = f"{count} scenes, seed {seed}, {model}"
             chosen = _choices(clip, names, given, method == "all")
             _score_scenes(clip, chosen, title, count, seed, inject_distraction, backend, out)
+            if sheet is not None:
+                from rfclip.evaluate import contact_sheet
+
+                figure = contact_sheet(clip, chosen, seed=seed, inject=inject_distraction, backend=backend)
+                sheet.parent.mkdir(parents=True, exist_ok=True)
+                write_whole({sheet: lambda part: figure.savefig(part, format="png", dpi=100)})
             if not inject_distraction and refocusing == RefocusConfig(distraction_dims=()):
                 out_console.print(
                     "This model has no distraction dimensions: rf-clip equals kk-mean here.", soft_wrap=True
                 )
             return
+        if sheet is not None:
+            raise ValueError("--sheet goes with scenes only")
         names = _method_names(method or "rf-clip")
         # The paper's figures are for OpenAI's weights, all pictures and its own settings.
         comparable = (pretrained or "").lower() == "openai" and not (pamr or limit or config)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
@@ -17,11 +20,12 @@ from rfclip.config import RefocusConfig
 from rfclip.methods import find_method
 from rfclip.plugin import refocus
 from rfclip.scenes import CLASSES, OBJECTS, Scene, make_scene
-from rfclip.segmenter import Segmenter
+from rfclip.segmenter import Segmenter, palette
 
 # First numbers of the scenes' seeds; training uses another, so none of these was ever trained on.
 SEGMENTATION_STREAM, SINGLE_STREAM = 1, 2
 INJECTED_DIMS = (5, 37, 70, 101)
+SHEET_COLUMNS = 5
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,55 @@ def evaluate_scenes(
                 top1 = _top1(segmenter, singles)
             iou = dict(zip(CLASSES, intersection_over_union(confusion).tolist(), strict=True))
             yield SceneScores(label, top1, iou, np.trace(confusion) / confusion.sum())
+
+
+def contact_sheet(
+    model: nn.Module,
+    choices: Mapping[str, Mapping[str, object]],
+    *,
+    numbers: Sequence[int] = (0, 1),
+    seed: int = 0,
+    inject: float = 0.0,
+    backend: str = "auto",
+) -> Figure:
+    """Some scenes, their labels, and what each choice makes of them, with the mIoU on that scene alone.
+
+    Arguments are those of `evaluate_scenes`, `numbers` those of the scenes. Each class of a scene has a colour; pixels
+    that are taken for a class that is not there are black.
+    """
+    rows = math.ceil((2 + len(choices)) / SHEET_COLUMNS)
+    size = (2 * SHEET_COLUMNS, 2.2 * rows * len(numbers))
+    figure = Figure(figsize=size, layout="constrained")
+    with inject_distraction(model, inject):
+        for number, part in zip(numbers, np.atleast_1d(figure.subfigures(len(numbers))), strict=True):
+            scene = make_scene((SEGMENTATION_STREAM, seed, number))
+            cells = {"picture": scene.image, "labels": _coloured(scene.labels, scene)}
+            for label, choice in choices.items():
+                with Segmenter(model, **choice, backend=backend) as segmenter:
+                    found = segmenter(scene.image, CLASSES).labels
+                iou = intersection_over_union(confusion_matrix(scene.labels, found, len(CLASSES)))
+                cells[f"{label}: {100 * np.nanmean(iou):.0f} %"] = _coloured(found, scene)
+            axes = part.subplots(rows, SHEET_COLUMNS, squeeze=False).ravel()
+            for axis in axes:
+                axis.set_axis_off()
+            for axis, (title, pixels) in zip(axes, cells.items(), strict=False):
+                axis.imshow(pixels, interpolation="nearest")
+                axis.set_title(title, fontsize=9)
+            present = scene.present()
+            colours = np.array(palette(len(present))) / 255
+            patches = [Patch(color=colour, label=CLASSES[c]) for c, colour in zip(present, colours, strict=True)]
+            part.legend(
+                handles=[*patches, Patch(color="black", label="not there")], loc="outside lower center", ncols=8
+            )
+    return figure
+
+
+def _coloured(labels: np.ndarray, scene: Scene) -> np.ndarray:
+    """The scene in gray, uint8 [S, S, 3], under a colour for each class that is in it, and black for others."""
+    present = scene.present()
+    colours = np.zeros((len(CLASSES), 3), np.uint8)
+    colours[present] = palette(len(present))
+    return (0.65 * colours[labels] + 0.35 * scene.image.mean(axis=2, keepdims=True)).astype(np.uint8)
 
 
 def _confusion(segmenter: Segmenter, scenes: list[Scene]) -> np.ndarray:

@@ -414,6 +414,24 @@ def test_evaluate_all(tmp_path, monkeypatch):
         assert json.loads(Path("rfclip-runs", name, "result.json").read_text())["images"] == 1
 
 
+def test_evaluate_several_methods(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(Path("data"), "voc21")
+    result = run("evaluate", "voc21", "--root", "data", "--method", "clearclip, kk,rf-clip")
+    assert result.exit_code == 0, result.output
+    settings = {
+        path.parent.name: json.loads(path.read_text()) for path in sorted(Path("rfclip-runs").glob("*/run.json"))
+    }
+    assert [(name, each["method"], each["threshold"]) for name, each in settings.items()] == [
+        ("voc21", "rf-clip", 0.1),
+        ("voc21-clearclip", "clearclip", 0.5),
+        ("voc21-kk", "kk", 0.1),
+    ]
+    assert settings["voc21-clearclip"]["window"] == 2 * settings["voc21"]["window"]
+    rows = Path("rfclip-runs/table2.md").read_text().splitlines()[4:]
+    assert [row.split("|")[1].strip() for row in rows] == ["clearclip", "kk", "rf-clip"]
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -16,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import rfclip
+import rfclip.methods
 from rfclip import RefocusConfig
 from rfclip.cli import app
 from rfclip.models import tiny_folder
@@ -508,6 +509,40 @@ def test_calibrate_without_a_good_file(folder):
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_method_on_the_scenes(folder, monkeypatch):
+    """But those that this model cannot have, which is said; and a contact sheet of the others."""
+
+    def offline():
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(rfclip.methods, "load_dino", offline)
+    result = run("evaluate", "scenes", "--method", "all", "--count", 1, "--sheet", "new/sheet.png")
+    assert result.exit_code == 0, result.output
+    rows = [line for line in result.stdout.splitlines() if line.startswith("│")]
+    assert [row.split("│")[1].strip() for row in rows] == [
+        name for name in rfclip.methods.METHODS if name not in ("sc-clip", "proxyclip")
+    ]
+    assert "left out: sc-clip: method 'sc-clip' needs 11 blocks, and this tower has 6" in result.stderr
+    assert "left out: proxyclip: no network" in result.stderr
+    sheet = np.asarray(Image.open("new/sheet.png").convert("RGB"))
+    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 1000
+    refused(run("evaluate", "scenes", "--sheet", "new/sheet.png"), "new/sheet.png exists", "--overwrite")
+    refused(run("evaluate", "scenes", "--method", "kk,gem,sc-clip"), "needs 11 blocks")
+    refused(run("evaluate", "scenes", "--method", "kk", "--config", "config.json"), "config.json")
+
+
+def test_segment_by_another_method(folder):
+    scene(1).save("picture.png")
+    assert segment("picture.png", "--method", "naclip").exit_code == 0
+    record = json.loads(Path("rfclip-out/picture.json").read_text())
+    assert (record["method"], record["config"]) == ("naclip", None)
+    with rfclip.Segmenter(method="naclip") as segmenter:
+        expected = segmenter("picture.png", "cat, grass, sky").labels
+    assert np.array_equal(np.asarray(Image.open("rfclip-out/picture.mask.png")), expected)
+    refused(segment("picture.png", "--method", "lseg"), "method='lseg'", "naclip")
+    assert all(name in run("methods").stdout for name in rfclip.methods.METHODS)
 
 
 @pytest.mark.parametrize("injected", [0, 0.1], ids=["plain", "injected"])
