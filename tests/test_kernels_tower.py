@@ -16,6 +16,7 @@ import rfclip
 from rfclip.config import CHOICES
 from rfclip.evaluate import INJECTED_DIMS, inject_distraction
 from rfclip.images import to_rgb
+from rfclip.methods import METHODS
 from rfclip.models import tiny_folder
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run as TRITON_INTERPRET=1 pytest tests/test_kernels_tower.py"
@@ -70,6 +71,19 @@ def test_a_small_tower(case):
     assert relative_error(got, want) <= 1e-5
     plain, _ = features(small_clip(), images.double(), rfclip.RefocusConfig(distraction_dims=()), "reference")
     assert relative_error(want, plain) > 0.01
+
+
+@pytest.mark.parametrize("method", ["sclip", "naclip", "gem", "sc-clip", "released"])
+def test_other_methods(method):
+    """Those that between them call every kernel that the methods share, each in its own way."""
+    config = rfclip.RefocusConfig(distraction_dims=DIMS) if METHODS[method].configured else None
+    images = pictures(count=2, height=16, width=24)
+    found = []
+    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference")):
+        model = small_clip(layers=METHODS[method].blocks, dtype=dtype)
+        with rfclip.refocus(model, config, method=method, backend=backend), torch.inference_mode():
+            found.append(rfclip.dense_features(model, images.to(dtype)))
+    assert relative_error(*found) <= 1e-5
 
 
 def test_the_cls_embedding():
