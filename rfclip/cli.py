@@ -277,11 +277,8 @@ def segment(
                     tasks, skipped, stale = plan_shards(found, out, described, overwrite)
                 with _progress() as progress:
                     bar = progress.add_task("segmenting", total=sum(len(task["pictures"]) for task in tasks))
-                    here, there = (
-                        (lambda: Writer(job, described, segmenter)),
-                        partial(Writer, job.elsewhere(), described),
-                    )
-                    for result in where.results(here, there, tasks):
+                    there = partial(Writer, job.elsewhere(), described)
+                    for result in where.results(lambda: Writer(job, described, segmenter), there, tasks):
                         done += result["done"]
                         failed += map(tuple, result["failed"])
                         rate.add(result["done"] + len(result["failed"]))
