@@ -12,8 +12,8 @@ demo: $(READY)
 # The second run is in Triton's interpreter, which reads the variable when it is imported.
 test: export OMP_NUM_THREADS = 1
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto --ignore-glob "tests/test_kernels*.py"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto tests/test_kernels*.py
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --ignore-glob "tests/test_kernels*.py"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal tests/test_kernels*.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
