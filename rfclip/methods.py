@@ -417,7 +417,6 @@ class SCCLIP(Method):
     """
 
     name, source, blocks = "sc-clip", "Bai et al., 2024", 11
-    beyond = "the last block's attention twice, and cosines of all pairs of patches"
     protocol = Protocol(
         threshold=0.15,
         benchmarks={
