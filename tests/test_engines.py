@@ -325,12 +325,12 @@ def test_shards_that_are_there(tmp_path, pictures, segmenter, masks):
 
 @pytest.mark.parametrize("content", ["text", "other"])
 def test_a_file_that_is_no_shard(tmp_path, content):
-    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "masks-0.parquet"
     if content == "text":
         path.write_text("no Parquet")
     else:
-        parquet.write_table(parquet.pa.table({"a": [1]}), path)
+        parquet.write_table(pyarrow.table({"a": [1]}), path)
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="masks-0.parquet is not a file of masks"):
             plan_shards([], tmp_path, {}, overwrite)
