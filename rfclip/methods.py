@@ -63,6 +63,7 @@ class Method:
         blocks: how many the tower must have.
         configured: whether it takes a `RefocusConfig`.
         fixed: the config of a method that is a special case of RF-CLIP.
+        sees_images: whether `dense` looks at the pictures besides their patches.
         beyond: what its formula computes beyond the tower's blocks, for those that take notably longer.
     """
 
@@ -72,6 +73,7 @@ class Method:
     blocks: ClassVar[int] = 1
     configured: ClassVar[bool] = False
     fixed: ClassVar[RefocusConfig | None] = None
+    sees_images: ClassVar[bool] = False
     beyond: ClassVar[str] = ""
 
     def __init__(self, tower: Tower, config: RefocusConfig | None, backend: str):
@@ -101,7 +103,7 @@ class Method:
 
         Args:
             patches: the tower's [B, d, gh, gw], of images, or of windows that were cut out after the convolution.
-            images: those windows [B, 3, height, width], normalized as the model expects; only ProxyCLIP looks at them.
+            images: those windows [B, 3, height, width], normalized as the model expects, where `sees_images`.
         """
         self.tower.check_eval()
         return self.tower.readout(self.tokens(patches)).mT.unflatten(-1, patches.shape[2:])
@@ -110,19 +112,20 @@ class Method:
         """z without CLS, [B, N, d]."""
         raise NotImplementedError
 
-    def _inputs(self, patches: Tensor) -> Iterator[tuple[Block, Tensor]]:
-        """Each block with its input in the plain tower."""
+    def _inputs(self, patches: Tensor) -> Iterator[tuple[Block, Tensor, tuple[Tensor, Tensor, Tensor]]]:
+        """Each block with its input in the plain tower, and its q, k and v."""
         x = self.tower.embed(patches)
         for number, block in enumerate(self.tower.blocks, 1):
-            yield block, x
+            qkv = block.query_key_value(x)
+            yield block, x, qkv
             if number < len(self.tower.blocks):
-                x = block.finish(x, F.scaled_dot_product_attention(*block.query_key_value(x)))
+                x = block.finish(x, F.scaled_dot_product_attention(*qkv))
 
     def _last(self, patches: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """x[L] of the plain tower, and its q, k and v."""
-        for block, x in self._inputs(patches):  # noqa: B007  only the last ones count
+        """x[L], of the plain tower in most methods, and its q, k and v."""
+        for _, x, qkv in self._inputs(patches):  # noqa: B007  only the last ones count
             pass
-        return x, block.query_key_value(x)
+        return x, qkv
 
 
 class RFCLIP(Method):
@@ -130,10 +133,10 @@ class RFCLIP(Method):
 
     name, source, configured = "rf-clip", "Target Refocusing via Attention Redistribution, AAAI 2026", True
 
-    def __call__(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """What the tower's own forward returns, with every block refocused and the last one run as it was."""
-        x, query_key_value, *_ = self._run(self.tower.patches(images))
-        return self.tower.pool(self.tower.blocks[-1].finish(x, F.scaled_dot_product_attention(*query_key_value)))
+    def _last(self, patches: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """With every block refocused; the last one then runs as it was."""
+        x, qkv, *_ = self._run(patches)
+        return x, qkv
 
     def tokens(self, patches: Tensor) -> Tensor:
         """The last block's values gathered by the proxy attention [P 14]."""
@@ -357,13 +360,13 @@ class TwoStreams(Method):
 
     def tokens(self, patches: Tensor) -> Tensor:
         z, first = None, len(self.tower.blocks) - self.blocks
-        for number, (block, x) in enumerate(self._inputs(patches)):
+        for number, (block, x, qkv) in enumerate(self._inputs(patches)):
             if number >= first:
-                z = (x if z is None else z) + block.project(self._gather(block, x))
+                z = (x if z is None else z) + block.project(self._gather(block, x, *qkv))
         return z[:, 1:]
 
-    def _gather(self, block: Block, x: Tensor) -> Tensor:
-        """What a block's heads gather, [B, H, T, D], from its input x [B, T, d]."""
+    def _gather(self, block: Block, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What a block's heads gather, [B, H, T, D], from its input x [B, T, d] and its q, k and v."""
         raise NotImplementedError
 
 
@@ -374,8 +377,7 @@ class CLIPSurgery(TwoStreams):
     beyond = "a second attention in each of six blocks"
     protocol = Protocol(short_side=448, window=448, stride=224, threshold=None, benchmarks={})
 
-    def _gather(self, block: Block, x: Tensor) -> Tensor:
-        *_, v = block.query_key_value(x)
+    def _gather(self, block: Block, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.ops.self_attention(v, v)
 
 
@@ -390,8 +392,7 @@ class GEM(TwoStreams):
     beyond = "six more attentions in each of six blocks"
     protocol = Protocol(short_side=448, window=448, stride=224, logit_scale=100.0, threshold=None, benchmarks={})
 
-    def _gather(self, block: Block, x: Tensor) -> Tensor:
-        q, k, v = block.query_key_value(x)
+    def _gather(self, block: Block, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         y = block.block.ln_1(x)
         theta = y.to(computing_dtype(y)).norm(dim=-1).mean(dim=1) / v.shape[-1] ** 0.5
         root = theta.sqrt()[:, None, None, None].to(v.dtype)  # of each image: the op's scale is one for all
@@ -428,7 +429,7 @@ class SCCLIP(Method):
 
     def tokens(self, patches: Tensor) -> Tensor:
         grid, Y, kept = tuple(patches.shape[2:]), 0, {}
-        for number, (_, x) in enumerate(self._inputs(patches)):  # x is F[number]
+        for number, (_, x, _) in enumerate(self._inputs(patches)):  # x is F[number]
             Y = Y + x if 4 <= number <= 10 else Y
             if number in (4, 9):
                 kept[number] = x[:, 1:]
@@ -455,6 +456,7 @@ class ProxyCLIP(Method):
     """
 
     name, source = "proxyclip", "Lan et al., ECCV 2024"
+    sees_images = True
     beyond = "a DINO ViT-B/8 on the picture"
     protocol = Protocol(
         window=336,

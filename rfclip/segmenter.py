@@ -415,8 +415,11 @@ class Segmenter:
         for start in range(0, len(corners), batch):
             part = slice(start, start + batch)
             windows = torch.stack(patches[part])
-            images = [x[:, top : top + self.window, left : left + self.window] for top, left in corners[part]]
-            features = F.normalize(self._forward.dense(windows, torch.stack(images)).float(), dim=1)
+            images = None
+            if self._forward.sees_images:
+                cut = [x[:, top : top + self.window, left : left + self.window] for top, left in corners[part]]
+                images = torch.stack(cut)
+            features = F.normalize(self._forward.dense(windows, images).float(), dim=1)
             logits.append((text @ features.flatten(2)).unflatten(-1, features.shape[2:]))
         averaged = self._forward.ops.average_windows(torch.cat(logits), corners, self.window, (height, width))
         return self._forward.ops.pamr(x[None], averaged[None])[0] if pamr else averaged

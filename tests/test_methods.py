@@ -346,6 +346,26 @@ def test_proxyclip_on_sides_that_are_no_multiples():
         forward.dense(forward.tower.patches(images))
 
 
+def test_proxyclip_in_windows():
+    """The segmenter shows it the pictures, and takes its logits on the grid of its DINO."""
+    model = rfclip.load_model()
+    with rfclip.Segmenter(model, method="proxyclip") as segmenter:
+        assert (segmenter.window, segmenter.short_side, segmenter.stride) == (168, 168, 56)
+        found = segmenter(np.zeros((80, 90, 3), np.uint8), "cat, grass", probabilities=True)
+    assert found.labels.shape == (80, 90)
+    np.testing.assert_allclose(found.probabilities.sum(axis=0), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rf-clip", "released", "kk"])
+def test_training_mode_is_refused(name):
+    model, images = tower(), pictures(height=56, width=56)
+    with rfclip.refocus(model, CONFIG if METHODS[name].configured else None, method=name):
+        model.train()
+        for read in (model.encode_image, lambda images: rfclip.dense_features(model, images)):
+            with pytest.raises(RuntimeError, match="training mode"):
+                read(images)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_batch_equals_its_images_one_by_one(name):
     images = pictures(count=3, height=40, width=56)
