@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bench.measure import DEVICE, DTYPE, alternate
 from bench.towers import MODEL, Case, TowerTime, config_for, pictures, plain, plain_name, planted, tower_operations
 from rfclip.methods import METHODS, Method, ProxyCLIP
-from rfclip.tower import Tower
+from rfclip.tower import read_tower
 
 CASES = (Case((224, 224), rounds=11), Case((336, 448), rounds=5))
 QUICK_CASES = (Case((224, 224), rounds=2),)
@@ -32,7 +32,7 @@ def build(name: str, model: nn.Module, backend: str, proxy: nn.Module) -> Method
     kind = METHODS[name]
     if kind is ProxyCLIP:
         kind = partial(ProxyCLIP, dino=proxy)
-    return kind(Tower(model.visual), config_for(model) if METHODS[name].configured else None, backend)
+    return kind(read_tower(model), config_for(model) if METHODS[name].configured else None, backend)
 
 
 def features(method: Method, images: Tensor) -> Callable[[], Tensor]:
@@ -47,7 +47,7 @@ def time_methods(name: str, quick: bool) -> Iterator[TowerTime]:
     backend = "triton" if DEVICE == "cuda" else "eager"
     for case in QUICK_CASES if quick else CASES:
         images = pictures(case)
-        grid = Tower(visual).grid(images)
+        grid = read_tower(model).grid(images)
         tokens = grid[0] * grid[1] + 1
         operations = tower_operations(tokens, visual.conv1.out_channels, len(visual.transformer.resblocks))
         runs, errors = {plain_name(model, case): plain(model, images)}, {}

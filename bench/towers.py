@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import rfclip
 from bench.measure import DEVICE, DTYPE, DTYPE_NAME, alternate, captured, in_fresh_process, peak_bytes
-from rfclip.tower import Tower
+from rfclip.tower import read_tower
 
 MODEL = "ViT-B-16"
 CONFIG = rfclip.RefocusConfig.preset("ViT-B-16", "openai")
@@ -158,13 +158,13 @@ def pictures(case: Case) -> Tensor:
 
 def plain_tower(model: nn.Module, images: Tensor) -> Tensor:
     """`encode_image` at any size: open_clip's own blocks on tokens with resized positions, as `rfclip` embeds them."""
-    tower = Tower(model.visual)
+    tower = read_tower(model)
     return tower.pool(model.visual.transformer(tower.embed(tower.patches(images))))
 
 
 def sdpa_tower(model: nn.Module, images: Tensor) -> Tensor:
     """The plain tower with nothing but `scaled_dot_product_attention` in place of open_clip's attention modules."""
-    tower = Tower(model.visual)
+    tower = read_tower(model)
     x = tower.embed(tower.patches(images))
     for block in tower.blocks:
         x = block.finish(x, F.scaled_dot_product_attention(*block.query_key_value(x)))
@@ -263,7 +263,7 @@ def time_towers(name: str, cases: Iterable[Case]) -> Iterator[TowerTime]:
     visual = model.visual
     for case in cases:
         images = pictures(case)
-        tokens = Tower(visual).grid(images)
+        tokens = read_tower(model).grid(images)
         tokens = tokens[0] * tokens[1] + 1
         operations = tower_operations(tokens, visual.conv1.out_channels, len(visual.transformer.resblocks))
         with torch.autocast(DEVICE, torch.bfloat16, enabled=case.bf16):

@@ -43,7 +43,7 @@ Images = Annotated[
         metavar="IMAGE...", help="Files, folders, or quoted globs; earlier results in them are passed over."
     ),
 ]
-Model = Annotated[str, typer.Option(help="An open_clip model; `rfclip models` lists them.")]
+Model = Annotated[str, typer.Option(help="A model; `rfclip models` lists them.")]
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag for its weights, or a path to safetensors.")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
 Config = Annotated[Path | None, typer.Option(help="A refocusing config in JSON, as `rfclip calibrate` writes it.")]
@@ -332,11 +332,12 @@ def calibrate(
         from rfclip.images import to_rgb
         from rfclip.models import load_model
         from rfclip.plugin import calibrate as find_dims
+        from rfclip.tower import read_tower
 
         with _loading(model):
             clip = load_model(model, pretrained, device=_device(device))
-        visual = clip.visual
-        prepare = image_transform(visual.image_size, is_train=False, mean=visual.image_mean, std=visual.image_std)
+        tower = read_tower(clip)
+        prepare = image_transform(tower.image_size, is_train=False, mean=tower.image_mean, std=tower.image_std)
         failed = list(missing)
         seen = 0
 
@@ -346,7 +347,7 @@ def calibrate(
             with _progress() as progress:
                 for path, _ in progress.track(found, description="calibrating"):
                     try:
-                        batch.append(prepare(to_rgb(path)).to(visual.conv1.weight.device))
+                        batch.append(prepare(to_rgb(path)).to(tower.weight.device))
                         seen += 1
                     except (ValueError, OSError) as error:
                         failed.append((str(path), str(error)))
@@ -401,7 +402,7 @@ def models() -> None:
     import open_clip
 
     from rfclip.config import PRESETS
-    from rfclip.models import can_refocus
+    from rfclip.models import HUGGING_FACE, can_refocus
 
     # At 80 columns, names and tags are whole; in a narrower terminal they are folded, not cut.
     folded = (Column(header, overflow="fold") for header in ("model", "weights"))
@@ -413,6 +414,8 @@ def models() -> None:
             continue
         preset = (name.removesuffix("-quickgelu"), "openai") in PRESETS and "openai" in tags
         table.add_row(name, ", ".join(tags), "known for openai, else calibrate" if preset else "calibrate")
+    known = ", ".join(name.removeprefix(HUGGING_FACE) for name, _ in PRESETS if name.startswith(HUGGING_FACE))
+    table.add_row(f"{HUGGING_FACE}NAME", f"{known}, other CLIPModels on the hub, or a folder", "known for these two")
     out_console.print(table)
 
 
@@ -549,6 +552,7 @@ def ablate(
     """Score the variants of one of the paper's ablations on a benchmark."""
     with _clear_errors(), _warnings_to(lambda text: console.print(text, highlight=False, soft_wrap=True)):
         from rfclip.ablations import variants
+        from rfclip.tower import read_tower
 
         if benchmark == "scenes":
             _scenes_only(root=root, limit=limit, batch=batch, pamr=pamr, engine=engine != "local", workers=workers)
@@ -557,7 +561,7 @@ def ablate(
 
             clip, refocusing = _load(model, pretrained, device, config)
             refocusing = injected(refocusing) if inject_distraction else refocusing
-            configs = variants(ablation, refocusing, len(clip.visual.transformer.resblocks))
+            configs = variants(ablation, refocusing, len(read_tower(clip).blocks))
             count, seed = 300 if count is None else count, seed or 0
             title = f"ablation {ablation}, {count} scenes, seed {seed}, {model}"
             chosen = {label: {"config": choice} for label, choice in configs.items()}
@@ -572,7 +576,7 @@ def ablate(
         rows = []
         with start(engine, workers, device) as where:
             clip, refocusing = _load(model, pretrained, where.here, config)
-            configs = variants(ablation, refocusing, len(clip.visual.transformer.resblocks))
+            configs = variants(ablation, refocusing, len(read_tower(clip).blocks))
             scored = {}  # the full method stands in a table more than once
             for number, (label, choice) in enumerate(configs.items(), 1):
                 if choice not in scored:

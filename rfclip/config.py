@@ -147,7 +147,7 @@ class RefocusConfig:
         """
         key = (_plain_name(name), pretrained.lower() if pretrained else None)
         if key not in PRESETS:
-            known = ", ".join(f"{model} with {weights!r}" for model, weights in PRESETS)
+            known = ", ".join(f"{model} with {weights!r}" if weights else model for model, weights in PRESETS)
             raise ValueError(
                 f"the distraction dimensions of {name!r} with weights {pretrained!r} are not known (known: {known}). "
                 "Find them with `rfclip calibrate IMAGES --model ... --pretrained ... --out config.json`, then give "
@@ -158,7 +158,7 @@ class RefocusConfig:
 
 def _plain_name(name: str) -> str:
     """open_clip's spelling of a model's name, without the suffix that only selects the activation."""
-    return name.replace("/", "-").removesuffix("-quickgelu")
+    return name if ":" in name else name.replace("/", "-").removesuffix("-quickgelu")
 
 
 def _whole_numbers(name: str, values: object, least: int) -> tuple[int, ...]:
@@ -172,10 +172,11 @@ def _whole_numbers(name: str, values: object, least: int) -> tuple[int, ...]:
 
 
 # Dimensions: the paper's figures 3 and 7 and the authors' released code, for OpenAI's weights.
+_BASE = RefocusConfig(distraction_dims=(4, 162, 189, 326, 429, 474, 633, 713))
+_LARGE = RefocusConfig(distraction_dims=(250, 261, 437, 650, 720, 779, 936, 1005), tau_attn=5.0)
 PRESETS = {
-    ("ViT-B-16", "openai"): RefocusConfig(distraction_dims=(4, 162, 189, 326, 429, 474, 633, 713)),
-    ("ViT-L-14", "openai"): RefocusConfig(
-        distraction_dims=(250, 261, 437, 650, 720, 779, 936, 1005),
-        tau_attn=5.0,
-    ),
+    ("ViT-B-16", "openai"): _BASE,
+    ("ViT-L-14", "openai"): _LARGE,
+    ("transformers:openai/clip-vit-base-patch16", None): _BASE,
+    ("transformers:openai/clip-vit-large-patch14", None): _LARGE,
 }

@@ -21,6 +21,7 @@ from rfclip.methods import find_method
 from rfclip.plugin import refocus
 from rfclip.scenes import CLASSES, OBJECTS, Scene, make_scene
 from rfclip.segmenter import Segmenter, palette
+from rfclip.tower import read_tower
 
 # First numbers of the scenes' seeds; training uses another, so none of these was ever trained on.
 SEGMENTATION_STREAM, SINGLE_STREAM = 1, 2
@@ -88,7 +89,7 @@ def evaluate_scenes(
     """Score each choice on `count` scenes for segmentation and as many single-object scenes for top-1.
 
     Args:
-        model: an open_clip model that is not refocused.
+        model: a CLIP that is not refocused.
         choices: by label, `Segmenter`'s options. Where distraction is injected, its dimensions are `INJECTED_DIMS`.
         count: scenes of each kind.
         seed: other scenes for another seed.
@@ -170,15 +171,15 @@ def _confusion(segmenter: Segmenter, scenes: list[Scene]) -> np.ndarray:
 @torch.inference_mode()
 def _top1(segmenter: Segmenter, singles: list[Scene]) -> float:
     """How often the CLS embedding of a scene with one object is nearest to that object's name."""
-    visual = segmenter.model.visual
+    tower = read_tower(segmenter.model)
     text = segmenter.text_embeddings(tuple(OBJECTS))
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (visual.image_mean, visual.image_std))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (tower.image_mean, tower.image_std))
     right = 0
     for first in range(0, len(singles), 50):
         scenes = singles[first : first + 50]
         images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float() / 255
-        images = F.interpolate(images, size=visual.image_size, mode="bicubic", antialias=True).clamp(0, 1)
-        embeddings = segmenter.model.encode_image(((images - mean) / std).to(visual.conv1.weight))
+        images = F.interpolate(images, size=tower.image_size, mode="bicubic", antialias=True).clamp(0, 1)
+        embeddings = tower.encode_image(segmenter.model, ((images - mean) / std).to(tower.weight))
         predicted = (F.normalize(embeddings.float(), dim=-1).cpu() @ text.T).argmax(dim=1)
         truth = [min(scene.present()) for scene in scenes]  # objects come before grounds
         right += (predicted == torch.tensor(truth)).sum().item()
@@ -193,7 +194,7 @@ def inject_distraction(model: nn.Module, share: float, *, strength: float = 40.0
     `INJECTED_DIMS` by `strength` times the token's standard deviation. A simulation, not something the model does by
     itself.
     """
-    blocks = model.visual.transformer.resblocks
+    blocks = read_tower(model).blocks
     middle = blocks[len(blocks) // 2 - 1]
     stream: list[Tensor] = []
 
@@ -213,7 +214,7 @@ def inject_distraction(model: nn.Module, share: float, *, strength: float = 40.0
     if not share:
         yield
         return
-    hooks = middle.ln_2.register_forward_pre_hook(remember), middle.ls_2.register_forward_hook(over_activate)
+    hooks = middle.ln_2.register_forward_pre_hook(remember), middle.mlp[-1].register_forward_hook(over_activate)
     try:
         yield
     finally:

@@ -86,17 +86,21 @@ class Method:
     @property
     def ops(self) -> SimpleNamespace:
         """The functions of the method, from the backend that is right for where the weights are now."""
-        weight = self.tower.visual.conv1.weight
+        weight = self.tower.weight
         if self._chosen is None or self._chosen[:2] != (weight.device, weight.dtype):
             chosen = choose(self.backend, weight.device, weight.dtype)
             self._chosen = weight.device, weight.dtype, functions(chosen.backend)
         return self._chosen[2]
 
-    def __call__(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """What the tower's own forward returns; most methods leave it as it is."""
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """What the tower's own forward returns, and for the same arguments."""
         self.tower.check_eval()
-        x, qkv = self._last(self.tower.patches(images))
-        return self.tower.pool(self.tower.blocks[-1].finish(x, F.scaled_dot_product_attention(*qkv)))
+        return self.tower.pool(self.stream(self.tower.patches(self.tower.images(*args, **kwargs))))
+
+    def stream(self, patches: Tensor) -> Tensor:
+        """What leaves the last block [B, T, d] on the way to the image embedding; most methods leave it as it is."""
+        x, qkv = self._last(patches)
+        return self.tower.blocks[-1].finish(x, F.scaled_dot_product_attention(*qkv))
 
     def dense(self, patches: Tensor, images: Tensor | None = None) -> Tensor:
         """Patch embeddings [B, C, gh, gw], before normalization.
@@ -188,6 +192,7 @@ class RFCLIP(Method):
                 keys = k.new_empty((len(blocks) - count, *k.shape)) if keys is None else keys
                 keys[number - 1 - count] = k
             if number == len(blocks):
+                self._seen(number, x, q, k, distraction, None, None)
                 break
             if number <= averaged:
                 if count and heads is None:
@@ -195,6 +200,7 @@ class RFCLIP(Method):
                 similarity = ops.key_similarity(k, similarity, number - 1, inplace=not k.requires_grad, heads=heads)
             elif cut and distraction is not None:
                 similarity = ops.key_similarity({"kk": k, "qq": q, "vv": v}[config.similarity])
+            target = None
             if distraction is None or config.beta == 0:
                 attended = F.scaled_dot_product_attention(q, k, v)
             else:
@@ -202,6 +208,7 @@ class RFCLIP(Method):
                     fiedler = ops.fiedler_vector(similarity, fiedler)
                 target = self._target(distraction, fiedler)
                 attended = ops.refocused_attention(q, k, v, distraction, target, config.beta)
+            self._seen(number, x, q, k, distraction, fiedler if cut and target is not None else None, target)
             x = block.finish(x, attended)
         return x, (q, k, v), keys, heads, count
 
@@ -237,6 +244,18 @@ class RFCLIP(Method):
         else:
             repaired = ops.filter_embeddings(patches, mask, grid, size=config.neighbourhood, statistic=config.embedding)
         return torch.cat([x[:, :1], repaired], dim=1)
+
+    def _seen(
+        self,
+        number: int,
+        x: Tensor,
+        q: Tensor | None,
+        k: Tensor,
+        distraction: Tensor | None,
+        fiedler: Tensor | None,
+        target: Tensor | None,
+    ) -> None:
+        """Called for every block with its repaired input and what was found there; explanations override it."""
 
     def _target(self, distraction: Tensor, fiedler: Tensor | None) -> Tensor:
         """The tokens that receive the budget, bool [B, N] over patches or [B, T] over all tokens."""
@@ -393,7 +412,7 @@ class GEM(TwoStreams):
     protocol = Protocol(short_side=448, window=448, stride=224, logit_scale=100.0, threshold=None, benchmarks={})
 
     def _gather(self, block: Block, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = block.block.ln_1(x)
+        y = block.ln_1(x)
         theta = y.to(computing_dtype(y)).norm(dim=-1).mean(dim=1) / v.shape[-1] ** 0.5
         root = theta.sqrt()[:, None, None, None].to(v.dtype)  # of each image: the op's scale is one for all
         gathered = 0
@@ -472,27 +491,26 @@ class ProxyCLIP(Method):
     def __init__(self, tower: Tower, config: RefocusConfig | None, backend: str, dino: nn.Module | None = None):
         super().__init__(tower, config, backend)
         self.dino = load_dino() if dino is None else dino
-        weight = tower.visual.conv1.weight
-        self.dino.to(weight.device, weight.dtype)
 
     def dense(self, patches: Tensor, images: Tensor | None = None) -> Tensor:
         if images is None:
             raise ValueError("images=None: ProxyCLIP looks at the pictures, too")
         self.tower.check_eval()
         _, (_, _, v) = self._last(patches)
-        visual, last = self.tower.visual, self.tower.blocks[-1]
-        mean, std = (images.new_tensor(value)[:, None, None] for value in (visual.image_mean, visual.image_std))
+        tower, last = self.tower, self.tower.blocks[-1]
+        mean, std = (images.new_tensor(value)[:, None, None] for value in (tower.image_mean, tower.image_std))
         images = TF.normalize(images * std + mean, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD).to(v.dtype)
         side = self.dino.patch_embed.patch_size[0]
         grid = [max(1, round(length / side)) for length in images.shape[2:]]
         images = TF.resize(images, [side * length for length in grid], antialias=True)
+        self.dino.to(v.device, v.dtype)  # the model may have been moved
         W = _cosines(self.dino.forward_features(images)[:, self.dino.num_prefix_tokens :])
         P = _positive_softmax(3 * (W - 1.2 * W.mean(dim=(1, 2), keepdim=True)))
         planes = v[:, :, 1:].transpose(2, 3).flatten(1, 2).unflatten(-1, patches.shape[2:])  # [B, H D, gh, gw]
         planes = F.interpolate(planes, size=grid, mode="bilinear", align_corners=False)
         values = planes.flatten(2).unflatten(1, (v.shape[1], -1)).transpose(2, 3)
         z = last.project(matmul(P[:, None], values).to(v.dtype))
-        return self.tower.readout(z).mT.unflatten(-1, grid)
+        return tower.readout(z).mT.unflatten(-1, grid)
 
 
 class Released(Method):
@@ -507,10 +525,9 @@ class Released(Method):
     name, source, configured = "released", RFCLIP.source, True
     beyond = "the last block's attention twice more, each over all blocks' keys"
 
-    def __call__(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        self.tower.check_eval()
-        x, *_ = self._run(self.tower.patches(images))
-        return self.tower.pool(x)
+    def stream(self, patches: Tensor) -> Tensor:
+        x, *_ = self._run(patches)
+        return x
 
     def tokens(self, patches: Tensor) -> Tensor:
         _, before, guide, keys = self._run(patches)

@@ -1,10 +1,11 @@
-"""A method inside an open_clip model: put it there, read dense features from it; and calibrate a model for RF-CLIP.
+"""A method inside a CLIP: put it there, read dense features from it; and calibrate a model for RF-CLIP.
 
 [P n] is equation n of the paper (arXiv 2511.16170) and [D] a decision of this project where it is silent.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from rfclip import reference
 from rfclip.config import RefocusConfig
 from rfclip.methods import CLIP, Method, find_method
-from rfclip.tower import Tower
+from rfclip.tower import Tower, read_tower
 
 MAX_DIMS = 8  # a calibration keeps at most this many dimensions [D]
 
@@ -26,8 +27,8 @@ _patching = threading.Lock()
 class Handle:
     """A refocused model's way back. Use it in a `with` statement, or call `remove()`, once or often."""
 
-    def __init__(self, visual: nn.Module, forward: Method):
-        self._visual, self._forward = visual, forward
+    def __init__(self, module: nn.Module, forward: Method):
+        self._module, self._forward = module, forward
 
     def remove(self) -> None:
         """Give the model back as it was.
@@ -36,9 +37,9 @@ class Handle:
             RuntimeError: something else has replaced the tower's forward since; undo that first.
         """
         with _patching:
-            present = vars(self._visual).get("forward")
+            present = vars(self._module).get("forward")
             if present is self._forward:
-                del self._visual.forward
+                del self._module.forward
             elif present is not None and not isinstance(present, Method):
                 raise RuntimeError(f"the image tower's forward is now {present!r}: undo that before the refocusing")
 
@@ -52,17 +53,18 @@ class Handle:
 def refocus(
     model: nn.Module, config: RefocusConfig | None = None, *, method: str = "rf-clip", backend: str = "auto"
 ) -> Handle:
-    """Run RF-CLIP, or another method, in an open_clip model's image tower, in place and on the model's own weights.
+    """Run RF-CLIP, or another method, in a CLIP's image tower, in place and on the model's own weights.
 
     Nothing but the tower's `forward`, on this one instance, is replaced: no weight or module is touched, `state_dict`
-    stays the same, and other models stay as they are. From then on `model.encode_image` gives the CLS embedding
-    through the refocused blocks, and `dense_features` the refocused patch embeddings. The blocks' parts are called, not
-    the blocks: hooks on a whole block do not run, and `forward_intermediates` stays plain.
+    stays the same, and other models stay as they are. From then on `model.encode_image`, or Hugging Face's
+    `get_image_features`, gives the CLS embedding through the refocused blocks, and `dense_features` the refocused patch
+    embeddings. The blocks' parts are called, not the blocks: hooks on a whole block do not run, and
+    `forward_intermediates` stays plain.
 
     Args:
-        model: an open_clip CLIP model, in eval mode.
-        config: what to do; None takes the one that belongs to a model loaded by `rfclip.load_model`. Only "rf-clip" and
-            "released" have one.
+        model: an open_clip CLIP model, or transformers' CLIPModel or CLIPVisionModelWithProjection, in eval mode.
+        config: what to do; None takes the one that belongs to a model loaded by `rfclip.load_model`, or by
+            transformers from OpenAI's ViT-B/16 or ViT-L/14. Only "rf-clip" and "released" have one.
         method: one of `rfclip.methods.METHODS`.
         backend: "eager", "reference", "triton" or "auto", the best there is for where the model's weights are, or are
             moved to. A named backend is never replaced by another.
@@ -75,26 +77,35 @@ def refocus(
             run there.
         RuntimeError: the model is refocused already, or in training mode.
     """
-    tower, kind = _tower(model), find_method(method)
-    visual = tower.visual
+    tower, kind = read_tower(model), find_method(method)
     if not kind.configured and config is not None:
         raise ValueError(f"config: method {method!r} has nothing to configure; leave it out")
     if kind.configured:
-        config = _checked(getattr(model, "refocus_config", None) if config is None else config)
-        config.check_tower(tower.width, len(tower.blocks))
+        config = checked_config(model, tower, config)
     tower.check_eval()
     forward = kind(tower, config, backend)
     with _patching:
-        if "forward" in vars(visual):
+        if "forward" in vars(tower.module):
             raise RuntimeError(
                 "this model's image tower is refocused already, or patched by another library: undo that first "
                 "(handle.remove() of the earlier rfclip.refocus)"
             )
-        visual.forward = forward
-    return Handle(visual, forward)
+        tower.module.forward = forward
+    return Handle(tower.module, forward)
 
 
-def _checked(config: object) -> RefocusConfig:
+def _known(model: nn.Module) -> RefocusConfig | None:
+    """The config that belongs to a model, as far as it says which checkpoint it is."""
+    with contextlib.suppress(ValueError):
+        return getattr(model, "refocus_config", None) or RefocusConfig.preset(
+            f"transformers:{getattr(model, 'name_or_path', None)}", None
+        )
+    return None
+
+
+def checked_config(model: nn.Module, tower: Tower, config: RefocusConfig | None) -> RefocusConfig:
+    """The config given, or else the model's own; ValueError where there is none or it does not fit the tower."""
+    config = _known(model) if config is None else config
     if config is None:
         raise ValueError(
             "config=None, and this model does not say which checkpoint it is: load it with rfclip.load_model, or pass "
@@ -105,6 +116,7 @@ def _checked(config: object) -> RefocusConfig:
         raise ValueError(
             f"config: got {type(config).__name__}, expected a RefocusConfig; RefocusConfig.from_json reads JSON"
         )
+    config.check_tower(tower.width, len(tower.blocks))
     return config
 
 
@@ -112,7 +124,7 @@ def dense_features(model: nn.Module, images: Tensor) -> Tensor:
     """Text-aligned patch embeddings, before normalization.
 
     Args:
-        model: an open_clip CLIP model, refocused, or plain: then these are plain CLIP's patch tokens, put through
+        model: a CLIP, refocused, or plain: then these are plain CLIP's patch tokens, put through
             ln_post and proj.
         images: float [B, 3, height, width], normalized as the model expects; height and width any multiples of the
             patch, position embeddings being resized bicubically [D].
@@ -123,8 +135,8 @@ def dense_features(model: nn.Module, images: Tensor) -> Tensor:
     Raises:
         ValueError: the tower is of another kind, or images are of another shape.
     """
-    tower = _tower(model)
-    forward = vars(tower.visual).get("forward")
+    tower = read_tower(model)
+    forward = vars(tower.module).get("forward")
     if not isinstance(forward, Method):
         forward = CLIP(tower, None, "reference")
     return forward.dense(forward.tower.patches(images), images)
@@ -169,13 +181,13 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor]) -> Calibratio
     The peaks are the dimensions whose mean weight exceeds 5 / d, at most 8, largest first [D].
 
     Args:
-        model: an open_clip CLIP model; if it is refocused, its plain blocks are what is looked at.
+        model: a CLIP; if it is refocused, its plain blocks are what is looked at.
         images: a batch [B, 3, height, width] normalized as the model expects, or several of them, in any sizes.
 
     Raises:
         ValueError: there is no image, the images are of a wrong shape, or the tower is of another kind.
     """
-    tower = _tower(model)
+    tower = read_tower(model)
     total, tokens = torch.zeros(tower.width, dtype=torch.float64), 0
     for batch in [images] if isinstance(images, Tensor) else images:
         x = tower.embed(tower.patches(batch))
@@ -190,10 +202,3 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor]) -> Calibratio
     threshold = 5 / tower.width
     largest = profile.argsort(descending=True)[:MAX_DIMS]
     return Calibration(tuple(d for d in largest.tolist() if profile[d] > threshold), profile, threshold)
-
-
-def _tower(model: nn.Module) -> Tower:
-    visual = getattr(model, "visual", None)
-    if visual is None:
-        raise ValueError(f"got a {type(model).__name__} without an image tower (.visual); expected an open_clip model")
-    return Tower(visual)

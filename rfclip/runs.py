@@ -28,6 +28,7 @@ from rfclip.files import printable, write_whole
 from rfclip.methods import RFCLIP, Protocol, find_method
 from rfclip.models import absolute_names, load_model, load_tokenizer
 from rfclip.segmenter import Segmentation, Segmenter
+from rfclip.tower import read_tower
 
 LONG_SIDE = 2048  # of a resized picture at most, for a tower trained at 224, and scaled for others
 WORST = 8  # pictures
@@ -98,16 +99,16 @@ class Setup:
 
     def segmenter(self, model: nn.Module) -> Segmenter:
         """A segmenter by the method's protocol for this benchmark; on another device than asked, on any backend."""
-        long_side = round(LONG_SIDE * int(np.max(model.visual.image_size)) / 224)
+        tower = read_tower(model)
         return Segmenter(
             model,
             config=self.config,
             method=self.method,
             protocol=self.protocol,
-            backend=self.backend if model.visual.conv1.weight.device.type == self.device.partition(":")[0] else "auto",
+            backend=self.backend if tower.weight.device.type == self.device.partition(":")[0] else "auto",
             batch=self.batch,
             tokenizer=load_tokenizer(self.model),
-            long_side=long_side,
+            long_side=round(LONG_SIDE * max(tower.image_size) / 224),
         )
 
     @property

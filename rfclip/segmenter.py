@@ -31,6 +31,7 @@ from rfclip.images import ImageLike, to_rgb
 from rfclip.methods import RFCLIP, Method, Protocol, find_method
 from rfclip.models import check_model, load_model, load_tokenizer, open_clip_name
 from rfclip.plugin import refocus
+from rfclip.tower import read_tower
 
 TEXT_BATCH = 256
 Classes = str | os.PathLike | Sequence[str | Sequence[str]]
@@ -168,7 +169,8 @@ class Segmenter:
     size, whose logits are averaged, resized to the picture and turned into labels (steps 8 and 9 of the method).
 
     Args:
-        model: an open_clip name, or an open_clip model. A model that is not refocused yet is refocused until `close()`.
+        model: a name, as for `rfclip.load_model`, or a model, as for `rfclip.refocus`; if it is not refocused yet, it
+            is until `close()`.
         pretrained: open_clip's tag or a path to safetensors, where model is a name.
         config: a `RefocusConfig`; None takes the model's own where it is known. Not for a model refocused already.
         method: one of `rfclip.methods.METHODS`; None takes RF-CLIP, or that of a model refocused already.
@@ -222,26 +224,20 @@ class Segmenter:
                 config = RefocusConfig.preset(model, pretrained)  # before a download, which would be in vain
             self.model = load_model(model, pretrained, device=device, precision=precision)
             tokenizer = tokenizer or load_tokenizer(model)
+        elif pretrained is not None:
+            raise ValueError(f"pretrained={pretrained!r} goes with a model's name; this model has its weights")
         else:
-            if pretrained is not None:
-                raise ValueError(f"pretrained={pretrained!r} goes with a model's name; this model has its weights")
             self.name, self.pretrained, self.model = type(model).__name__, None, model
-            if tokenizer is None:
-                if getattr(model, "vocab_size", None) != 49408:
-                    raise ValueError(
-                        "this model does not use CLIP's vocabulary: pass tokenizer=open_clip.get_tokenizer(name)"
-                    )
-                tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
-        self.tokenizer, self.templates = tokenizer, tuple(templates)
+        self.tower = read_tower(self.model)
+        self.tokenizer, self.templates = tokenizer or self._clip_tokenizer(), tuple(templates)
         if not self.templates:
             raise ValueError("templates: expected at least one function from a name to a prompt")
-        present = vars(self.model.visual).get("forward")
+        present = vars(self.tower.module).get("forward")
         if isinstance(present, Method) and (config is not None or method is not None):
             raise ValueError("config, method: this model is refocused already, with those it was given then")
         kind = type(present) if isinstance(present, Method) else find_method(method or RFCLIP.name)
-        protocol, patch = protocol or kind.protocol, int(np.max(self.model.visual.patch_size))
-        native = int(np.max(self.model.visual.image_size))
-        self.window = window or round(native * protocol.window / 224 / patch) * patch
+        protocol, patch = protocol or kind.protocol, max(self.tower.patch_size)
+        self.window = window or round(max(self.tower.image_size) * protocol.window / 224 / patch) * patch
         self.stride = stride or self.window * protocol.stride // protocol.window
         self.short_side = short_side or self.window * protocol.short_side // protocol.window
         if self.window < patch or self.window % patch or not 1 <= self.stride <= self.window <= self.short_side:
@@ -261,7 +257,17 @@ class Segmenter:
         self._handle = None
         if not isinstance(present, Method):
             self._handle = refocus(self.model, config, method=kind.name, backend=backend)
-        self._forward = vars(self.model.visual)["forward"]
+        self._forward = vars(self.tower.module)["forward"]
+
+    def _clip_tokenizer(self) -> Callable[[list[str]], Tensor]:
+        """The tokenizer of a model with CLIP's vocabulary."""
+        size, length = self.tower.vocabulary(self.model)
+        if size != 49408:
+            raise ValueError(
+                f"{self.name} knows {size or 'no'} tokens, and CLIP's tokenizer has 49408: pass one that fits, such as "
+                "tokenizer=open_clip.get_tokenizer(name)"
+            )
+        return open_clip.SimpleTokenizer(context_length=length)
 
     @property
     def backend(self) -> str:
@@ -330,7 +336,7 @@ class Segmenter:
 
         A name may stand in several classes: those have the same score for it, and the first of them wins.
         """
-        if vars(self.model.visual).get("forward") is not self._forward:
+        if vars(self.tower.module).get("forward") is not self._forward:
             raise RuntimeError("this segmenter is closed, or its model was given back: make another Segmenter")
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold!r}: expected a probability, from 0 to 1")
@@ -361,14 +367,14 @@ class Segmenter:
         return self._embeddings[names]
 
     def _encode(self, tokens: Tensor, names: int) -> Tensor:
-        device = self.model.visual.conv1.weight.device
-        encoded = torch.cat([self.model.encode_text(part.to(device)).float() for part in tokens.split(TEXT_BATCH)])
+        parts = (part.to(self.tower.weight.device) for part in tokens.split(TEXT_BATCH))
+        encoded = torch.cat([self.tower.encode_text(self.model, part).float() for part in parts])
         mean = F.normalize(encoded, dim=-1).unflatten(0, (names, -1)).mean(dim=1)
         return F.normalize(mean, dim=-1).cpu()
 
     def _key(self, tokens: Tensor, names: int) -> str:
         if self._text_weights is None:
-            self._text_weights = self._digest(lambda name: name != "visual")
+            self._text_weights = self._digest(lambda name: name not in self.tower.image_parts)
         return hashlib.blake2b(repr((self._text_weights, names, tokens.tolist())).encode(), digest_size=20).hexdigest()
 
     def digest(self) -> str:
@@ -403,11 +409,11 @@ class Segmenter:
 
         With `pamr` they are refined along the edges of the resized picture.
         """
-        weight = self.model.visual.conv1.weight
+        tower, weight = self.tower, self.tower.weight
         x = TF.to_dtype(TF.pil_to_tensor(rgb).to(weight.device), torch.float32, scale=True)
         height, width = self._resized(rgb.height, rgb.width)
         x = TF.resize(x, [height, width], TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-        x = TF.normalize(x, list(self.model.visual.image_mean), list(self.model.visual.image_std))
+        x = TF.normalize(x, list(tower.image_mean), list(tower.image_std))
         corners = [(top, left) for top in self._starts(height) for left in self._starts(width)]
         text = text.to(weight.device)
         patches, logits = self._window_patches(x, corners), []
@@ -431,7 +437,7 @@ class Segmenter:
         is larger than they are together. The last window of a row or a column, flush with the border, often lies
         between the others' patches.
         """
-        side, (patch_height, patch_width) = self.window, self.model.visual.patch_size
+        side, (patch_height, patch_width) = self.window, self.tower.patch_size
         apart: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for top, left in corners:
             apart.setdefault((top % patch_height, left % patch_width), []).append((top, left))
@@ -442,7 +448,7 @@ class Segmenter:
             for part in [group] if area <= len(group) * side**2 else [[corner] for corner in group]:
                 tops, lefts = zip(*part, strict=True)
                 y, x0 = min(tops), min(lefts)
-                patches = self._forward.tower.patches(x[None, :, y : max(tops) + side, x0 : max(lefts) + side])[0]
+                patches = self.tower.patches(x[None, :, y : max(tops) + side, x0 : max(lefts) + side])[0]
                 for top, left in part:
                     row, column = (top - y) // patch_height, (left - x0) // patch_width
                     window = patches[:, row : row + side // patch_height, column : column + side // patch_width]
@@ -463,10 +469,10 @@ class Segmenter:
 
     def _bytes_per_window(self, names: int) -> int:
         """About what a window takes in a batch: a block's matrices over heads, all keys, and logits of its patches."""
-        visual = self.model.visual
-        tokens = (self.window // int(np.max(visual.patch_size))) ** 2 + 1
-        attention = 7 * visual.transformer.resblocks[0].attn.num_heads * tokens**2
-        stream = (2 * visual.transformer.layers + 16) * tokens * visual.transformer.width
+        tower = self.tower
+        tokens = (self.window // max(tower.patch_size)) ** 2 + 1
+        attention = 7 * tower.blocks[0].heads * tokens**2
+        stream = (2 * len(tower.blocks) + 16) * tokens * tower.width
         return 4 * (attention + stream + names * (tokens - 1))
 
     def _labels(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from open_clip.transformer import VisionTransformer
 from torchvision.transforms.v2 import functional as TF
-from towers import DIMS, pictures, small_clip
+from towers import DIMS, pictures, small_clip, to_hugging_face
 
 import rfclip
 from rfclip.config import CHOICES
@@ -18,6 +18,7 @@ from rfclip.evaluate import INJECTED_DIMS, inject_distraction
 from rfclip.images import to_rgb
 from rfclip.methods import METHODS
 from rfclip.models import tiny_folder
+from rfclip.tower import read_tower
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run as TRITON_INTERPRET=1 pytest tests/test_kernels_tower.py"
 
@@ -49,7 +50,7 @@ def features(model, images, config, backend, read=rfclip.dense_features):
     """The dense features (or what `read` gives), and every mask of distraction tokens found on the way."""
     masks = []
     with rfclip.refocus(model, config, backend=backend), torch.inference_mode():
-        forward = model.visual.forward
+        forward = read_tower(model).module.forward
         locate = forward._locate
         forward._locate = lambda *arguments: masks.append(locate(*arguments)) or masks[-1]
         return read(model, images), masks
@@ -84,6 +85,14 @@ def test_other_methods(method):
         with rfclip.refocus(model, config, method=method, backend=backend), torch.inference_mode():
             found.append(rfclip.dense_features(model, images.to(dtype)))
     assert relative_error(*found) <= 1e-5
+
+
+def test_hugging_faces_tower():
+    """Its query, key and value are projected apart, so that they lie in memory in another way."""
+    config, images = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0), pictures(count=2)
+    got, _ = features(to_hugging_face(small_clip(dtype=torch.float32)), images.float(), config, "triton")
+    want, _ = features(small_clip(), images, config, "reference")
+    assert relative_error(got, want) <= 1e-5
 
 
 def test_the_cls_embedding():

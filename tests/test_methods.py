@@ -11,7 +11,7 @@ from towers import DIMS, pictures, small_clip
 import rfclip
 from rfclip import methods
 from rfclip.methods import METHODS
-from rfclip.tower import Tower
+from rfclip.tower import read_tower
 
 CONFIG = rfclip.RefocusConfig(distraction_dims=DIMS)
 SIZES = [(56, 56), (40, 40), (24, 80), (8, 8), (8, 24)]  # the first is native
@@ -337,7 +337,7 @@ def test_proxyclip(size, dino):
 
 def test_proxyclip_on_sides_that_are_no_multiples():
     """Pictures are resized to the nearest multiple of DINO's patch; a blank one gives no NaN."""
-    forward = methods.ProxyCLIP(Tower(tower().visual), None, "auto", small_dino(5))
+    forward = methods.ProxyCLIP(read_tower(tower()), None, "auto", small_dino(5))
     images = torch.zeros(1, 3, 16, 24, dtype=torch.float64)
     found = forward.dense(forward.tower.patches(images), images)
     assert found.shape == (1, 20, 3, 5)

@@ -6,6 +6,7 @@ bright colours have no over-active dimension.
 """
 
 import torch
+import transformers
 from open_clip.model import CLIP
 from open_clip.transformer import Attention, ResidualAttentionBlock
 
@@ -87,6 +88,60 @@ def _to_next_release(block):
     attn.load_state_dict(block.attn.state_dict())
     block.attn = attn
     block.__class__ = NextResidualAttentionBlock
+
+
+NAMES = {  # parameters of open_clip's, in order of replacement, as Hugging Face names them
+    "visual.conv1": "vision_model.embeddings.patch_embedding",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre": "vision_model.pre_layrnorm",
+    "visual.ln_post": "vision_model.post_layernorm",
+    "visual.transformer.resblocks": "vision_model.encoder.layers",
+    "token_embedding": "text_model.embeddings.token_embedding",
+    "ln_final": "text_model.final_layer_norm",
+    "transformer.resblocks": "text_model.encoder.layers",
+    ".attn.": ".self_attn.",
+    ".ln_": ".layer_norm",
+    ".c_fc.": ".fc1.",
+    ".c_proj.": ".fc2.",
+}
+
+
+def to_hugging_face(model, hidden_act="gelu"):
+    """A transformers CLIPModel with the weights of an open_clip CLIP, and the activation of that name."""
+    visual, texts = model.visual, model.transformer.resblocks
+    heads = {"vision_config": visual.transformer.resblocks[0].attn.num_heads, "text_config": texts[0].attn.num_heads}
+    sizes = {
+        "vision_config": {
+            **{"hidden_size": visual.conv1.out_channels, "num_hidden_layers": len(visual.transformer.resblocks)},
+            **{"image_size": visual.image_size[0], "patch_size": visual.patch_size[0]},
+        },
+        "text_config": {
+            **{"hidden_size": model.ln_final.normalized_shape[0], "num_hidden_layers": len(texts)},
+            **{"vocab_size": model.vocab_size, "max_position_embeddings": model.context_length},
+            **{"eos_token_id": 2},  # the position of the highest token, as open_clip has it
+        },
+    }
+    state = {}
+    for name, value in model.state_dict().items():
+        for old, new in NAMES.items():
+            name = name.replace(old, new) if name.startswith(old) or old.startswith(".") else name
+        if name == "positional_embedding":
+            state["text_model.embeddings.position_embedding.weight"] = value
+        elif name in ("visual.proj", "text_projection"):
+            state["visual_projection.weight" if name == "visual.proj" else "text_projection.weight"] = value.T
+        elif "in_proj_" in name:
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
+                state[name.replace("in_proj_", f"{letter}_proj.")] = part
+        elif name != "attn_mask":
+            state[name] = value
+    for part, values in sizes.items():
+        prefix = part.replace("config", "model.encoder.layers.0.mlp.fc1.bias")
+        values |= {"intermediate_size": len(state[prefix]), "num_attention_heads": heads[part]}
+        values |= {"hidden_act": hidden_act}
+    made = transformers.CLIPModel(transformers.CLIPConfig(projection_dim=visual.output_dim, **sizes))
+    made.load_state_dict(state)
+    return made.eval().to(visual.proj.dtype)
 
 
 def pictures(*, count=3, height=32, width=32, seed=0, bright=0.5, colours=(0, 1, 2), dtype=torch.float64):

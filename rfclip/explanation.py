@@ -1,0 +1,252 @@
+"""What CLIP attends to, and what refocusing changes: the quantities of the paper's figures 2 to 5 and 7, as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
+
+from rfclip import reference
+from rfclip.config import RefocusConfig
+from rfclip.images import ImageLike, to_rgb
+from rfclip.methods import PLAIN, RFCLIP
+from rfclip.plugin import checked_config
+from rfclip.segmenter import Classes, Segmentation, Segmenter
+from rfclip.tower import Tower, read_tower
+
+CHUNK = 64 << 20  # bytes of the attention rows, over all heads, that are held at a time
+
+SEGMENTED_BY = {"clip": "plain CLIP", "kk-mean": "without refocusing (kk-mean)", "rf-clip": "RF-CLIP"}
+
+
+@dataclass(frozen=True)
+class View:
+    """What the blocks of a tower did with one picture; all attention is the mean over heads.
+
+    Attributes:
+        weights: [L, N], the largest weight in D_dis of each patch at the input of each block, phi of equation 6, or in
+            any dimension where D_dis is empty.
+        received: [L, N], the mean attention that each patch receives from the patches, with CLS among the keys.
+        pointed: [L, P, N], the attention that the points' patches pay to the patches.
+        attention: [T, T] for each layer asked for, CLS first.
+        profile: [d], the mean weight of each dimension over patches and blocks.
+    """
+
+    weights: np.ndarray
+    received: np.ndarray
+    pointed: np.ndarray
+    attention: dict[int, np.ndarray]
+    profile: np.ndarray
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A picture in a tower before and after refocusing. L blocks, N = gh * gw patches, T = N + 1 tokens; float32.
+
+    Attributes:
+        image: the picture as the tower saw it, RGB, resized.
+        grid: (gh, gw).
+        config: what refocused.
+        points: the points asked for as (row, column) on the grid.
+        layers: those whose matrices are kept, from 1.
+        before, after: the plain and the refocused tower.
+        distraction, defocused: bool [L, N], T_dis and the tokens that receive its budget, in the refocused tower.
+        fiedler: [L, N], the second eigenvector of the graph cut; NaN in blocks without one.
+        moved: [L, N], what refocusing adds to `received`: negative where a token gives. The last block moves nothing.
+        segmentations: by method, of the picture as given; empty without classes.
+    """
+
+    image: Image.Image
+    grid: tuple[int, int]
+    config: RefocusConfig
+    points: tuple[tuple[int, int], ...]
+    layers: tuple[int, ...]
+    before: View
+    after: View
+    distraction: np.ndarray
+    defocused: np.ndarray
+    fiedler: np.ndarray
+    moved: np.ndarray
+    segmentations: dict[str, Segmentation]
+
+    @property
+    def thresholds(self) -> tuple[float, float | None]:
+        """Of `weights`, tau / d, and of `received`, tau_attn / N, where the config has it."""
+        attention = self.config.tau_attn
+        return self.config.tau / len(self.before.profile), attention and attention / (self.grid[0] * self.grid[1])
+
+
+@torch.inference_mode()
+def explain(
+    model: nn.Module,
+    image: ImageLike,
+    config: RefocusConfig | None = None,
+    *,
+    points: Sequence[tuple[float, float]] | None = None,
+    layers: Sequence[int] | None = None,
+    classes: Classes | None = None,
+    short_side: int | None = None,
+    backend: str = "auto",
+    memory_limit: int = 1 << 30,
+    **segmenting: object,
+) -> Explanation:
+    """Look into a CLIP's image tower, plain and refocused, on one picture seen whole.
+
+    Args:
+        model: as for `rfclip.refocus`, not refocused.
+        image: as `rfclip.images.to_rgb` takes it.
+        config: as for `rfclip.refocus`.
+        points: (x, y) in pixels of the picture, whose attention to follow; None: three on its diagonal.
+        layers: numbers of the blocks, from 1, whose attention matrices to keep; None: four evenly spaced, the last
+            among them.
+        classes: as for `Segmenter`; None: the picture is not segmented.
+        short_side: of the picture in the tower, in pixels, rounded to patches; None: as the tower was trained.
+        backend: as for `rfclip.refocus`.
+        memory_limit: the most bytes that the matrices kept may take: 8 T^2 a layer.
+        segmenting: further arguments of `Segmenter`.
+
+    Raises:
+        ValueError: a point lies outside the picture, a layer is not in the tower, the matrices would take too much,
+            or as `rfclip.refocus`, `to_rgb` and `Segmenter`.
+        RuntimeError: the model is refocused, or in training mode.
+    """
+    tower, rgb = read_tower(model), to_rgb(image)
+    config = checked_config(model, tower, config)
+    tower.check_eval()
+    if "forward" in vars(tower.module):
+        raise RuntimeError("this model is refocused: undo that first (handle.remove()); explain refocuses it by itself")
+    layers = _layers(layers, len(tower.blocks))
+    points = [(rgb.width * f, rgb.height * f) for f in (0.25, 0.5, 0.75)] if points is None else points
+    grid = _grid(rgb, tower, short_side)
+    size = 2 * 4 * len(layers) * (grid[0] * grid[1] + 1) ** 2
+    if size > memory_limit:
+        raise ValueError(
+            f"the attention matrices of {len(layers)} layers at {grid[0]} x {grid[1]} patches take {size >> 20} MiB, "
+            f"and memory_limit is {memory_limit >> 20} MiB: ask for fewer layers or a smaller short_side"
+        )
+    places = tuple(_place(point, rgb, grid) for point in points)
+    patch = tower.patch_size
+    small = rgb.resize((grid[1] * patch[1], grid[0] * patch[0]), Image.Resampling.BICUBIC)
+    pixels = TF.to_dtype(TF.pil_to_tensor(small), torch.float32, scale=True)
+    pixels = TF.normalize(pixels, list(tower.image_mean), list(tower.image_std)).to(tower.weight.device)
+    patches = tower.patches(pixels[None])
+    rows = [1 + row * grid[1] + column for row, column in places]
+    plain = _Watched(tower, PLAIN, backend, config, rows, layers)
+    refocused = _Watched(tower, config, backend, config, rows, layers)
+    for run in (plain, refocused):
+        run.stream(patches)
+    segmentations = {}
+    if classes is not None:
+        for method in SEGMENTED_BY:
+            own = config if method == RFCLIP.name else None
+            with Segmenter(model, method=method, config=own, backend=backend, **segmenting) as segmenter:
+                segmentations[method] = segmenter(rgb, classes)
+    found = {name: np.stack(values) for name, values in refocused.found.items()}
+    views = plain.view(), refocused.view()
+    return Explanation(small, grid, config, places, layers, *views, **found, segmentations=segmentations)
+
+
+class _Watched(RFCLIP):
+    """RF-CLIP that keeps what an explanation shows of each block."""
+
+    def __init__(
+        self,
+        tower: Tower,
+        config: RefocusConfig,
+        backend: str,
+        looked_at: RefocusConfig,
+        rows: list[int],
+        layers: tuple[int, ...],
+    ):
+        super().__init__(tower, config, backend)
+        dims = looked_at.distraction_dims or range(tower.width)
+        self._dims, self._shifted, self._rows, self._layers = dims, looked_at.shifted, rows, layers
+        self._views: list[tuple[np.ndarray, ...]] = []
+        self._attention: dict[int, np.ndarray] = {}
+        self.found: dict[str, list[np.ndarray]] = {"distraction": [], "defocused": [], "fiedler": [], "moved": []}
+
+    def view(self) -> View:
+        weights, received, pointed, profile = (np.stack(values) for values in zip(*self._views, strict=True))
+        return View(weights, received, pointed, self._attention, profile.mean(axis=0))
+
+    def _seen(
+        self,
+        number: int,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        distraction: Tensor | None,
+        fiedler: Tensor | None,
+        target: Tensor | None,
+    ) -> None:
+        patches, T = x[:, 1:], x.shape[1]
+        nobody = torch.zeros(1, T, dtype=torch.bool, device=x.device)
+        dis, tgt = nobody, nobody
+        if distraction is not None and target is not None:
+            dis, tgt = reference.attention_sets(distraction, target, T)
+        kept = np.empty((T, T), np.float32) if number in self._layers else None
+        plain, received = torch.zeros(2, T, dtype=torch.float64, device=x.device)
+        pointed = torch.empty(len(self._rows), T - 1)
+        step = max(1, CHUNK // (4 * q.shape[1] * T))
+        for first in range(0, T, step):
+            logits = reference.matmul(q[:, :, first : first + step], k.mT) * q.shape[-1] ** -0.5
+            A = logits.softmax(dim=-1)
+            moved = reference.move_attention(A, dis, tgt, self.config.beta, first).mean(dim=(0, 1))
+            patch_rows = slice(first == 0, None)
+            plain += A.mean(dim=(0, 1))[patch_rows].sum(dim=0)
+            received += moved[patch_rows].sum(dim=0)
+            if kept is not None:
+                kept[first : first + step] = moved.cpu()
+            for place, row in enumerate(self._rows):
+                if first <= row < first + step:
+                    pointed[place] = moved[row - first, 1:].cpu()
+        if kept is not None:
+            self._attention[number] = kept
+        plain, received = plain[1:] / (T - 1), received[1:] / (T - 1)
+        weights = reference.distraction_scores(patches, self._dims, shifted=self._shifted)[0]
+        profile = reference.dimension_weights(patches, shifted=self._shifted)[0].mean(dim=0)
+        self._views.append(tuple(_array(value) for value in (weights, received, pointed, profile)))
+        located = nobody[0, 1:] if distraction is None else distraction[0]
+        for name, value in (
+            ("distraction", located),
+            ("defocused", tgt[0, 1:]),
+            ("fiedler", torch.full_like(plain, torch.nan) if fiedler is None else fiedler[0]),
+            ("moved", received - plain),
+        ):
+            self.found[name].append(_array(value))
+
+
+def _layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    if layers is None:
+        return tuple(sorted({max(1, round(count * part / 4)) for part in (1, 2, 3, 4)}))
+    beyond = [number for number in layers if not 1 <= number <= count]
+    if beyond or not layers:
+        raise ValueError(f"layers={list(layers)}: expected numbers from 1 to {count}")
+    return tuple(sorted(set(layers)))
+
+
+def _grid(rgb: Image.Image, tower: Tower, short_side: int | None) -> tuple[int, int]:
+    """The patch grid of the picture, its aspect kept to a patch."""
+    if short_side is not None and short_side < max(tower.patch_size):
+        raise ValueError(f"short_side={short_side}: expected at least a patch, {max(tower.patch_size)} pixels")
+    scale = (short_side or min(tower.image_size)) / min(rgb.size)
+    rows, columns = (
+        max(1, round(side * scale / patch)) for side, patch in zip(rgb.size[::-1], tower.patch_size, strict=True)
+    )
+    return rows, columns
+
+
+def _place(point: tuple[float, float], rgb: Image.Image, grid: tuple[int, int]) -> tuple[int, int]:
+    x, y = point
+    if not (0 <= x < rgb.width and 0 <= y < rgb.height):
+        raise ValueError(f"point {x:g},{y:g} lies outside the picture of {rgb.width} x {rgb.height} pixels")
+    return int(y * grid[0] / rgb.height), int(x * grid[1] / rgb.width)
+
+
+def _array(value: Tensor) -> np.ndarray:
+    return value.cpu().numpy() if value.dtype == torch.bool else value.float().cpu().numpy()
