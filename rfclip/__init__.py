@@ -9,11 +9,13 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "Calibration": "plugin",
+    "Explanation": "explanation",
     "RefocusConfig": "config",
     "Segmentation": "segmenter",
     "Segmenter": "segmenter",
     "calibrate": "plugin",
     "dense_features": "plugin",
+    "explain": "explanation",
     "load_model": "models",
     "refocus": "plugin",
 }

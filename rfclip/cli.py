@@ -370,6 +370,85 @@ def calibrate(
 
 
 @app.command()
+def explain(
+    images: Images,
+    points: Annotated[
+        list[str] | None, typer.Option(metavar="X,Y", help="A point to follow, in pixels; may be given again.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help='Blocks to show, from 1: "3,6,9"; four if not given.')] = None,
+    classes: Annotated[
+        str | None, typer.Option(help=f"As for segment; if not given, those of {TINY}, and none for other models.")
+    ] = None,
+    model: Model = TINY,
+    pretrained: Pretrained = None,
+    device: Device = "cpu",
+    backend: Backend = "auto",
+    config: Config = None,
+    inject_distraction: Inject = 0.0,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("rfclip-explained"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Show what refocusing changes in pictures: PNG figures and an HTML report for each, and a profile over all."""
+    with _clear_errors(), _warnings_to(lambda text: console.print(text, highlight=False, soft_wrap=True)):
+        found, failed = _find_images(images)
+        if not found:
+            raise ValueError("; ".join(f"{name}: {reason}" for name, reason in failed))
+        _check_distinct(found)
+        try:
+            places = [tuple(map(float, point.split(","))) for point in points or ()]
+            numbers = None if layers is None else [int(number) for number in layers.split(",")]
+        except ValueError as error:
+            raise ValueError(f"expected --points X,Y and --layers N,N,...: {error}") from error
+        if any(len(place) != 2 for place in places):
+            raise ValueError(f"--points {' '.join(points or ())}: expected X,Y")
+        from rfclip import evaluate, explanation, figures
+        from rfclip.models import load_tokenizer
+
+        clip, refocusing = _load(model, pretrained, device, config)
+        refocusing = evaluate.injected(refocusing) if inject_distraction else refocusing
+        classes = classes or clip.trained_on
+        profiles, done = [], []
+        with _progress() as progress:
+            for file, result in progress.track(found, description="explaining"):
+                folder = out / result
+                try:
+                    _check_new(folder / "report.html", overwrite)
+                    with evaluate.inject_distraction(clip, inject_distraction):
+                        seen = explanation.explain(
+                            clip,
+                            file,
+                            refocusing,
+                            points=places or None,
+                            layers=numbers,
+                            classes=classes,
+                            backend=backend,
+                            tokenizer=load_tokenizer(model),
+                        )
+                except (ValueError, OSError) as error:
+                    failed.append((str(file), str(error)))
+                    continue
+                pictures = {name: figures.png(figure) for name, figure in figures.draw(seen).items()}
+                facts = {"model": model, "weights": pretrained or "its own", "injected distraction": inject_distraction}
+                page = figures.report(seen, pictures, file.name, facts)
+                folder.mkdir(parents=True, exist_ok=True)
+                saves = {folder / f"{name}.png": partial(_write_bytes, data) for name, data in pictures.items()}
+                write_whole(saves | {folder / "report.html": partial(_write_bytes, page.encode())})
+                profiles.append(seen.before.profile)
+                done.append(folder)
+        if len(done) > 1:
+            mean = figures.png(figures.draw_profile(sum(profiles) / len(profiles), refocusing.distraction_dims))
+            write_whole({out / "profile.png": partial(_write_bytes, mean)})
+    _print_failed(failed)
+    for folder in done:
+        console.print(f"written: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    raise typer.Exit(1 if failed else 0)
+
+
+def _write_bytes(data: bytes, path: Path) -> None:
+    path.write_bytes(data)
+
+
+@app.command()
 def info(device: Device = "cpu", backend: Backend = "auto") -> None:
     """Say what is installed, which backend runs on a device, and why."""
     with _clear_errors():

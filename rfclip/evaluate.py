@@ -99,8 +99,8 @@ def evaluate_scenes(
     Raises:
         ValueError: count is not positive, or inject is not in [0, 1].
     """
-    if count < 1 or not 0 <= inject <= 1:
-        raise ValueError(f"count={count}, inject={inject}: expected at least one scene, and a share from 0 to 1")
+    if count < 1:
+        raise ValueError(f"count={count}: expected at least one scene")
     scenes = [make_scene((SEGMENTATION_STREAM, seed, number)) for number in range(count)]
     singles = [
         make_scene((SINGLE_STREAM, seed, number), 112, objects=(1, 1), object_size=(40, 100)) for number in range(count)
@@ -194,6 +194,8 @@ def inject_distraction(model: nn.Module, share: float, *, strength: float = 40.0
     `INJECTED_DIMS` by `strength` times the token's standard deviation. A simulation, not something the model does by
     itself.
     """
+    if not 0 <= share <= 1:
+        raise ValueError(f"distraction in {share} of the patch tokens: expected a share from 0 to 1")
     blocks = read_tower(model).blocks
     middle = blocks[len(blocks) // 2 - 1]
     stream: list[Tensor] = []

@@ -1,13 +1,19 @@
 """What `rfclip.explanation.explain` returns, against whole attention matrices in float64 and what must hold of them."""
 
+import base64
+import io
+import re
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from towers import DIMS, pictures, small_clip, to_hugging_face
+from typer.testing import CliRunner
 
 import rfclip
-from rfclip import RefocusConfig, explanation
+from rfclip import RefocusConfig, explanation, figures
+from rfclip.cli import app
 from rfclip.explanation import explain
 from rfclip.models import load_model, tiny_folder
 
@@ -128,3 +134,73 @@ def test_wrong_arguments(model, picture, options, words):
 def test_a_refocused_model_is_refused(model, picture):
     with rfclip.refocus(model, CONFIG), pytest.raises(RuntimeError, match="refocused: undo that first"):
         explain(model, picture, CONFIG)
+
+
+# Pictures, report and command ----------------------------------------------------------------------------------------
+
+NAMES = {"overview", "attention", "matrices", "profile", "tokens", "maps"}
+
+
+@pytest.mark.parametrize("layers", [[2], [1, 2, 3, 4]], ids=len)
+def test_every_figure_is_drawn(model, picture, layers):
+    found = seen(model, picture, layers=layers)
+    drawn = {name: figures.png(figure) for name, figure in figures.draw(found).items()}
+    assert set(drawn) == NAMES
+    for data in drawn.values():
+        pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        assert min(pixels.shape[:2]) > 100 and pixels.std() > 5
+
+
+def test_the_tint_is_on_the_tokens(model, picture):
+    """Red where tokens distract and blue where they receive, patch by patch, in the drawn map."""
+    found = seen(model, picture, layers=[3])
+    shown = figures.draw_maps(found).axes[0].images[0].get_array().filled()
+    plain = np.asarray(found.image).astype(int)
+    difference = (shown[..., :3].astype(int) - plain).reshape(3, 8, 5, 8, 3).mean(axis=(1, 3)).reshape(15, 3)
+    for mask, channel in ((found.distraction[2], 0), (found.defocused[2], 2)):
+        assert mask.any()
+        assert (difference[mask].argmax(axis=1) == channel).all()
+    neither = ~(found.distraction[2] | found.defocused[2])
+    assert not difference[neither].any()
+
+
+def test_the_command(tmp_path):
+    """A page that holds every picture it shows, the files beside it, and one profile of all pictures."""
+    folder, out = tmp_path / "in <b>", tmp_path / "out"
+    folder.mkdir()
+    for name in ("one.png", "two.png"):
+        (folder / name).write_bytes((tiny_folder() / "scene.png").read_bytes())
+    (folder / "bad.png").write_bytes(b"nothing")
+    given = ["explain", str(folder), "--inject-distraction", "0.1", "--layers", "3,4", "--points", "30,40"]
+    done = CliRunner().invoke(app, [*given, "--classes", "dog, grass, sky", "--out", str(out)])
+    assert done.exit_code == 1, done.output  # for bad.png
+    assert "bad.png" in done.stderr
+    page = (out / "one" / "report.html").read_text()
+    shown = dict(re.findall(r'<img alt="(\w+)" src="data:image/png;base64,([^"]+)">', page))
+    assert set(shown) == NAMES | {"segmentation"}
+    for name, data in shown.items():
+        assert base64.b64decode(data) == (out / "one" / f"{name}.png").read_bytes()
+    assert "20 in block 4" in page  # a tenth of 196 patches
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert {path.name for path in out.iterdir()} == {"one", "two", "profile.png"}
+    again = CliRunner().invoke(app, [*given, "--out", str(out)])
+    assert again.exit_code == 1
+    assert "--overwrite replaces it" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (["--points", "3"], "expected X,Y"),
+        (["--points", "a,b"], "expected --points X,Y"),
+        (["--layers", "1;2"], "--layers N,N"),
+        (["--layers", "9"], "numbers from 1 to 6"),
+        (["--points", "500,3"], "outside the picture"),
+        (["--inject-distraction", "2"], "a share from 0 to 1"),
+    ],
+)
+def test_wrong_options(tmp_path, given, words):
+    done = CliRunner().invoke(app, ["explain", str(tiny_folder() / "scene.png"), *given, "--out", str(tmp_path / "o")])
+    assert done.exit_code != 0
+    assert words in " ".join(done.stderr.split())
+    assert not (tmp_path / "o").exists()

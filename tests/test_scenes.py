@@ -134,7 +134,9 @@ def test_confusion_against_a_loop():
     assert np.array_equal(confusion_matrix(labels, predicted, 5), want)
 
 
-@pytest.mark.parametrize("options", [{"count": 0}, {"count": 1, "inject": 1.5}], ids=str)
-def test_wrong_evaluations(options):
-    with pytest.raises(ValueError, match="at least one scene"):
+@pytest.mark.parametrize(
+    "options, words", [({"count": 0}, "at least one scene"), ({"count": 1, "inject": 1.5}, "a share from 0 to 1")]
+)
+def test_wrong_evaluations(options, words):
+    with pytest.raises(ValueError, match=words):
         list(evaluate_scenes(rfclip.load_model(), METHODS, **options))
