@@ -195,7 +195,7 @@ def inject_distraction(model: nn.Module, share: float, *, strength: float = 40.0
     itself.
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"distraction in {share} of the patch tokens: expected a share from 0 to 1")
+        raise ValueError(f"inject={share}: expected a share of the patch tokens, from 0 to 1")
     blocks = read_tower(model).blocks
     middle = blocks[len(blocks) // 2 - 1]
     stream: list[Tensor] = []

@@ -196,7 +196,7 @@ def test_the_command(tmp_path):
         (["--layers", "1;2"], "--layers N,N"),
         (["--layers", "9"], "numbers from 1 to 6"),
         (["--points", "500,3"], "outside the picture"),
-        (["--inject-distraction", "2"], "a share from 0 to 1"),
+        (["--inject-distraction", "2"], "from 0 to 1"),
     ],
 )
 def test_wrong_options(tmp_path, given, words):

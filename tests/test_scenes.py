@@ -135,7 +135,7 @@ def test_confusion_against_a_loop():
 
 
 @pytest.mark.parametrize(
-    "options, words", [({"count": 0}, "at least one scene"), ({"count": 1, "inject": 1.5}, "a share from 0 to 1")]
+    "options, words", [({"count": 0}, "at least one scene"), ({"count": 1, "inject": 1.5}, "from 0 to 1")]
 )
 def test_wrong_evaluations(options, words):
     with pytest.raises(ValueError, match=words):
