@@ -22,7 +22,7 @@ CAPTIONS = {
     "embeddings are repaired, and most of the attention they received has gone to the blue ones.",
     "attention": "What each point attends to, by block; both rows of a point share the plain tower's scale.",
     "matrices": "Attention averaged over heads: rows are queries, columns keys, CLS first. Triangles mark distraction.",
-    "profile": "The mean weight of each dimension over patches and blocks.",
+    "profile": "The mean weight of each dimension over patches and blocks; after: of what a block sees once repaired.",
     "tokens": "Each patch: the attention it receives against its largest weight. Dashed: the thresholds. Red: over the "
     "threshold, or found to be so before the repair.",
     "maps": "Tokens that give and receive attention, the second eigenvector of the graph cut, and what was moved.",
