@@ -25,7 +25,8 @@ CAPTIONS = {
     "profile": "The mean weight of each dimension over patches and blocks; after: of what a block sees once repaired.",
     "tokens": "Each patch: the attention it receives against its largest weight. Dashed: the thresholds. Red: over the "
     "threshold, or found to be so before the repair.",
-    "maps": "Tokens that give and receive attention, the second eigenvector of the graph cut, and what was moved.",
+    "maps": "Tokens that give attention (red) and receive it (blue), the second eigenvector of the graph cut, and how much "
+    "attention was moved away from a token (red) or to it (blue).",
     "segmentation": "The picture segmented in windows, as `rfclip segment` does it.",
 }
 
@@ -170,10 +171,13 @@ def draw_maps(found: Explanation) -> Figure:
     for column, layer in zip(axes.T, found.layers, strict=True):
         block = layer - 1
         _tint(column[0], found, {RED: found.distraction[block], BLUE: found.defocused[block]})
-        for ax, values in ((column[1], found.fiedler[block]), (column[2], found.moved[block])):
+        for ax, values, colours in (
+            (column[1], found.fiedler[block], "PiYG"),
+            (column[2], found.moved[block], "coolwarm_r"),  # red gives, blue receives
+        ):
             if np.isfinite(values).all() and values.any():
                 top = np.abs(values).max()
-                _over(ax, found, values, cmap="coolwarm", vmin=-top, vmax=top)
+                _over(ax, found, values, cmap=colours, vmin=-top, vmax=top)
             else:
                 ax.imshow(found.image.convert("L"), cmap="gray", alpha=0.4)
                 ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center", va="center")
@@ -220,12 +224,12 @@ def _heat(ax: Axes, found: Explanation, values: np.ndarray, scale: np.ndarray) -
 
 
 def _tint(ax: Axes, found: Explanation, colours: dict[tuple[float, float, float], np.ndarray]) -> None:
-    """The picture with sets of tokens in colour."""
+    """The picture in grey, with sets of tokens in colour."""
     cells = np.zeros((*found.grid, 4), np.float32)
     for colour, chosen in colours.items():
         cells[chosen.reshape(found.grid)] = (*colour, 0.6)
     tint = Image.fromarray((255 * cells).astype(np.uint8)).resize(found.image.size, Image.Resampling.NEAREST)
-    ax.imshow(Image.alpha_composite(found.image.convert("RGBA"), tint))
+    ax.imshow(Image.alpha_composite(found.image.convert("L").convert("RGBA"), tint))
 
 
 def _mark(ax: Axes, found: Explanation, place: int) -> None:

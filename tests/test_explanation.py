@@ -155,7 +155,7 @@ def test_the_tint_is_on_the_tokens(model, picture):
     """Red where tokens distract and blue where they receive, patch by patch, in the drawn map."""
     found = seen(model, picture, layers=[3])
     shown = figures.draw_maps(found).axes[0].images[0].get_array().filled()
-    plain = np.asarray(found.image).astype(int)
+    plain = np.asarray(found.image.convert("L").convert("RGB")).astype(int)
     difference = (shown[..., :3].astype(int) - plain).reshape(3, 8, 5, 8, 3).mean(axis=(1, 3)).reshape(15, 3)
     for mask, channel in ((found.distraction[2], 0), (found.defocused[2], 2)):
         assert mask.any()
