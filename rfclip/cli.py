@@ -444,6 +444,34 @@ def explain(
     raise typer.Exit(1 if failed else 0)
 
 
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    model: Model = TINY,
+    pretrained: Pretrained = None,
+    device: Device = "cpu",
+    backend: Backend = "auto",
+    config: Config = None,
+) -> None:
+    """Serve a page to try it in the browser, until Ctrl-C."""
+    with _clear_errors():
+        try:
+            from rfclip import serve as served
+        except ImportError as error:
+            raise ValueError('the page needs gradio: pip install "rfclip[serve]"') from error
+        from rfclip.models import check_model, open_clip_name
+
+        _device(device)
+        name = open_clip_name(model)
+        if name != TINY:
+            check_model(name, pretrained)
+        choices = served.checkpoints(name, pretrained, _config(config))
+        served.serve(
+            choices, host, port, device, backend, lambda address: console.print(f"Open {address} ; Ctrl-C stops it.")
+        )
+
+
 def _write_bytes(data: bytes, path: Path) -> None:
     path.write_bytes(data)
 

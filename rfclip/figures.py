@@ -25,8 +25,8 @@ CAPTIONS = {
     "profile": "The mean weight of each dimension over patches and blocks; after: of what a block sees once repaired.",
     "tokens": "Each patch: the attention it receives against its largest weight. Dashed: the thresholds. Red: over the "
     "threshold, or found to be so before the repair.",
-    "maps": "Tokens that give attention (red) and receive it (blue), the second eigenvector of the graph cut, and how much "
-    "attention was moved away from a token (red) or to it (blue).",
+    "maps": "Tokens that give attention (red) and receive it (blue), the second eigenvector of the graph cut, and how "
+    "much attention was moved away from a token (red) or to it (blue).",
     "segmentation": "The picture segmented in windows, as `rfclip segment` does it.",
 }
 
@@ -58,7 +58,7 @@ def report(found: Explanation, pictures: Mapping[str, bytes], title: str, facts:
     facts = {
         **facts,
         "patches": f"{found.grid[0]} x {found.grid[1]}",
-        "distraction tokens": ", ".join(f"{count} in block {n}" for n, count in _counts(found.distraction)) or "none",
+        "distraction tokens": ", ".join(f"{count} in block {n}" for n, count in counts(found.distraction)) or "none",
         "config": found.config.to_json(),
     }
     rows = "".join(
@@ -77,7 +77,7 @@ def report(found: Explanation, pictures: Mapping[str, bytes], title: str, facts:
     )
 
 
-def _counts(masks: np.ndarray) -> list[tuple[int, int]]:
+def counts(masks: np.ndarray) -> list[tuple[int, int]]:
     """The blocks, from 1, in which a mask has tokens, and how many."""
     return [(number, int(mask.sum())) for number, mask in enumerate(masks, 1) if mask.any()]
 

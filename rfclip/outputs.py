@@ -60,8 +60,8 @@ class Job:
         model, pretrained = absolute_names(self.model, self.pretrained)
         return replace(self, model=model, pretrained=pretrained)
 
-    def described(self, segmenter: Segmenter) -> dict[str, object]:
-        """What the labels mean and how they came about."""
+    def described(self, segmenter: Segmenter, weights: str | None = None) -> dict[str, object]:
+        """What the labels mean and how they came about; `weights` is the segmenter's digest where that is known."""
         return {
             "classes": [
                 {"index": index, "name": names[0], "synonyms": list(names[1:])}
@@ -72,7 +72,7 @@ class Job:
             "nothing": 255,
             "model": segmenter.name,
             "pretrained": segmenter.pretrained,
-            "weights": segmenter.digest(),
+            "weights": weights or segmenter.digest(),
             "method": segmenter.method,
             "config": segmenter.config and json.loads(segmenter.config.to_json()),
             "backend": self.backend,
@@ -107,7 +107,7 @@ class Writer:
                 if "shard" in task:
                     row |= encode(found.labels)
                 else:
-                    self._write_files(found, row, [Path(file) for file in picture["files"]])
+                    save(found, row | self.described, [Path(file) for file in picture["files"]])
                 rows.append(row)
             except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch's lack of memory is the last
                 failed.append([picture["image"], str(error).removeprefix(f"{picture['path']} ")])
@@ -115,19 +115,21 @@ class Writer:
             write_shard(Path(task["shard"]), rows, self.described)
         return {"done": len(rows), "failed": failed}
 
-    def _write_files(self, found: Segmentation, row: dict, files: list[Path]) -> None:
-        shares = found.shares
-        classes = [entry | {"share": shares[entry["name"]]} for entry in self.described["classes"]]
-        text = json.dumps(row | self.described | {"classes": classes}, indent=2, ensure_ascii=False) + "\n"
-        mask, overlay, record = files
-        mask.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(
-            {
-                mask: lambda part: found.mask().save(part, format="PNG"),
-                overlay: lambda part: found.overlay().save(part, format="PNG"),
-                record: lambda part: part.write_text(text, "utf-8"),
-            }
-        )
+
+def save(found: Segmentation, record: dict[str, object], files: list[Path]) -> None:
+    """Write mask, overlay and JSON under the paths given; the record is a row and what `Job.described` says."""
+    shares = found.shares
+    classes = [entry | {"share": shares[entry["name"]]} for entry in record["classes"]]
+    text = json.dumps(record | {"classes": classes}, indent=2, ensure_ascii=False) + "\n"
+    mask, overlay, written = files
+    mask.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(
+        {
+            mask: lambda part: found.mask().save(part, format="PNG"),
+            overlay: lambda part: found.overlay().save(part, format="PNG"),
+            written: lambda part: part.write_text(text, "utf-8"),
+        }
+    )
 
 
 def plan_files(

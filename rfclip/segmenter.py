@@ -56,7 +56,7 @@ def parse_classes(classes: Classes) -> list[tuple[str, ...]]:
     elif isinstance(classes, str) and (classes.endswith(".txt") or os.sep in classes):
         raise ValueError(f"classes: there is no file {classes}")
     elif isinstance(classes, str):
-        items = classes.split(";") if ";" in classes else [[name] for name in classes.split(",")]
+        items = split_classes(classes)
     else:
         items = classes
     parsed = []
@@ -74,6 +74,13 @@ def parse_classes(classes: Classes) -> list[tuple[str, ...]]:
     if len(parsed) >= np.iinfo(np.uint16).max:
         raise ValueError(f"classes: got {len(parsed)}, at most {np.iinfo(np.uint16).max - 1} are possible")
     return parsed
+
+
+def split_classes(text: str) -> list[list[str]]:
+    """The names of each class in "cat, dog", or, with synonyms, in "cat, kitten; dog"; a text is never a file here."""
+    if ";" in text:
+        return [names.split(",") for names in text.split(";")]
+    return [[name] for name in text.split(",")]
 
 
 @dataclass(frozen=True)
@@ -118,8 +125,8 @@ class Segmentation:
         mask.putpalette([channel for colour in palette(255) for channel in colour] + [0, 0, 0])
         return mask
 
-    def overlay(self, alpha: float = 0.55) -> Image.Image:
-        """The picture under its labels' colours, and a legend below: the classes seen, largest first."""
+    def overlay(self, alpha: float = 0.55, legend: bool = True) -> Image.Image:
+        """The picture under its labels' colours, and, if wanted, a legend below: the classes seen, largest first."""
         colours = palette(len(self.classes))
         areas = self._areas()
         seen = [int(index) for index in np.argsort(-areas, kind="stable") if areas[index]]
@@ -127,6 +134,8 @@ class Segmentation:
         if seen:
             masks = torch.from_numpy(np.stack([self.labels == index for index in seen]))
             picture = draw_segmentation_masks(picture, masks, alpha=alpha, colors=[colours[index] for index in seen])
+        if not legend:
+            return TF.to_pil_image(picture)
         entries = [(f"{self.classes[i]} {100 * areas[i] / self.labels.size:.0f} %", colours[i]) for i in seen]
         return _with_legend(TF.to_pil_image(picture), entries)
 
