@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint report bench clean
+.PHONY: demo test lint report docs bench clean
 
 demo: $(READY)
 	$(BIN)/rfclip segment rfclip/tiny/scene.png --classes "dog, cactus, octopus, sailboat, cat, bus, grass, sky" --out demo --overwrite
@@ -23,6 +23,10 @@ lint: $(READY)
 report: $(READY)
 	mkdir -p build
 	$(BIN)/python -m rfclip_kernels.report > build/kernels.md
+
+# The documentation site, in build/site; its theme's notice about its own future is no warning of ours.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 # Single functions, towers, memory and segmenting: build/bench/bench.md, about half an hour on two cores.
 bench: $(READY)

@@ -72,7 +72,10 @@ Count = Annotated[
 Seed = Annotated[int | None, typer.Option(help="scenes: others for another seed; 0 if not given.")]
 Inject = Annotated[
     float,
-    typer.Option(metavar="P", help="scenes: simulate distraction by over-activating this share of the patch tokens."),
+    typer.Option(
+        metavar="P",
+        help="Simulate distraction: over-activate this share of the patch tokens. Of the benchmarks, scenes only.",
+    ),
 ]
 RunFolder = Annotated[
     Path | None,
