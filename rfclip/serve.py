@@ -230,8 +230,9 @@ class Page:
                         record = gr.DownloadButton("JSON", interactive=False)
                     maps = _shown("maps", "What RF-CLIP finds in the picture, by block")
                     attention = _shown("attention", "What the point attends to, plain (before) and refocused, by block")
+            # One at a time: models are refocused in place, and Python catches warnings for all threads at once.
             one = {"concurrency_limit": 1, "concurrency_id": "tower", "api_visibility": "private"}
-            file.change(_preview, file, preview, api_visibility="private")
+            file.change(_preview, file, preview, **one)
             scenes.select(self._pick, None, [file, classes], api_visibility="private")
             settings = [file, classes, method, model, tau, beta, layers, pamr, inject]
             results = [overlay, legend, summary, mask, record, maps, attention, seen]
@@ -344,7 +345,7 @@ def serve(
     """Serve the page until the process is interrupted or terminated; `ready` is told its address.
 
     Raises:
-        OSError: the port is taken, or the host is not this machine's.
+        OSError: the port is taken, or the host is not an address of this machine.
     """
     with tempfile.TemporaryDirectory(prefix="rfclip-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "gradio")  # what lies in it already is not copied
@@ -352,19 +353,14 @@ def serve(
         Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT
         page = Page(choices, Path(folder), device, backend).blocks()
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        options = {"max_file_size": UPLOAD_LIMIT, "css": STYLE, "footer_links": [], "run_history": False, "quiet": True}
+        options["theme"] = gr.themes.Default(font="sans-serif", font_mono="monospace")  # no font from the network
         try:
-            _, address, _ = page.launch(
-                server_name=host,
-                server_port=port,
-                max_file_size=UPLOAD_LIMIT,
-                theme=gr.themes.Default(font="sans-serif", font_mono="monospace"),  # none from the network
-                css=STYLE,
-                footer_links=[],
-                run_history=False,
-                quiet=True,
-                prevent_thread_lock=True,
-            )
-            ready(address)
+            try:
+                launched = page.launch(server_name=host, server_port=port, prevent_thread_lock=True, **options)
+            except OSError as error:
+                raise OSError(f"--host {host} --port {port}: cannot listen there; the port may be taken") from error
+            ready(launched[1])
             threading.Event().wait()
         except KeyboardInterrupt:
             pass

@@ -646,3 +646,14 @@ def test_no_command():
     assert "Usage" in result.output
     for command in ("segment", "calibrate", "models", "evaluate"):
         assert command in result.output
+
+
+def test_serve_without_gradio(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    refused(run("serve"), 'pip install "rfclip[serve]"')
+
+
+def test_serve_refuses_before_it_listens(tmp_path):
+    refused(run("serve", "--model", "RN50"), "RN50")
+    refused(run("serve", "--device", "cuda:9"), "cuda:9")
+    refused(run("serve", "--config", tmp_path / "none.json"), "none.json")
