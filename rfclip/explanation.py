@@ -75,6 +75,11 @@ class Explanation:
     segmentations: dict[str, Segmentation]
 
     @property
+    def views(self) -> tuple[View, View]:
+        """Before and after."""
+        return self.before, self.after
+
+    @property
     def thresholds(self) -> tuple[float, float | None]:
         """Of `weights`, tau / d, and of `received`, tau_attn / N, where the config has it."""
         attention = self.config.tau_attn

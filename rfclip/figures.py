@@ -58,7 +58,7 @@ def report(found: Explanation, pictures: Mapping[str, bytes], title: str, facts:
     facts = {
         **facts,
         "patches": f"{found.grid[0]} x {found.grid[1]}",
-        "distraction tokens": ", ".join(f"{count} in block {n}" for n, count in counts(found.distraction)) or "none",
+        "distraction tokens by block": ", ".join(str(mask.sum()) for mask in found.distraction),
         "config": found.config.to_json(),
     }
     rows = "".join(
@@ -73,22 +73,45 @@ def report(found: Explanation, pictures: Mapping[str, bytes], title: str, facts:
     title = html.escape(title)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
-        f"<h1>{title}</h1>{shown}<h2>facts</h2><table>{rows}</table></html>\n"
+        f"<h1>{title}</h1><p>{html.escape(describe(found))}</p>{shown}<h2>facts</h2><table>{rows}</table></html>\n"
     )
 
 
-def counts(masks: np.ndarray) -> list[tuple[int, int]]:
-    """The blocks, from 1, in which a mask has tokens, and how many."""
-    return [(number, int(mask.sum())) for number, mask in enumerate(masks, 1) if mask.any()]
+def describe(found: Explanation) -> str:
+    """What RF-CLIP did to the picture seen whole, in sentences with figures."""
+    if not found.distraction.any():
+        return "RF-CLIP finds no distraction token here, and is the layer-averaged key-key attention."
+    blocks, block = found.distraction.any(axis=1), _busiest(found)
+    said = f"RF-CLIP finds {found.distraction.sum()} distraction tokens in {blocks.sum()} of {len(blocks)} blocks."
+    if found.moved.any():
+        distraction, defocused = found.distraction[block], found.defocused[block]
+        (gave, gives), (got, gets) = (
+            [f"{100 * view.received[block][tokens].sum():.1f} %" for view in found.views]
+            for tokens in (distraction, defocused)
+        )
+        said += (
+            f" In block {block + 1}, where most is moved, {distraction.sum()} of {distraction.size} patches receive "
+            f"{gives} of the attention instead of {gave}, and {defocused.sum()} defocused ones {gets} instead of {got}."
+        )
+    if found.segmentations:
+        without, refocused = (found.segmentations[name].labels for name in ("kk-mean", "rf-clip"))
+        said += f" Refocusing changes the class of {100 * (without != refocused).mean():.1f} % of the pixels."
+    return said
+
+
+def _busiest(found: Explanation) -> int:
+    """The block, from 0, that moves most attention, or else distracts most."""
+    weights = np.abs(found.moved) if found.moved.any() else found.distraction
+    return int(weights.sum(axis=1).argmax()) if weights.any() else found.layers[-1] - 1
 
 
 def draw_overview(found: Explanation) -> Figure:
     """At one look, in the block that moves most: tokens, attention received, a point's attention, segmentation."""
-    block = int(np.abs(found.moved).sum(axis=1).argmax()) if found.moved.any() else found.layers[-1] - 1
+    block = _busiest(found)
     columns = 4 if found.segmentations else 3
     figure, axes = _axes(2, columns, found)
     tau = found.thresholds[0]
-    for row, view in zip(axes, (found.before, found.after), strict=True):
+    for row, view in zip(axes, found.views, strict=True):
         over = view.weights[block] > tau if found.config.distraction_dims else np.zeros(len(view.weights[block]), bool)
         _tint(row[0], found, {RED: over, BLUE: found.defocused[block] & ~over})
         _heat(row[1], found, view.received[block], found.before.received[block])
@@ -107,7 +130,7 @@ def draw_attention(found: Explanation) -> Figure:
     """What each point attends to in each layer asked for (figure 2)."""
     figure, axes = _axes(2 * len(found.points), len(found.layers), found)
     for place in range(len(found.points)):
-        for row, view in zip(axes[2 * place : 2 * place + 2], (found.before, found.after), strict=True):
+        for row, view in zip(axes[2 * place : 2 * place + 2], found.views, strict=True):
             for ax, layer in zip(row, found.layers, strict=True):
                 _heat(ax, found, view.pointed[layer - 1, place], found.before.pointed[layer - 1, place])
                 _mark(ax, found, place)
@@ -117,7 +140,7 @@ def draw_attention(found: Explanation) -> Figure:
 def draw_matrices(found: Explanation) -> Figure:
     """The attention matrices, averaged over heads; triangles mark the distraction tokens' columns (figure 2)."""
     figure, axes = _axes(2, len(found.layers), found, square=True)
-    for row, view in zip(axes, (found.before, found.after), strict=True):
+    for row, view in zip(axes, found.views, strict=True):
         for ax, layer in zip(row, found.layers, strict=True):
             top = np.quantile(found.before.attention[layer], 0.995)
             ax.imshow(view.attention[layer], cmap="magma", vmin=0, vmax=top, interpolation="nearest")
@@ -148,7 +171,7 @@ def draw_tokens(found: Explanation) -> Figure:
     figure = Figure(figsize=(2.6 * len(found.layers) + 0.6, 5.2), layout="constrained")
     axes = figure.subplots(2, len(found.layers), squeeze=False, sharex="col", sharey="col")
     weight, attention = found.thresholds
-    for row, view, name in zip(axes, (found.before, found.after), ROWS, strict=True):
+    for row, view, name in zip(axes, found.views, ROWS, strict=True):
         for ax, layer in zip(row, found.layers, strict=True):
             over = found.distraction[layer - 1] | (view.weights[layer - 1] > weight)
             colours = np.where(over[:, None], RED, (0.4, 0.4, 0.4))

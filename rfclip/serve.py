@@ -161,10 +161,8 @@ class Page:
                 found = explain(model, rgb, config, backend=self.backend)
         except ValueError as error:  # a strip that is too long to be seen whole
             return None, None, f"No maps: {error}."
-        counts = figures.counts(found.distraction)
-        tokens = "no distraction token" if not counts else f"{sum(count for _, count in counts)} distraction tokens"
-        about = f"In the picture seen whole, {found.grid[0]} x {found.grid[1]} patches, RF-CLIP finds {tokens}."
-        return _picture(figures.draw_maps(found)), Seen(found.image, checkpoint, config, inject, shown), about
+        seen = Seen(found.image, checkpoint, config, inject, shown)
+        return _picture(figures.draw_maps(found)), seen, figures.describe(found)
 
     def point(self, seen: Seen | None, event: gr.SelectData) -> Image.Image:
         """What the place that was clicked in the overlay attends to."""

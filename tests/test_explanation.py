@@ -164,6 +164,27 @@ def test_the_tint_is_on_the_tokens(model, picture):
     assert not difference[neither].any()
 
 
+def test_the_sentences(model, picture):
+    """Their figures are those of the arrays, in the block that moves most; without a finding they say so."""
+    found = seen(model, picture, layers=[1])
+    block = max(range(3), key=lambda number: np.abs(found.moved[number]).sum())
+    figured = [
+        f"{found.distraction.sum()} distraction tokens in {sum(map(any, found.distraction))} of 4 blocks",
+        f"In block {block + 1}, where most is moved, {found.distraction[block].sum()} of 15 patches receive",
+    ]
+    for tokens in (found.distraction[block], found.defocused[block]):
+        before, after = (100 * sum(view.received[block, tokens]) for view in (found.before, found.after))
+        figured.append(f"{after:.1f} % ")
+        figured.append(f"instead of {before:.1f} %")
+    said = figures.describe(found)
+    assert [part for part in figured if part not in said] == []
+    assert (
+        found.after.received[block, found.distraction[block]].sum()
+        < found.before.received[block, found.distraction[block]].sum()
+    )
+    assert "no distraction token" in figures.describe(explain(model, picture, RefocusConfig(()), short_side=24))
+
+
 def test_the_command(tmp_path):
     """A page that holds every picture it shows, the files beside it, and one profile of all pictures."""
     folder, out = tmp_path / "in <b>", tmp_path / "out"
@@ -180,7 +201,8 @@ def test_the_command(tmp_path):
     assert set(shown) == NAMES | {"segmentation"}
     for name, data in shown.items():
         assert base64.b64decode(data) == (out / "one" / f"{name}.png").read_bytes()
-    assert "20 in block 4" in page  # a tenth of 196 patches
+    assert "<pre>0, 0, 0, 20, 0, 0</pre>" in page  # by block: a tenth of 196 patches
+    assert re.search(r"20 of 196 patches receive .* Refocusing changes the class of [\d.]+ % of the pixels", page)
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert {path.name for path in out.iterdir()} == {"one", "two", "profile.png"}
     again = CliRunner().invoke(app, [*given, "--out", str(out)])

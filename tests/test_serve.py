@@ -159,7 +159,7 @@ def test_click_a_point(page):
     expect(page.get_by_label("range slider for Simulate distraction")).to_have_value("0.1")
     ask(page, NAMES)
     legend(page)
-    expect(page.locator("#summary")).to_contain_text("finds 20 distraction tokens")
+    expect(page.locator("#summary")).to_contain_text("RF-CLIP finds 20 distraction tokens in 1 of 6 blocks")
     assert len(picture_of(page, "maps")) > 10_000
     box = page.locator("#overlay img").bounding_box()
     seen = set()
