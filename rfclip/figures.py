@@ -19,7 +19,7 @@ RED, BLUE = (0.9, 0.1, 0.1), (0.1, 0.35, 0.95)  # tokens that distract, and thos
 ROWS = ("before", "after")
 CAPTIONS = {
     "overview": "The block where refocusing moves most. Before: red tokens are over the threshold. After: their "
-    "embeddings are repaired, and most of the attention they received has gone to the blue ones.",
+    "embeddings are repaired, and the share beta of the attention they draw goes to the blue ones.",
     "attention": "What each point attends to, by block; both rows of a point share the plain tower's scale.",
     "matrices": "Attention averaged over heads: rows are queries, columns keys, CLS first. Triangles mark distraction.",
     "profile": "The mean weight of each dimension over patches and blocks; after: of what a block sees once repaired.",

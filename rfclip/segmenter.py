@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import contextlib
 import hashlib
 import math
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import colorcet
 import numpy as np
 import open_clip
 import torch
@@ -141,12 +141,8 @@ class Segmentation:
 
 
 def palette(count: int) -> list[tuple[int, int, int]]:
-    """`count` colours that differ: hues a golden angle apart, in three rounds of saturation and brightness."""
-    colours = []
-    for index in range(count):
-        saturation, value = ((0.85, 0.95), (0.55, 1.0), (0.9, 0.6))[index % 3]
-        colours.append(tuple(round(255 * c) for c in colorsys.hsv_to_rgb(index * 0.618034 % 1, saturation, value)))
-    return colours
+    """`count` colours, each as unlike those before it as can be (Glasbey's method); after 256 they come again."""
+    return [tuple(round(255 * c) for c in colorcet.glasbey_bw_minc_20_minl_30[index % 256]) for index in range(count)]
 
 
 def _with_legend(picture: Image.Image, entries: list[tuple[str, tuple[int, int, int]]]) -> Image.Image:
