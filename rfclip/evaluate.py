@@ -105,13 +105,17 @@ def evaluate_scenes(
     singles = [
         make_scene((SINGLE_STREAM, seed, number), 112, objects=(1, 1), object_size=(40, 100)) for number in range(count)
     ]
+    scored: dict[frozenset, SceneScores] = {}  # the full method stands in a table more than once
     with inject_distraction(model, inject):
         for label, choice in choices.items():
-            with Segmenter(model, **choice, backend=backend) as segmenter:
-                confusion = _confusion(segmenter, scenes)
-                top1 = _top1(segmenter, singles)
-            iou = dict(zip(CLASSES, intersection_over_union(confusion).tolist(), strict=True))
-            yield SceneScores(label, top1, iou, np.trace(confusion) / confusion.sum())
+            same = frozenset(choice.items())
+            if same not in scored:
+                with Segmenter(model, **choice, backend=backend) as segmenter:
+                    confusion = _confusion(segmenter, scenes)
+                    top1 = _top1(segmenter, singles)
+                iou = dict(zip(CLASSES, intersection_over_union(confusion).tolist(), strict=True))
+                scored[same] = SceneScores(label, top1, iou, np.trace(confusion) / confusion.sum())
+            yield replace(scored[same], method=label)
 
 
 def contact_sheet(
@@ -131,27 +135,28 @@ def contact_sheet(
     rows = math.ceil((2 + len(choices)) / SHEET_COLUMNS)
     size = (2 * SHEET_COLUMNS, 2.2 * rows * len(numbers))
     figure = Figure(figsize=size, layout="constrained")
+    scenes = [make_scene((SEGMENTATION_STREAM, seed, number)) for number in numbers]
+    found = {}
     with inject_distraction(model, inject):
-        for number, part in zip(numbers, np.atleast_1d(figure.subfigures(len(numbers))), strict=True):
-            scene = make_scene((SEGMENTATION_STREAM, seed, number))
-            cells = {"picture": scene.image, "labels": _coloured(scene.labels, scene)}
-            for label, choice in choices.items():
-                with Segmenter(model, **choice, backend=backend) as segmenter:
-                    found = segmenter(scene.image, CLASSES).labels
-                iou = intersection_over_union(confusion_matrix(scene.labels, found, len(CLASSES)))
-                cells[f"{label}: {100 * np.nanmean(iou):.0f} %"] = _coloured(found, scene)
-            axes = part.subplots(rows, SHEET_COLUMNS, squeeze=False).ravel()
-            for axis in axes:
-                axis.set_axis_off()
-            for axis, (title, pixels) in zip(axes, cells.items(), strict=False):
-                axis.imshow(pixels, interpolation="nearest")
-                axis.set_title(title, fontsize=9)
-            present = scene.present()
-            colours = np.array(palette(len(present))) / 255
-            patches = [Patch(color=colour, label=CLASSES[c]) for c, colour in zip(present, colours, strict=True)]
-            part.legend(
-                handles=[*patches, Patch(color="black", label="not there")], loc="outside lower center", ncols=8
-            )
+        for label, choice in choices.items():
+            with Segmenter(model, **choice, backend=backend) as segmenter:
+                found[label] = [segmenter(scene.image, CLASSES).labels for scene in scenes]
+    for number, part in enumerate(np.atleast_1d(figure.subfigures(len(scenes)))):
+        scene = scenes[number]
+        cells = {"picture": scene.image, "labels": _coloured(scene.labels, scene)}
+        for label, labels in found.items():
+            iou = intersection_over_union(confusion_matrix(scene.labels, labels[number], len(CLASSES)))
+            cells[f"{label}: {100 * np.nanmean(iou):.0f} %"] = _coloured(labels[number], scene)
+        axes = part.subplots(rows, SHEET_COLUMNS, squeeze=False).ravel()
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, (title, pixels) in zip(axes, cells.items(), strict=False):
+            axis.imshow(pixels, interpolation="nearest")
+            axis.set_title(title, fontsize=9)
+        present = scene.present()
+        colours = np.array(palette(len(present))) / 255
+        patches = [Patch(color=colour, label=CLASSES[c]) for c, colour in zip(present, colours, strict=True)]
+        part.legend(handles=[*patches, Patch(color="black", label="not there")], loc="outside lower center", ncols=8)
     return figure
 
 
