@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -458,9 +459,12 @@ def serve(
     config: Config = None,
 ) -> None:
     """Serve a page to try it in the browser, until Ctrl-C."""
-    with _clear_errors():
+    with _clear_errors(), tempfile.TemporaryDirectory(prefix="rfclip-") as folder:
+        # Before Gradio is imported, which then makes the folder; what lies in it already, Gradio does not copy.
+        os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "gradio")
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         try:
-            from rfclip import serve as served
+            from rfclip import serve as page
         except ImportError as error:
             raise ValueError('the page needs gradio: pip install "rfclip[serve]"') from error
         from rfclip.models import check_model, open_clip_name
@@ -469,9 +473,15 @@ def serve(
         name = open_clip_name(model)
         if name != TINY:
             check_model(name, pretrained)
-        choices = served.checkpoints(name, pretrained, _config(config))
-        served.serve(
-            choices, host, port, device, backend, lambda address: console.print(f"Open {address} ; Ctrl-C stops it.")
+        choices = page.checkpoints(name, pretrained, _config(config))
+        page.serve(
+            choices,
+            Path(folder),
+            host,
+            port,
+            device,
+            backend,
+            ready=lambda address: console.print(f"Open {address} ; Ctrl-C stops it.", soft_wrap=True),
         )
 
 

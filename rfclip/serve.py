@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import html
 import io
-import os
 import shutil
 import signal
 import tempfile
@@ -338,29 +337,34 @@ def checkpoints(model: str, pretrained: str | None, config: RefocusConfig | None
 
 
 def serve(
-    choices: list[Checkpoint], host: str, port: int, device: str, backend: str, ready: Callable[[str], None]
+    choices: list[Checkpoint],
+    folder: Path,
+    host: str,
+    port: int,
+    device: str,
+    backend: str,
+    ready: Callable[[str], None],
 ) -> None:
     """Serve the page until the process is interrupted or terminated; `ready` is told its address.
+
+    Files are below `folder`, and Gradio's where GRADIO_TEMP_DIR said when it was imported.
 
     Raises:
         OSError: the port is taken, or the host is not an address of this machine.
     """
-    with tempfile.TemporaryDirectory(prefix="rfclip-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "gradio")  # what lies in it already is not copied
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT
-        page = Page(choices, Path(folder), device, backend).blocks()
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        options = {"max_file_size": UPLOAD_LIMIT, "css": STYLE, "footer_links": [], "run_history": False, "quiet": True}
-        options["theme"] = gr.themes.Default(font="sans-serif", font_mono="monospace")  # no font from the network
+    Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT
+    page = Page(choices, folder, device, backend).blocks()
+    options = {"max_file_size": UPLOAD_LIMIT, "css": STYLE, "footer_links": [], "run_history": False, "quiet": True}
+    options["theme"] = gr.themes.Default(font="sans-serif", font_mono="monospace")  # no font from the network
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
         try:
-            try:
-                launched = page.launch(server_name=host, server_port=port, prevent_thread_lock=True, **options)
-            except OSError as error:
-                raise OSError(f"--host {host} --port {port}: cannot listen there; the port may be taken") from error
-            ready(launched[1])
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            page.close(verbose=False)
+            launched = page.launch(server_name=host, server_port=port, prevent_thread_lock=True, **options)
+        except OSError as error:
+            raise OSError(f"--host {host} --port {port}: cannot listen there; the port may be taken") from error
+        ready(launched[1])
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        page.close(verbose=False)

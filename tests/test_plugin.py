@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from threading import Barrier
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -625,7 +626,7 @@ def test_threads_race_to_refocus(model):
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = ["fp32", "fp16", "bf16", "pure_fp16", "pure_bf16"]
-CLEAR = {"count": 2, "seed": 26}  # pictures whose tokens are clear of all thresholds: no rounding flips a mask
+SEEDS = range(9)  # of pairs of pictures; in one of them, rounding may put a token on the other side of a threshold
 
 
 def at_precision(name, **options):
@@ -644,29 +645,35 @@ def at_precision(name, **options):
 def test_precisions(precision, size, tower):
     """Compared with float64 on the same rounded weights and images, and with what the plain tower loses.
 
-    Refocusing adds a rounding or two per block to some ten, so that it may lose little more: at most twice as much.
+    Refocusing adds a rounding or two per block to some ten, so that it loses little more: in the median over
+    pictures, at most half as much again.
     """
     model, dtype = at_precision(precision, **TOWERS[tower])
-    images = pictures(height=size[0], width=size[1], **CLEAR).to(dtype)
-    exact = copy.deepcopy(model).double()
-    plain = zip(refocused(model, images, PLAIN), brute_tower(exact, images, PLAIN), strict=True)
-    bounds = [2 * relative_error(got, want) for got, want in plain]
     for config in (DEFAULT, NO_DIMS):
-        want = brute_tower(exact, images, config)
-        for a, b, bound in zip(refocused(model, images, config), want, bounds, strict=True):
-            assert a.dtype == dtype
-            assert a.isfinite().all()
-            assert relative_error(a, b) <= bound
+        assert (losses(model, dtype, config, size) <= 1.5).all()
 
 
 def test_autocast():
-    """As `with torch.autocast`, the usual way to run open_clip: no worse than twice the plain tower."""
-    model, images = small_clip(dtype=torch.float32), pictures(**CLEAR).float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        plain, got = refocused(model, images, PLAIN), refocused(model, images)
-    exact_plain, want = brute_tower(model, images, PLAIN), brute_tower(model, images, DEFAULT)
-    for a, b, c, d in zip(got, want, plain, exact_plain, strict=True):
-        assert relative_error(a, b) <= 2 * relative_error(c, d)
+    """As `with torch.autocast`, the usual way to run open_clip."""
+    model = small_clip(dtype=torch.float32)
+    assert (losses(model, torch.float32, DEFAULT, (32, 32), autocast=True) <= 1.5).all()
+
+
+def losses(model, dtype, config, size, autocast=False):
+    """The median over pictures of the refocused tower's error over the plain tower's: of dense features and of CLS."""
+    exact, found = copy.deepcopy(model).double(), []
+    for seed in SEEDS:
+        images = pictures(count=2, seed=seed, height=size[0], width=size[1]).to(dtype)
+        errors = []
+        for each in (config, PLAIN):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                got = refocused(model, images, each)
+            assert all(a.isfinite().all() and (autocast or a.dtype == dtype) for a in got)
+            want = brute_tower(exact, images, each)
+            errors.append([relative_error(a, b) for a, b in zip(got, want, strict=True)])
+        found.append(errors)
+    refocusing, plain = np.array(found).swapaxes(0, 1)
+    return np.median(refocusing / plain, axis=0)
 
 
 def test_images_are_cast_to_the_weights_dtype(model):
