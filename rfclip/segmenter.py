@@ -23,7 +23,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import draw_segmentation_masks
 
 from rfclip.config import TINY, RefocusConfig
 from rfclip.files import write_whole
@@ -127,17 +126,16 @@ class Segmentation:
 
     def overlay(self, alpha: float = 0.55, legend: bool = True) -> Image.Image:
         """The picture under its labels' colours, and, if wanted, a legend below: the classes seen, largest first."""
-        colours = palette(len(self.classes))
-        areas = self._areas()
-        seen = [int(index) for index in np.argsort(-areas, kind="stable") if areas[index]]
-        picture = TF.pil_to_tensor(self.image)
-        if seen:
-            masks = torch.from_numpy(np.stack([self.labels == index for index in seen]))
-            picture = draw_segmentation_masks(picture, masks, alpha=alpha, colors=[colours[index] for index in seen])
+        colours, areas = palette(len(self.classes)), self._areas()
+        table = np.zeros((self.nothing + 1, 3), np.uint8)
+        table[: len(colours)] = colours
+        blend = Image.blend(self.image, Image.fromarray(table[self.labels]), alpha)
+        picture = Image.composite(blend, self.image, Image.fromarray(self.labels != self.nothing))
         if not legend:
-            return TF.to_pil_image(picture)
+            return picture
+        seen = [int(index) for index in np.argsort(-areas, kind="stable") if areas[index]]
         entries = [(f"{self.classes[i]} {100 * areas[i] / self.labels.size:.0f} %", colours[i]) for i in seen]
-        return _with_legend(TF.to_pil_image(picture), entries)
+        return _with_legend(picture, entries)
 
 
 def palette(count: int) -> list[tuple[int, int, int]]:

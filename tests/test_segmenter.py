@@ -428,6 +428,19 @@ def test_segmentation_outputs():
     legend = {colour for _, colour in overlay.crop((0, 60, *overlay.size)).getcolors(1 << 20)}
     assert {colours[0], colours[2]} <= legend
     assert colours[1] not in legend
+    plain = result.overlay(alpha=0.25, legend=False)
+    assert plain.size == (90, 60)
+    for place, colour in (((5, 5), colours[2]), ((60, 50), colours[0]), ((5, 50), (128, 128, 128))):
+        assert plain.getpixel(place) == pytest.approx([0.75 * 128 + 0.25 * channel for channel in colour], abs=1)
+
+
+def test_colours_of_classes_differ():
+    """Also of many, and from the black of no class."""
+    colours = np.array([(0, 0, 0), *palette(255)], int)
+    apart = np.abs(colours[:, None] - colours).max(axis=-1) + 999 * np.eye(256, dtype=int)
+    assert apart.min() >= 8
+    assert apart[:20, :20].min() >= 50
+    assert palette(300)[256:] == palette(44)
 
 
 def test_an_overlay_without_any_class():
