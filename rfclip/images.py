@@ -47,13 +47,15 @@ def to_rgb(image: ImageLike) -> Image.Image:
         with warnings.catch_warnings():
             # About odd metadata, and about many pixels, which is an error below.
             warnings.filterwarnings("ignore", module="PIL")
+            Image.init()
+            formats = [name for name in Image.ID if name != "EPS"]  # that is a program, for Ghostscript to run
             # Not by its path: Pillow maps that into memory, and then mixes up the rows of a turned grayscale TIFF.
-            with path.open("rb") as file, Image.open(file) as opened:
+            with path.open("rb") as file, Image.open(file, formats=formats) as opened:
                 return _from_pillow(opened)
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} cannot be read as an image: Pillow does not know its format") from error
+        raise ValueError(f"{path} cannot be read as an image: its format is none of Pillow's, or EPS") from error
     except Exception as error:  # Pillow raises whatever a damaged file makes it stumble on, struct.error for one
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 

@@ -324,6 +324,14 @@ def test_broken_files(tmp_path, case):
     assert "BufferedReader" not in str(error.value)
 
 
+def test_postscript_is_never_run(tmp_path, monkeypatch):
+    """An EPS file is a program; under any name, nothing hands it to Ghostscript."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *given, **options: pytest.fail("Ghostscript was run"))
+    wide(6, 8).save(tmp_path / "drawing.png", format="EPS")
+    with pytest.raises(ValueError, match="its format is none of Pillow's, or EPS"):
+        to_rgb(tmp_path / "drawing.png")
+
+
 @pytest.mark.parametrize("name", ["missing.png", ".", ""], ids=["missing", "folder", "nothing"])
 def test_no_file(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
