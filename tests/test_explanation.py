@@ -170,7 +170,7 @@ def test_the_sentences(model, picture):
     block = max(range(3), key=lambda number: np.abs(found.moved[number]).sum())
     figured = [
         f"{found.distraction.sum()} distraction tokens in {sum(map(any, found.distraction))} of 4 blocks",
-        f"In block {block + 1}, where most is moved, {found.distraction[block].sum()} of 15 patches receive",
+        f"In block {block + 1}, where most is moved, {found.distraction[block].sum()} of 15 patches distract: they receive",
     ]
     for tokens in (found.distraction[block], found.defocused[block]):
         before, after = (100 * sum(view.received[block, tokens]) for view in (found.before, found.after))
@@ -202,7 +202,9 @@ def test_the_command(tmp_path):
     for name, data in shown.items():
         assert base64.b64decode(data) == (out / "one" / f"{name}.png").read_bytes()
     assert "<pre>0, 0, 0, 20, 0, 0</pre>" in page  # by block: a tenth of 196 patches
-    assert re.search(r"20 of 196 patches receive .* Refocusing changes the class of [\d.]+ % of the pixels", page)
+    assert re.search(
+        r"20 of 196 patches distract: they receive .* Refocusing changes the class of [\d.]+ % of the pixels", page
+    )
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert {path.name for path in out.iterdir()} == {"one", "two", "profile.png"}
     again = CliRunner().invoke(app, [*given, "--out", str(out)])
