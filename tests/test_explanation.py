@@ -170,7 +170,7 @@ def test_the_sentences(model, picture):
     block = max(range(3), key=lambda number: np.abs(found.moved[number]).sum())
     figured = [
         f"{found.distraction.sum()} distraction tokens in {sum(map(any, found.distraction))} of 4 blocks",
-        f"In block {block + 1}, where most is moved, {found.distraction[block].sum()} of 15 patches distract: they receive",
+        f"In block {block + 1}, where most is moved, {found.distraction[block].sum()} of 15 patches distract: they",
     ]
     for tokens in (found.distraction[block], found.defocused[block]):
         before, after = (100 * sum(view.received[block, tokens]) for view in (found.before, found.after))
