@@ -91,7 +91,8 @@ def describe(found: Explanation) -> str:
         )
         said += (
             f" In block {block + 1}, where most is moved, {distraction.sum()} of {distraction.size} patches distract: "
-            f"they receive {gives} of the attention instead of {gave}, and {defocused.sum()} defocused ones {gets} instead of {got}."
+            f"they receive {gives} of the attention instead of {gave}, and {defocused.sum()} defocused ones {gets} "
+            f"instead of {got}."
         )
     if found.segmentations:
         without, refocused = (found.segmentations[name].labels for name in ("kk-mean", "rf-clip"))
