@@ -405,6 +405,7 @@ def explain(
             raise ValueError(f"expected --points X,Y and --layers N,N,...: {error}") from error
         if any(len(place) != 2 for place in places):
             raise ValueError(f"--points {' '.join(points or ())}: expected X,Y")
+        out.mkdir(parents=True, exist_ok=True)
         from rfclip import evaluate, explanation, figures
         from rfclip.models import load_tokenizer
 

@@ -212,7 +212,10 @@ def inject_distraction(model: nn.Module, share: float, *, strength: float = 40.0
         tokens = output.shape[1] - 1
         order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))
         chosen = 1 + order[: round(share * tokens)].to(output.device)
-        spread = (stream.pop() + output)[:, chosen].std(dim=-1, keepdim=True)
+        before = stream.pop()
+        if not len(chosen):
+            return output
+        spread = (before + output)[:, chosen].std(dim=-1, keepdim=True)
         dims = torch.tensor(INJECTED_DIMS, device=output.device)
         output = output.clone()
         output[:, chosen[:, None], dims] += strength * spread

@@ -32,7 +32,8 @@ from rfclip.segmenter import Segmentation, Segmenter, palette, parse_classes, sp
 
 UPLOAD_LIMIT = 20 << 20  # bytes
 PIXEL_LIMIT = 25_000_000  # of an upload
-LONG_SIDE = 2048  # pixels, of the resized picture: bounds the windows of a picture that is a strip
+ASPECT_LIMIT = 16  # long side over short side, of an upload
+LONG_SIDE = 2048  # pixels, of the resized picture; with the aspect it bounds the number of windows
 SHOWN_SIDE = 1600  # pixels, of the overlay in the page
 NAME_LIMIT = 255  # class names with synonyms
 KEPT = 3600  # seconds that the files and the state of a visit are kept
@@ -158,7 +159,7 @@ class Page:
         try:
             with evaluate.inject_distraction(model, inject):
                 found = explain(model, rgb, config, backend=self.backend)
-        except ValueError as error:  # a strip that is too long to be seen whole
+        except ValueError as error:  # as where the layers go beyond the tower
             return None, None, f"No maps: {error}."
         seen = Seen(found.image, checkpoint, config, inject, shown)
         return _picture(figures.draw_maps(found)), seen, figures.describe(found)
@@ -254,9 +255,14 @@ class Page:
 def _read(file: str) -> Image.Image:
     """An upload, read as everywhere in this package; errors have its name, not where it is kept."""
     try:
-        return to_rgb(file)
+        rgb = to_rgb(file)
     except ValueError as error:
         raise ValueError(str(error).replace(file, Path(file).name)) from error
+    if max(rgb.size) > ASPECT_LIMIT * min(rgb.size):
+        raise ValueError(
+            f"a strip of {rgb.width} x {rgb.height} pixels: at most {ASPECT_LIMIT} times as long as wide here"
+        )
+    return rgb
 
 
 def _preview(file: str | None) -> Image.Image | None:
@@ -286,9 +292,9 @@ class _in_words:
 
 
 def _class_names(text: str) -> list[tuple[str, ...]]:
-    if not text.strip():
+    if not text.strip(" ,;\n"):
         raise ValueError('no class names: type some, such as "cat, grass, sky"')
-    named = parse_classes(split_classes(text))  # never as a file of this machine
+    named = parse_classes(split_classes(text.strip(" ,;\n")))  # never as a file of this machine
     if sum(map(len, named)) > NAME_LIMIT:
         raise ValueError(f"{sum(map(len, named))} class names: at most {NAME_LIMIT} here")
     return named

@@ -133,7 +133,7 @@ def picture_of(page, name):
 def test_upload_and_read_the_legend(page):
     """Legend, overlay, mask and JSON are what the segmenter makes of the same picture."""
     upload(page, SCENE)
-    ask(page, NAMES)
+    ask(page, f"{NAMES}, ")
     segmentation, rows = shares(NAMES)
     assert legend(page) == rows
     expect(page.locator("#summary")).to_contain_text(re.compile(r"320 x 320 pixels: \d+\.\d\d s with rf-clip"))
@@ -207,6 +207,12 @@ def test_too_many_pixels(page, tmp_path):
     refused(page, "6000 x 5000 pixels", "25000000")
 
 
+def test_a_strip(page, tmp_path):
+    Image.new("RGB", (5000, 20)).save(tmp_path / "strip.png")
+    page.set_input_files("#file input[type=file]", tmp_path / "strip.png")
+    refused(page, "a strip of 5000 x 20 pixels: at most 16 times")
+
+
 def test_too_many_bytes(page, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (2700, 2700, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "large.png", compress_level=0)
@@ -219,7 +225,9 @@ def test_no_picture(page):
     refused(page, "no picture: upload one")
 
 
-@pytest.mark.parametrize("classes, said", [("  ", "no class names"), ("dog, dog", "given more than once")])
+@pytest.mark.parametrize(
+    "classes, said", [("  ", "no class names"), (" ;,", "no class names"), ("dog, dog", "given more than once")]
+)
 def test_class_lists(page, classes, said):
     upload(page, SCENE)
     ask(page, classes)
@@ -262,6 +270,11 @@ def test_only_this_machine(address):
         if line.split()[3] == "0A" and line.split()[1].endswith(f":{port:04X}")
     ]
     assert listening == [f"0100007F:{port:04X}"]
+
+
+def test_no_file_of_this_machine(page, address):
+    for path in ("/etc/passwd", Path(rfclip.__file__), "/proc/self/environ"):
+        assert page.request.get(f"{address}gradio_api/file={path}").status in (403, 404)
 
 
 def test_a_port_that_is_taken(address, tmp_path):
