@@ -405,7 +405,8 @@ def explain(
             raise ValueError(f"expected --points X,Y and --layers N,N,...: {error}") from error
         if any(len(place) != 2 for place in places):
             raise ValueError(f"--points {' '.join(points or ())}: expected X,Y")
-        out.mkdir(parents=True, exist_ok=True)
+        if not next(path for path in (out, *out.absolute().parents) if path.exists()).is_dir():
+            raise ValueError(f"--out {out}: expected a folder, and there is a file of this name")
         from rfclip import evaluate, explanation, figures
         from rfclip.models import load_tokenizer
 

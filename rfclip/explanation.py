@@ -107,8 +107,8 @@ def explain(
         image: as `rfclip.images.to_rgb` takes it.
         config: as for `rfclip.refocus`.
         points: (x, y) in pixels of the picture, whose attention to follow; None: three on its diagonal.
-        layers: numbers of the blocks, from 1, whose attention matrices to keep; None: four evenly spaced, the last
-            among them.
+        layers: numbers of the blocks, from 1, whose attention matrices to keep; None: four evenly spaced, with the last
+            one, and the one that moves most in the place of the nearest.
         classes: as for `Segmenter`; None: the picture is not segmented.
         short_side: of the picture in the tower, in pixels, rounded to patches; None: as the tower was trained.
         backend: as for `rfclip.refocus`.
@@ -125,13 +125,13 @@ def explain(
     tower.check_eval()
     if "forward" in vars(tower.module):
         raise RuntimeError("this model is refocused: undo that first (handle.remove()); explain refocuses it by itself")
-    layers = _layers(layers, len(tower.blocks))
     points = [(rgb.width * f, rgb.height * f) for f in (0.25, 0.5, 0.75)] if points is None else points
     grid = _grid(rgb, tower, short_side)
-    size = 2 * 4 * len(layers) * (grid[0] * grid[1] + 1) ** 2
+    kept = _layers(layers, len(tower.blocks))
+    size = 2 * 4 * len(kept) * (grid[0] * grid[1] + 1) ** 2
     if size > memory_limit:
         raise ValueError(
-            f"the attention matrices of {len(layers)} layers at {grid[0]} x {grid[1]} patches take {size >> 20} MiB, "
+            f"the attention matrices of {len(kept)} layers at {grid[0]} x {grid[1]} patches take {size >> 20} MiB, "
             f"and memory_limit is {memory_limit >> 20} MiB: ask for fewer layers or a smaller short_side"
         )
     places = tuple(_place(point, rgb, grid) for point in points)
@@ -141,8 +141,12 @@ def explain(
     pixels = TF.normalize(pixels, list(tower.image_mean), list(tower.image_std)).to(tower.weight.device)
     patches = tower.patches(pixels[None])
     rows = [1 + row * grid[1] + column for row, column in places]
-    plain = _Watched(tower, PLAIN, backend, config, rows, layers)
-    refocused = _Watched(tower, config, backend, config, rows, layers)
+    if layers is None:
+        scout = _Watched(tower, config, backend, config, rows, ())
+        scout.stream(patches)
+        kept = _with_layer(kept, busiest(scout.found["moved"], scout.found["distraction"]))
+    plain = _Watched(tower, PLAIN, backend, config, rows, kept)
+    refocused = _Watched(tower, config, backend, config, rows, kept)
     for run in (plain, refocused):
         run.stream(patches)
     segmentations = {}
@@ -153,7 +157,15 @@ def explain(
                 segmentations[method] = segmenter(rgb, classes)
     found = {name: np.stack(values) for name, values in refocused.found.items()}
     views = plain.view(), refocused.view()
-    return Explanation(small, grid, config, places, layers, *views, **found, segmentations=segmentations)
+    return Explanation(small, grid, config, places, kept, *views, **found, segmentations=segmentations)
+
+
+def busiest(moved: Sequence[np.ndarray], distraction: Sequence[np.ndarray]) -> int | None:
+    """The number of the block, from 1, that moves most attention, or else distracts most; None where nothing does."""
+    for amounts in ([np.abs(block).sum() for block in moved], [block.sum() for block in distraction]):
+        if any(amounts):
+            return 1 + int(np.argmax(amounts))
+    return None
 
 
 class _Watched(RFCLIP):
@@ -233,6 +245,14 @@ def _layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:
     if beyond or not layers:
         raise ValueError(f"layers={list(layers)}: expected numbers from 1 to {count}")
     return tuple(sorted(set(layers)))
+
+
+def _with_layer(layers: tuple[int, ...], wanted: int | None) -> tuple[int, ...]:
+    """With that one in the place of the nearest, but for the last."""
+    if wanted is None or wanted in layers or len(layers) < 2:
+        return layers
+    nearest = min(layers[:-1], key=lambda layer: abs(layer - wanted))
+    return tuple(sorted({*layers, wanted} - {nearest}))
 
 
 def _grid(rgb: Image.Image, tower: Tower, short_side: int | None) -> tuple[int, int]:

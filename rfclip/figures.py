@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from rfclip.explanation import SEGMENTED_BY, Explanation
+from rfclip.explanation import SEGMENTED_BY, Explanation, busiest
 
 POINTS = ("#00a0ff", "#ff9f00", "#00d060", "#d060ff")  # colours of the query points, in turn
 RED, BLUE = (0.9, 0.1, 0.1), (0.1, 0.35, 0.95)  # tokens that distract, and those that receive
@@ -81,7 +81,7 @@ def describe(found: Explanation) -> str:
     """What RF-CLIP did to the picture seen whole, in sentences with figures."""
     if not found.distraction.any():
         return "RF-CLIP finds no distraction token here, and is the layer-averaged key-key attention."
-    blocks, block = found.distraction.any(axis=1), _busiest(found)
+    blocks, block = found.distraction.any(axis=1), busiest(found.moved, found.distraction) - 1
     said = f"RF-CLIP finds {found.distraction.sum()} distraction tokens in {blocks.sum()} of {len(blocks)} blocks."
     if found.moved.any():
         distraction, defocused = found.distraction[block], found.defocused[block]
@@ -100,15 +100,9 @@ def describe(found: Explanation) -> str:
     return said
 
 
-def _busiest(found: Explanation) -> int:
-    """The block, from 0, that moves most attention, or else distracts most."""
-    weights = np.abs(found.moved) if found.moved.any() else found.distraction
-    return int(weights.sum(axis=1).argmax()) if weights.any() else found.layers[-1] - 1
-
-
 def draw_overview(found: Explanation) -> Figure:
     """At one look, in the block that moves most: tokens, attention received, a point's attention, segmentation."""
-    block = _busiest(found)
+    block = (busiest(found.moved, found.distraction) or found.layers[-1]) - 1
     columns = 4 if found.segmentations else 3
     figure, axes = _axes(2, columns, found)
     tau = found.thresholds[0]

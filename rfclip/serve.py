@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import html
 import io
+import os
 import shutil
 import signal
 import tempfile
@@ -42,7 +43,10 @@ SCENES = ((11, "dog, banana"), (21, "bus, owl"), (35, "cat, guitar"))  # seeds, 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A choice of the page: names as for `rfclip.load_model`, and the config where one is given."""
+    """A choice of the page: names as for `rfclip.load_model`, and the config where one is given.
+
+    As text, and in `shown`, it does not say where files of this machine are.
+    """
 
     model: str
     pretrained: str | None
@@ -52,8 +56,12 @@ class Checkpoint:
     def names(self) -> tuple[str, str | None]:
         return self.model, self.pretrained
 
+    @property
+    def shown(self) -> tuple[str, str | None]:
+        return _without_folder(self.model), self.pretrained and _without_folder(self.pretrained)
+
     def __str__(self) -> str:
-        return self.model if self.pretrained is None else f"{self.model}, {self.pretrained}"
+        return ", ".join(filter(None, self.shown))
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ class Seen:
     """What a click on a result needs: the picture as the tower saw it, and with what."""
 
     image: Image.Image
+    layers: tuple[int, ...]
     checkpoint: Checkpoint
     config: RefocusConfig
     inject: float
@@ -110,7 +119,7 @@ class Page:
                 config = replace(config, tau=tau, beta=beta, layers=_numbers(layers))
                 config = evaluate.injected(config) if inject else config
             own = config if find_method(method).configured else None
-            job = Job(named, *checkpoint.names, own, method, self.backend, self.device, "fp32", None, pamr)
+            job = Job(named, *checkpoint.shown, own, method, self.backend, self.device, "fp32", None, pamr)
             with (
                 evaluate.inject_distraction(model, inject),
                 Segmenter(
@@ -161,7 +170,7 @@ class Page:
                 found = explain(model, rgb, config, backend=self.backend)
         except ValueError as error:  # as where the layers go beyond the tower
             return None, None, f"No maps: {error}."
-        seen = Seen(found.image, checkpoint, config, inject, shown)
+        seen = Seen(found.image, found.layers, checkpoint, config, inject, shown)
         return _picture(figures.draw_maps(found)), seen, figures.describe(found)
 
     def point(self, seen: Seen | None, event: gr.SelectData) -> Image.Image:
@@ -173,7 +182,9 @@ class Page:
             sides = zip(event.index, seen.image.size, seen.shown, strict=True)
             place = tuple(min(clicked, shown - 1) * side / shown for clicked, side, shown in sides)
             with evaluate.inject_distraction(model, seen.inject):
-                found = explain(model, seen.image, seen.config, points=[place], backend=self.backend)
+                found = explain(
+                    model, seen.image, seen.config, points=[place], layers=seen.layers, backend=self.backend
+                )
             return _picture(figures.draw_attention(found))
 
     def blocks(self) -> gr.Blocks:
@@ -207,6 +218,7 @@ class Page:
                         placeholder="cat, grass, sky; or with synonyms: cat, kitten; grass",
                         lines=2,
                     )
+                    button = gr.Button("Segment", variant="primary")
                     with gr.Row():
                         method = gr.Dropdown(list(METHODS), value=RFCLIP.name, label="Method")
                         model = gr.Dropdown(list(self.checkpoints), label="Model")
@@ -218,7 +230,6 @@ class Page:
                         inject = gr.Slider(
                             0, 0.5, 0, step=0.05, label="Simulate distraction in this share of the tokens"
                         )
-                    button = gr.Button("Segment", variant="primary")
                 with gr.Column(scale=3, min_width=320):
                     overlay = _shown("overlay", "Segmentation: click a point to see what it attends to")
                     legend = gr.HTML(elem_id="legend")
@@ -234,7 +245,7 @@ class Page:
             scenes.select(self._pick, None, [file, classes], api_visibility="private")
             settings = [file, classes, method, model, tau, beta, layers, pamr, inject]
             results = [overlay, legend, summary, mask, record, maps, attention, seen]
-            button.click(self.segment, settings, results, show_progress_on=[overlay], **one)
+            button.click(self.segment, settings, results, show_progress_on=[overlay], scroll_to_output=True, **one)
             overlay.select(self.point, seen, attention, **one)
         return page.queue(max_size=20)
 
@@ -289,6 +300,11 @@ class _in_words:
             gr.Warning(html.escape(message))
         if isinstance(error, ValueError | OSError | RuntimeError | MemoryError):  # torch's lack of memory is the third
             raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
+
+
+def _without_folder(name: str) -> str:
+    source, colon, path = name.rpartition(":")
+    return f"{source}{colon}{Path(path).name}" if os.path.exists(path) else name
 
 
 def _class_names(text: str) -> list[tuple[str, ...]]:

@@ -102,6 +102,35 @@ def test_hugging_faces_model(model, picture):
     np.testing.assert_allclose(found.after.received, want.after.received, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "moves, shown",
+    [
+        ({}, (3, 6, 9, 12)),
+        ({7: 1}, (3, 7, 9, 12)),
+        ({7: 1, 2: 5}, (2, 6, 9, 12)),
+        ({11: 1}, (3, 6, 11, 12)),
+        ({9: 1}, (3, 6, 9, 12)),
+    ],
+    ids=str,
+)
+def test_the_block_that_moves_most_is_shown(moves, shown):
+    """In place of the nearest of four; where nothing moves, the one with most distraction tokens."""
+    moved, distraction = np.zeros((12, 5)), np.zeros((12, 5), bool)
+    for number, amount in moves.items():
+        moved[number - 1, :2] = -amount, amount
+    assert explanation._with_layer(explanation._layers(None, 12), explanation.busiest(moved, distraction)) == shown
+    distraction[4, 1:3] = True
+    assert explanation.busiest(np.zeros((12, 5)), distraction) == 5
+
+
+def test_the_layers_of_a_deep_tower(picture):
+    model = small_clip(layers=8)
+    model.visual.image_mean, model.visual.image_std = (0.5,) * 3, (0.25,) * 3
+    found = explain(model, picture, CONFIG, short_side=24)
+    assert 1 + np.abs(found.moved).sum(axis=1).argmax() in found.layers
+    assert len(found.layers) == 4 and found.layers[-1] == 8 and set(found.after.attention) == set(found.layers)
+
+
 def test_the_small_clip_with_classes():
     """It has no distraction dimensions: nothing moves, and each method segments the picture as given."""
     model, scene = load_model(), tiny_folder() / "scene.png"
@@ -228,3 +257,11 @@ def test_wrong_options(tmp_path, given, words):
     assert done.exit_code != 0
     assert words in " ".join(done.stderr.split())
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_file_in_the_place_of_the_folder(tmp_path, out):
+    (tmp_path / "file").touch()
+    done = CliRunner().invoke(app, ["explain", str(tiny_folder() / "scene.png"), "--out", str(tmp_path / out)])
+    assert done.exit_code == 2
+    assert "expected a folder" in done.stderr

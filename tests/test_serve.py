@@ -22,12 +22,12 @@ from rfclip.models import tiny_folder
 gradio = pytest.importorskip("gradio", reason='no Gradio: pip install "rfclip[serve]"')
 playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
 expect = playwright.expect
+expect.set_options(timeout=60_000)  # milliseconds: the first answer waits for the model
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 SCENE = tiny_folder() / "scene.png"
 NAMES = "dog, cactus, octopus, sailboat, grass, sky"
-LONG = 60_000  # milliseconds: the first answer waits for the model
 SCREENSHOT = Path(__file__).parents[1] / "build" / "serve.png"
 
 
@@ -86,7 +86,7 @@ def page(browser, address):
 def visit(browser, address):
     page = browser.new_context(viewport={"width": 1400, "height": 1000}).new_page()
     page.goto(address)
-    expect(page.get_by_role("button", name="Segment")).to_be_enabled(timeout=LONG)
+    expect(page.get_by_role("button", name="Segment")).to_be_enabled()
     return page
 
 
@@ -101,15 +101,15 @@ def ask(page, classes):
 
 
 def legend(page):
-    expect(page.locator("#legend li").first).to_be_visible(timeout=LONG)
-    expect(page.locator("#overlay img")).to_be_visible(timeout=LONG)
+    expect(page.locator("#legend li").first).to_be_visible()
+    expect(page.locator("#overlay img")).to_be_visible()
     return page.locator("#legend li").all_inner_texts()
 
 
 def refused(page, *words):
     """The page says what is wrong, and nothing of how this machine is laid out."""
     said = page.get_by_test_id("toast-body").filter(has_text=words[0])
-    expect(said).to_be_visible(timeout=LONG)
+    expect(said).to_be_visible()
     text = said.inner_text()
     for word in words:
         assert word in text
@@ -126,7 +126,7 @@ def shares(classes, **options):
 def picture_of(page, name):
     """The bytes of a picture that the page shows."""
     shown = page.locator(f"#{name} img")
-    expect(shown).to_be_visible(timeout=LONG)
+    expect(shown).to_be_visible()
     return page.request.get(shown.get_attribute("src")).body()
 
 
@@ -167,7 +167,7 @@ def test_click_a_point(page):
         before = page.locator("#attention img").get_attribute("src") if seen else None
         page.locator("#overlay img").click(position={"x": right * box["width"], "y": down * box["height"]})
         if before is not None:
-            expect(page.locator("#attention img")).not_to_have_attribute("src", before, timeout=LONG)
+            expect(page.locator("#attention img")).not_to_have_attribute("src", before)
         seen.add(hashlib.sha256(picture_of(page, "attention")).hexdigest())
     assert len(seen) == 2
     SCREENSHOT.parent.mkdir(exist_ok=True)
@@ -245,6 +245,17 @@ def test_a_model_that_cannot_be_had(page):
     page.get_by_role("option", name="rfclip-tiny").click()
     page.get_by_role("button", name="Segment").click()
     assert legend(page) == shares(NAMES)[1]
+
+
+def test_folders_of_the_server_are_not_shown(tmp_path):
+    from rfclip.serve import Checkpoint
+
+    weights = tmp_path / "weights.safetensors"
+    weights.touch()
+    assert str(Checkpoint("ViT-B-16", str(weights))) == "ViT-B-16, weights.safetensors"
+    assert Checkpoint(f"transformers:{tmp_path}", None).shown == (f"transformers:{tmp_path.name}", None)
+    assert str(Checkpoint("transformers:openai/clip-vit-base-patch16", None)).endswith(":openai/clip-vit-base-patch16")
+    assert str(Checkpoint("ViT-B-16", "openai")) == "ViT-B-16, openai"
 
 
 def test_two_visitors_at_once(page, browser, address):
