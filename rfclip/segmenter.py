@@ -255,7 +255,7 @@ class Segmenter:
         self.logit_scale = protocol.logit_scale if logit_scale is None else logit_scale
         self.memory_limit = memory_limit
         self._cache = user_cache_path("rfclip") / "text" if cache in (None, True) else cache
-        self._embeddings: dict[tuple[str, ...], Tensor] = {}
+        self._embeddings: dict[str, Tensor] = {}
         self._text_weights: str | None = None
         self._handle = None
         if not isinstance(present, Method):
@@ -352,8 +352,9 @@ class Segmenter:
     def text_embeddings(self, names: tuple[str, ...]) -> Tensor:
         """One normalized embedding a name, [K, C] float32: the mean of its prompts' normalized embeddings, normalized.
 
-        They are kept in memory, and on disk under a key of the text tower, its weights and the prompts' tokens. The
-        weights are read once: make another segmenter after changing them.
+        Each name is encoded by itself, so that its embedding does not depend on the others, and kept in memory, and on
+        disk under a key of the text tower, its weights and the prompts' tokens. The weights are read once: make another
+        segmenter after changing them.
         """
         known = getattr(self.model, "trained_on", None)
         strange = [name for name in names if known and name.lower() not in known]
@@ -362,23 +363,32 @@ class Segmenter:
                 f"{TINY} was never trained on {', '.join(map(repr, strange))}; it knows: {', '.join(known)}",
                 stacklevel=3,
             )
-        if names not in self._embeddings:
-            tokens = self.tokenizer([template(name) for name in names for template in self.templates])
-            self._embeddings[names] = self._cached(
-                self._key(tokens, len(names)), lambda: self._encode(tokens, len(names))
-            )
-        return self._embeddings[names]
+        for name in names:
+            if name not in self._embeddings:
+                tokens = self.tokenizer([template(name) for template in self.templates])
+                self._embeddings[name] = self._cached(name, tokens)
+        return torch.stack([self._embeddings[name] for name in names])
 
-    def _encode(self, tokens: Tensor, names: int) -> Tensor:
-        parts = (part.to(self.tower.weight.device) for part in tokens.split(TEXT_BATCH))
-        encoded = torch.cat([self.tower.encode_text(self.model, part).float() for part in parts])
-        mean = F.normalize(encoded, dim=-1).unflatten(0, (names, -1)).mean(dim=1)
-        return F.normalize(mean, dim=-1).cpu()
-
-    def _key(self, tokens: Tensor, names: int) -> str:
+    def _cached(self, name: str, tokens: Tensor) -> Tensor:
+        """The embedding of the prompts of a name: from the disk, or else encoded and put there."""
+        if self._cache is False:
+            return self._encode(tokens)
         if self._text_weights is None:
             self._text_weights = self._digest(lambda name: name not in self.tower.image_parts)
-        return hashlib.blake2b(repr((self._text_weights, names, tokens.tolist())).encode(), digest_size=20).hexdigest()
+        key = hashlib.blake2b(repr((self._text_weights, name, tokens.tolist())).encode(), digest_size=20).hexdigest()
+        path = Path(self._cache) / f"{key}.safetensors"
+        with contextlib.suppress(OSError, SafetensorError, KeyError):
+            return load_file(path)["embedding"]
+        embedding = self._encode(tokens)
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the result
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole({path: lambda part: save_file({"embedding": embedding}, part)})
+        return embedding
+
+    def _encode(self, tokens: Tensor) -> Tensor:
+        parts = (part.to(self.tower.weight.device) for part in tokens.split(TEXT_BATCH))
+        encoded = torch.cat([self.tower.encode_text(self.model, part).float() for part in parts])
+        return F.normalize(F.normalize(encoded, dim=-1).mean(dim=0), dim=-1).cpu()
 
     def digest(self) -> str:
         """A hash of the model's weights and structure."""
@@ -393,18 +403,6 @@ class Segmenter:
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
                 digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
-
-    def _cached(self, key: str, make: Callable[[], Tensor]) -> Tensor:
-        if self._cache is False:
-            return make()
-        path = Path(self._cache) / f"{key}.safetensors"
-        with contextlib.suppress(OSError, SafetensorError, KeyError):
-            return load_file(path)["embeddings"]
-        embeddings = make()
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the result
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole({path: lambda part: save_file({"embeddings": embeddings}, part)})
-        return embeddings
 
     @torch.inference_mode()
     def window_logits(self, rgb: Image.Image, text: Tensor, *, pamr: bool = False) -> Tensor:

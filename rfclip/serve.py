@@ -132,8 +132,9 @@ class Page:
                     cache=self.folder / "text",
                 ) as segmenter,
             ):
-                progress(0.2, desc="reading the class names")
-                segmenter.text_embeddings(tuple(name for names in named for name in names))
+                with warnings.catch_warnings(action="ignore"):  # segmenting says it of all names at once
+                    for name in progress.tqdm([name for names in named for name in names], desc="class names"):
+                        segmenter.text_embeddings((name,))
                 progress(0.4, desc="segmenting")
                 began = time.perf_counter()
                 found = segmenter.segment(rgb, named, pamr=pamr)

@@ -235,10 +235,15 @@ def test_text_embeddings_are_cached(model, tmp_path, monkeypatch):
     second, again = encoded()
     assert not again
     assert torch.equal(first, second)
-    assert encoded(("dog", "cat"))[1]
+    swapped, again = encoded(("dog", "cat"))
+    assert not again
+    assert torch.equal(swapped, first.flip(0))
+    more, again = encoded(("cat", "sky", "dog"))
+    assert again
+    assert torch.equal(more[::2], first), "a name's embedding depends on the others"
     assert encoded(templates=[lambda name: f"a {name}"])[1]
-    [path, *_] = sorted(tmp_path.iterdir(), key=lambda p: p.stat().st_mtime)
-    path.write_bytes(b"damaged")
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"damaged")
     third, again = encoded()
     assert again
     assert torch.equal(first, third)
