@@ -223,7 +223,7 @@ class Page:
                     with gr.Row():
                         method = gr.Dropdown(list(METHODS), value=RFCLIP.name, label="Method")
                         model = gr.Dropdown(list(self.checkpoints), label="Model")
-                    with gr.Accordion("Settings", open=False):
+                    with gr.Group():
                         tau = gr.Slider(0, 20, RefocusConfig(()).tau, step=0.1, label="tau: distraction over tau / d")
                         beta = gr.Slider(0, 1, RefocusConfig(()).beta, step=0.05, label="beta: attention taken away")
                         layers = gr.Textbox("all", label='Layers that refocus: "all", or 3, 4, 5')

@@ -152,7 +152,6 @@ def test_upload_and_read_the_legend(page):
 def test_click_a_point(page):
     """A click draws what that place attends to; another place, something else. The screenshot is kept."""
     upload(page, SCENE)
-    page.get_by_text("Settings", exact=True).click()
     simulated = page.get_by_label("number input for Simulate distraction")
     simulated.fill("0.1")
     simulated.press("Enter")
