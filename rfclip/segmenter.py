@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import colorcet
 import numpy as np
 import open_clip
 import torch
@@ -140,6 +139,8 @@ class Segmentation:
 
 def palette(count: int) -> list[tuple[int, int, int]]:
     """`count` colours, each as unlike those before it as can be (Glasbey's method); after 256 they come again."""
+    import colorcet  # only now, for it takes as long as the rest of this package
+
     return [tuple(round(255 * c) for c in colorcet.glasbey_bw_minc_20_minl_30[index % 256]) for index in range(count)]
 
 
