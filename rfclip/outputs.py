@@ -107,7 +107,8 @@ class Writer:
                 if "shard" in task:
                     row |= encode(found.labels)
                 else:
-                    save(found, row | self.described, [Path(file) for file in picture["files"]])
+                    files = dict(zip(OUTPUTS, map(Path, picture["files"]), strict=True))
+                    save(found, row | self.described, files)
                 rows.append(row)
             except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch's lack of memory is the last
                 failed.append([picture["image"], str(error).removeprefix(f"{picture['path']} ")])
@@ -116,20 +117,20 @@ class Writer:
         return {"done": len(rows), "failed": failed}
 
 
-def save(found: Segmentation, record: dict[str, object], files: list[Path]) -> None:
-    """Write mask, overlay and JSON under the paths given; the record is a row and what `Job.described` says."""
+def save(found: Segmentation, record: dict[str, object], files: dict[str, Path]) -> None:
+    """Write those of `OUTPUTS` that `files` has a path for; the record is a row and what `Job.described` says."""
     shares = found.shares
     classes = [entry | {"share": shares[entry["name"]]} for entry in record["classes"]]
     text = json.dumps(record | {"classes": classes}, indent=2, ensure_ascii=False) + "\n"
-    mask, overlay, written = files
-    mask.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(
-        {
-            mask: lambda part: found.mask().save(part, format="PNG"),
-            overlay: lambda part: found.overlay().save(part, format="PNG"),
-            written: lambda part: part.write_text(text, "utf-8"),
-        }
-    )
+    mask, overlay, written = OUTPUTS
+    saves = {
+        mask: lambda part: found.mask().save(part, format="PNG"),
+        overlay: lambda part: found.overlay().save(part, format="PNG"),
+        written: lambda part: part.write_text(text, "utf-8"),
+    }
+    for path in files.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole({path: saves[output] for output, path in files.items()})
 
 
 def plan_files(

@@ -149,9 +149,9 @@ class Page:
         summary = f"{width} x {height} pixels: **{seconds:.2f} s** with {method} on {checkpoint}. {about}"
         # Gradio copies the files while this waits to go on, and removes its copies when they are old.
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            files = [Path(folder, f"{name}{suffix}") for suffix in OUTPUTS]
+            files = {output: Path(folder, f"{name}{output}") for output in (OUTPUTS[0], OUTPUTS[2])}
             save(found, row | record, files)
-            downloads = (gr.DownloadButton(value=str(files[place]), interactive=True) for place in (0, 2))
+            downloads = (gr.DownloadButton(value=str(path), interactive=True) for path in files.values())
             yield overlay, _legend(found), summary, *downloads, maps, None, seen
 
     def _maps(

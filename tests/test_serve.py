@@ -51,9 +51,12 @@ def started(port, folder):
         stderr=subprocess.PIPE,
         text=True,
     )
-    line = process.stderr.readline()
-    assert f"Open http://127.0.0.1:{port}/" in line, line + process.stderr.read()
-    return process
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if f"Open http://127.0.0.1:{port}/" in line:
+            return process
+    pytest.fail("".join(said))
 
 
 @pytest.fixture(scope="module")
