@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import signal
 import tempfile
 import time
 import warnings
@@ -25,7 +26,7 @@ from rich.table import Column, Table
 
 from rfclip import __version__
 from rfclip.config import TINY
-from rfclip.files import write_whole
+from rfclip.files import printable, write_whole
 
 app = typer.Typer(
     help="RF-CLIP: training-free open-vocabulary segmentation with CLIP.",
@@ -369,7 +370,7 @@ def calibrate(
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_whole({out: lambda part: part.write_text(calibration.config().to_json(), "utf-8")})
-            console.print(f"written: {out}", highlight=False, soft_wrap=True)
+            console.print(f"written: {escape(str(out))}", highlight=False, soft_wrap=True)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -430,15 +431,19 @@ def explain(
                             backend=backend,
                             tokenizer=load_tokenizer(model),
                         )
+                    pictures = {name: figures.png(figure) for name, figure in figures.draw(seen).items()}
+                    facts = {
+                        "model": model,
+                        "weights": pretrained or "its own",
+                        "injected distraction": inject_distraction,
+                    }
+                    page = figures.report(seen, pictures, printable(file.name), facts)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    saves = {folder / f"{name}.png": partial(_write_bytes, data) for name, data in pictures.items()}
+                    write_whole(saves | {folder / "report.html": partial(_write_bytes, page.encode())})
                 except (ValueError, OSError) as error:
                     failed.append((str(file), str(error)))
                     continue
-                pictures = {name: figures.png(figure) for name, figure in figures.draw(seen).items()}
-                facts = {"model": model, "weights": pretrained or "its own", "injected distraction": inject_distraction}
-                page = figures.report(seen, pictures, file.name, facts)
-                folder.mkdir(parents=True, exist_ok=True)
-                saves = {folder / f"{name}.png": partial(_write_bytes, data) for name, data in pictures.items()}
-                write_whole(saves | {folder / "report.html": partial(_write_bytes, page.encode())})
                 profiles.append(seen.before.profile)
                 done.append(folder)
         if len(done) > 1:
@@ -446,7 +451,7 @@ def explain(
             write_whole({out / "profile.png": partial(_write_bytes, mean)})
     _print_failed(failed)
     for folder in done:
-        console.print(f"written: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+        console.print(f"written: {escape(str(folder / 'report.html'))}", highlight=False, soft_wrap=True)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -461,6 +466,7 @@ def serve(
     config: Config = None,
 ) -> None:
     """Serve a page to try it in the browser, until Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder goes, too
     with _clear_errors(), tempfile.TemporaryDirectory(prefix="rfclip-") as folder:
         # Before Gradio is imported, which then makes the folder; what lies in it already, Gradio does not copy.
         os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "gradio")

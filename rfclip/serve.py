@@ -7,7 +7,6 @@ import html
 import io
 import os
 import shutil
-import signal
 import tempfile
 import threading
 import time
@@ -178,7 +177,7 @@ class Page:
         """What the place that was clicked in the overlay attends to."""
         with _in_words():
             if seen is None:
-                raise ValueError("no attention to show for this model or picture; the line above says why")
+                raise ValueError("no attention to show: the line above says why, or segment the picture again")
             model = self._load(seen.checkpoint)
             sides = zip(event.index, seen.image.size, seen.shown, strict=True)
             place = tuple(min(clicked, shown - 1) * side / shown for clicked, side, shown in sides)
@@ -191,6 +190,7 @@ class Page:
     def blocks(self) -> gr.Blocks:
         """The page itself."""
         title = "RF-CLIP: segment a picture by class names"
+        start = next(iter(self.checkpoints.values())).config or RefocusConfig(())  # of --config, if given
         with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as page:
             gr.Markdown(f"# {title}")
             seen = gr.State(time_to_live=KEPT)
@@ -224,9 +224,14 @@ class Page:
                         method = gr.Dropdown(list(METHODS), value=RFCLIP.name, label="Method")
                         model = gr.Dropdown(list(self.checkpoints), label="Model")
                     with gr.Group():
-                        tau = gr.Slider(0, 20, RefocusConfig(()).tau, step=0.1, label="tau: distraction over tau / d")
-                        beta = gr.Slider(0, 1, RefocusConfig(()).beta, step=0.05, label="beta: attention taken away")
-                        layers = gr.Textbox("all", label='Layers that refocus: "all", or 3, 4, 5')
+                        tau = gr.Slider(
+                            0, max(20, start.tau), start.tau, step=0.1, label="tau: distraction over tau / d"
+                        )
+                        beta = gr.Slider(0, 1, start.beta, step=0.05, label="beta: attention taken away")
+                        layers = gr.Textbox(
+                            ", ".join(map(str, start.layers or ())) or "all",
+                            label='Layers that refocus: "all", or 3, 4, 5',
+                        )
                         pamr = gr.Checkbox(label="PAMR: refine along the picture's edges")
                         inject = gr.Slider(
                             0, 0.5, 0, step=0.05, label="Simulate distraction in this share of the tokens"
@@ -240,7 +245,6 @@ class Page:
                         record = gr.DownloadButton("JSON", interactive=False)
                     maps = _shown("maps", "What RF-CLIP finds in the picture, by block")
                     attention = _shown("attention", "What the point attends to, plain (before) and refocused, by block")
-            # One at a time: models are refocused in place, and Python catches warnings for all threads at once.
             one = {"concurrency_limit": 1, "concurrency_id": "tower", "api_visibility": "private"}
             file.change(_preview, file, preview, **one)
             scenes.select(self._pick, None, [file, classes], api_visibility="private")
@@ -268,7 +272,9 @@ def _read(file: str) -> Image.Image:
     """An upload, read as everywhere in this package; errors have its name, not where it is kept."""
     try:
         rgb = to_rgb(file)
-    except ValueError as error:
+    except FileNotFoundError as error:
+        raise ValueError(f"{Path(file).name} is no longer kept here: upload it again") from error
+    except (ValueError, OSError) as error:
         raise ValueError(str(error).replace(file, Path(file).name)) from error
     if max(rgb.size) > ASPECT_LIMIT * min(rgb.size):
         raise ValueError(
@@ -288,15 +294,23 @@ def _shrunk(picture: Image.Image) -> Image.Image:
 
 
 class _in_words:
-    """What goes wrong becomes a message on the page, and the package's warnings do, too."""
+    """What goes wrong becomes a message on the page, and the package's warnings do, too.
+
+    One at a time: models are refocused in place, and Python catches warnings for all threads at once. Gradio's line
+    alone does not do, for it lets requests by that are sent to its server directly.
+    """
+
+    _lock = threading.Lock()
 
     def __enter__(self) -> None:
+        self._lock.acquire()
         self._caught = warnings.catch_warnings(record=True)
         self._warned = self._caught.__enter__()
         warnings.simplefilter("always", UserWarning)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self._caught.__exit__(kind, error, trace)
+        self._lock.release()
         for message in {str(warned.message) for warned in self._warned if warned.category is UserWarning}:
             gr.Warning(html.escape(message))
         if isinstance(error, ValueError | OSError | RuntimeError | MemoryError):  # torch's lack of memory is the third
@@ -379,7 +393,6 @@ def serve(
     page = Page(choices, folder, device, backend).blocks()
     options = {"max_file_size": UPLOAD_LIMIT, "css": STYLE, "footer_links": [], "run_history": False, "quiet": True}
     options["theme"] = gr.themes.Default(font="sans-serif", font_mono="monospace")  # no font from the network
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         try:
             launched = page.launch(server_name=host, server_port=port, prevent_thread_lock=True, **options)

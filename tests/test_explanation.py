@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 
 import numpy as np
@@ -265,3 +266,15 @@ def test_a_file_in_the_place_of_the_folder(tmp_path, out):
     done = CliRunner().invoke(app, ["explain", str(tiny_folder() / "scene.png"), "--out", str(tmp_path / out)])
     assert done.exit_code == 2
     assert "expected a folder" in done.stderr
+
+
+def test_names_of_files(tmp_path):
+    """Brackets are no markup, and a name that is not UTF-8 gets a report like any other."""
+    folder, out = tmp_path / "in", tmp_path / "x["
+    folder.mkdir()
+    for name in ("b].png", "img[old].png", os.fsdecode(b"a\xff.png")):
+        (folder / name).write_bytes((tiny_folder() / "scene.png").read_bytes())
+    done = CliRunner().invoke(app, ["explain", str(folder), "--classes", "dog, sky", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert str(out / "img[old]" / "report.html") in done.stderr
+    assert len(list(out.glob("*/report.html"))) == 3

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +272,42 @@ def test_two_visitors_at_once(page, browser, address):
     for visitor, classes in questions.items():
         assert legend(visitor) == shares(classes)[1]
     other.context.close()
+
+
+def test_requests_that_pass_the_line_by():
+    """Work that is sent to the server directly waits, too."""
+    from rfclip.serve import _in_words
+
+    inside, most = 0, 0
+
+    def work(_):
+        nonlocal inside, most
+        with _in_words():
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.02)
+            inside -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(16)))
+    assert most == 1
+
+
+def test_a_picture_that_is_gone(tmp_path):
+    from rfclip.serve import _preview
+
+    with pytest.raises(gradio.Error, match="^'?gone.png is no longer kept here"):
+        _preview(str(tmp_path / "gone.png"))
+
+
+def test_the_settings_start_from_the_config(tmp_path):
+    from rfclip.serve import Checkpoint, Page
+
+    config = rfclip.RefocusConfig((5, 37), tau=1.5, beta=0.2, layers=(3, 4))
+    blocks = Page([Checkpoint("rfclip-tiny", None, config)], tmp_path).blocks().blocks.values()
+    values = {getattr(block, "label", None): getattr(block, "value", None) for block in blocks}
+    for label, value in (("tau", 1.5), ("beta", 0.2), ("Layers", "3, 4")):
+        assert [found for name, found in values.items() if name and name.startswith(label)] == [value]
 
 
 def test_only_this_machine(address):
