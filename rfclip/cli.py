@@ -411,6 +411,11 @@ def explain(
         from rfclip import evaluate, explanation, figures
         from rfclip.models import load_tokenizer
 
+        figured = [out / "profile.png"] + [
+            file for file, _ in found if file.stem in figures.CAPTIONS and (file.parent / "report.html").exists()
+        ]
+        earlier = {file.resolve() for file in figured}
+        found = [(file, result) for file, result in found if file.resolve() not in earlier]
         clip, refocusing = _load(model, pretrained, device, config)
         refocusing = evaluate.injected(refocusing) if inject_distraction else refocusing
         classes = classes or clip.trained_on
@@ -448,7 +453,11 @@ def explain(
                 done.append(folder)
         if len(done) > 1:
             mean = figures.png(figures.draw_profile(sum(profiles) / len(profiles), refocusing.distraction_dims))
-            write_whole({out / "profile.png": partial(_write_bytes, mean)})
+            try:
+                _check_new(out / "profile.png", overwrite)
+                write_whole({out / "profile.png": partial(_write_bytes, mean)})
+            except (ValueError, OSError) as error:
+                failed.append((str(out / "profile.png"), str(error)))
     _print_failed(failed)
     for folder in done:
         console.print(f"written: {escape(str(folder / 'report.html'))}", highlight=False, soft_wrap=True)

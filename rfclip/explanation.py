@@ -141,14 +141,17 @@ def explain(
     pixels = TF.normalize(pixels, list(tower.image_mean), list(tower.image_std)).to(tower.weight.device)
     patches = tower.patches(pixels[None])
     rows = [1 + row * grid[1] + column for row, column in places]
-    if layers is None:
-        scout = _Watched(tower, config, backend, config, rows, ())
-        scout.stream(patches)
-        kept = _with_layer(kept, busiest(scout.found["moved"], scout.found["distraction"]))
-    plain = _Watched(tower, PLAIN, backend, config, rows, kept)
-    refocused = _Watched(tower, config, backend, config, rows, kept)
-    for run in (plain, refocused):
+
+    def watched(what: RefocusConfig) -> _Watched:
+        run = _Watched(tower, what, backend, config, rows, kept)
         run.stream(patches)
+        return run
+
+    refocused = watched(config)
+    if layers is None:
+        default, kept = kept, _with_layer(kept, busiest(refocused.found["moved"], refocused.found["distraction"]))
+        refocused = refocused if kept == default else watched(config)
+    plain = watched(PLAIN)
     segmentations = {}
     if classes is not None:
         for method in SEGMENTED_BY:

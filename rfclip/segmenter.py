@@ -125,13 +125,14 @@ class Segmentation:
 
     def overlay(self, alpha: float = 0.55, legend: bool = True) -> Image.Image:
         """The picture under its labels' colours, and, if wanted, a legend below: the classes seen, largest first."""
-        colours, areas = palette(len(self.classes)), self._areas()
+        colours = palette(len(self.classes))
         table = np.zeros((self.nothing + 1, 3), np.uint8)
         table[: len(colours)] = colours
         blend = Image.blend(self.image, Image.fromarray(table[self.labels]), alpha)
         picture = Image.composite(blend, self.image, Image.fromarray(self.labels != self.nothing))
         if not legend:
             return picture
+        areas = self._areas()
         seen = [int(index) for index in np.argsort(-areas, kind="stable") if areas[index]]
         entries = [(f"{self.classes[i]} {100 * areas[i] / self.labels.size:.0f} %", colours[i]) for i in seen]
         return _with_legend(picture, entries)

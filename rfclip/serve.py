@@ -204,11 +204,9 @@ class Page:
                     )
                     scenes = gr.Gallery(
                         [path for path, _ in self.scenes],
-                        label="or a scene",
                         columns=4,
                         height=130,
                         interactive=False,
-                        preview=False,
                         allow_preview=False,
                         elem_id="scenes",
                         show_label=False,
@@ -388,7 +386,10 @@ def serve(
 
     Raises:
         OSError: the port is taken, or the host is not an address of this machine.
+        ValueError: the host is an IPv6 address, of which Gradio makes no address of a page.
     """
+    if ":" in host:
+        raise ValueError(f"--host {host}: expected an IPv4 address or a name")
     Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT
     page = Page(choices, folder, device, backend).blocks()
     options = {"max_file_size": UPLOAD_LIMIT, "css": STYLE, "footer_links": [], "run_history": False, "quiet": True}

@@ -278,3 +278,21 @@ def test_names_of_files(tmp_path):
     assert done.exit_code == 0, done.output
     assert str(out / "img[old]" / "report.html") in done.stderr
     assert len(list(out.glob("*/report.html"))) == 3
+
+
+def test_earlier_results_are_passed_over(tmp_path):
+    """In the folder of the pictures, figures are no pictures; a profile of other pictures is not replaced unasked."""
+    for name in ("one.png", "two.png", "three.png", "maps.png"):
+        (tmp_path / name).write_bytes((tiny_folder() / "scene.png").read_bytes())
+
+    def explained(*given):
+        return CliRunner().invoke(app, ["explain", *map(str, given), "--classes", "dog, sky", "--out", str(tmp_path)])
+
+    assert explained(tmp_path / "one.png", tmp_path / "two.png").exit_code == 0
+    profile = (tmp_path / "profile.png").stat().st_mtime_ns
+    done = explained(tmp_path)
+    assert done.exit_code == 1
+    assert {path.parent.name for path in tmp_path.rglob("report.html")} == {"one", "two", "three", "maps"}
+    assert len(list(tmp_path.rglob("report.html"))) == 4
+    assert "profile.png: exists; --overwrite replaces it" in " ".join(done.stderr.split())
+    assert (tmp_path / "profile.png").stat().st_mtime_ns == profile

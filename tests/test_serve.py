@@ -25,7 +25,6 @@ playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: p
 expect = playwright.expect
 expect.set_options(timeout=60_000)  # milliseconds: the first answer waits for the model
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 SCENE = tiny_folder() / "scene.png"
 NAMES = "dog, cactus, octopus, sailboat, grass, sky"
@@ -74,6 +73,8 @@ def address(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
     with playwright.sync_playwright() as running:
         browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield browser
@@ -325,6 +326,13 @@ def test_only_this_machine(address):
 def test_no_file_of_this_machine(page, address):
     for path in ("/etc/passwd", Path(rfclip.__file__), "/proc/self/environ"):
         assert page.request.get(f"{address}gradio_api/file={path}").status in (403, 404)
+
+
+def test_an_ipv6_host():
+    done = subprocess.run(
+        [sys.executable, "-m", "rfclip", "serve", "--host", "::1"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: --host ::1"), done.stderr
 
 
 def test_a_port_that_is_taken(address, tmp_path):
