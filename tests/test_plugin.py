@@ -626,10 +626,9 @@ def test_threads_race_to_refocus(model):
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = ["fp32", "fp16", "bf16", "pure_fp16", "pure_bf16"]
-SEEDS = (
-    26,
-    *range(8),
-)  # of pairs of pictures; in one of them, rounding may put a token on the other side of a threshold
+# Of pairs of pictures. Some lose more than in the median, up to 2.3 times as much as the plain tower, and that by the
+# repair, in every backend. In one, rounding puts a token on the other side of a threshold.
+SEEDS = (26, *range(8))
 
 
 def at_precision(name, **options):
