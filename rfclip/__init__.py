@@ -1,28 +1,55 @@
 """RF-CLIP: training-free open-vocabulary segmentation with CLIP.
 
-The public names are loaded on first use, so that `import rfclip` costs nothing.
+Public names are loaded on first use, so that `import rfclip` costs nothing.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rfclip.calibration import Calibration, calibrate
+    from rfclip.config import RefocusConfig
+    from rfclip.explanation import Explanation, explain
+    from rfclip.plugin import dense_features, refocus
+    from rfclip.segment.result import Segmentation
+    from rfclip.segment.segmenter import Segmenter
+    from rfclip.towers.loading import load_model
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
-    "Calibration": "plugin",
+    "Calibration": "calibration",
     "Explanation": "explanation",
     "RefocusConfig": "config",
-    "Segmentation": "segmenter",
-    "Segmenter": "segmenter",
-    "calibrate": "plugin",
+    "Segmentation": "segment.result",
+    "Segmenter": "segment.segmenter",
+    "calibrate": "calibration",
     "dense_features": "plugin",
     "explain": "explanation",
-    "load_model": "models",
+    "load_model": "towers.loading",
     "refocus": "plugin",
 }
-__all__ = ["__version__", *_MODULE_OF]
+_MODULES = ("config", "methods", "outputs", "reference")  # also reached as attributes of a bare `import rfclip`
+__all__ = [
+    "Calibration",
+    "Explanation",
+    "RefocusConfig",
+    "Segmentation",
+    "Segmenter",
+    "__version__",
+    "calibrate",
+    "dense_features",
+    "explain",
+    "load_model",
+    "refocus",
+]
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
@@ -31,4 +58,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_MODULES})

@@ -1,3 +1,3 @@
-from rfclip.cli import app
+from rfclip.app.cli import app
 
 app()

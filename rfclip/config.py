@@ -1,4 +1,7 @@
-"""Every choice of RF-CLIP in one frozen dataclass, with the presets whose distraction dimensions are known."""
+"""RF-CLIP's settings in one frozen dataclass, and the presets of checkpoints whose distraction dimensions are known.
+
+Nothing heavy is imported here, so that the command line can check settings before it loads PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Literal, get_args
 
-TINY = "rfclip-tiny"  # the small CLIP in the package
+TINY = "rfclip-tiny"  # the small CLIP bundled with the package
+BackendName = Literal["auto", "eager", "reference", "triton"]
+PrecisionName = Literal["fp32", "bf16", "fp16"]
+BACKENDS: tuple[str, ...] = get_args(BackendName)
 
 CHOICES = {
     "tokens": ("distraction", "random"),
@@ -25,33 +32,33 @@ class RefocusConfig:
     """What RF-CLIP does to an image tower. The defaults are the paper's; equation and table numbers are the paper's.
 
     Attributes:
-        distraction_dims: the over-active dimensions D_dis of the residual stream. Empty: nothing is refocused, and
+        distraction_dims: the over-active dimensions D_dis of the residual stream. If empty, nothing is refocused, and
             dense features come from the proxy attention alone.
-        tau: a token is a distraction token when its score exceeds `tau / d`, d being the tower's width (equation 6).
-        tau_attn: where given, the token must also receive more than `tau_attn / N` of the attention, N being the
-            number of patches (appendix A, used for ViT-L/14). The factor 5 of the preset is this project's choice.
+        tau: a token is a distraction token if its score exceeds `tau / d`, d being the tower's width (equation 6).
+        tau_attn: if given, the token must also receive more than `tau_attn / N` of the attention, N being the number
+            of patches (appendix A, used for ViT-L/14). The preset's factor of 5 is this project's choice.
         shifted: shift each token to be non-negative before scoring it; False scores the raw, signed embedding.
-        tokens: "random" puts as many tokens, drawn at random, in the place of the distraction tokens (table 4, II).
+        tokens: "random" replaces the distraction tokens by as many tokens drawn at random (table 4, II).
         embedding: what happens to the embedding of a distraction token: "redistribute" (equation 13), a "mean" or
             "median" filter over its neighbourhood, "clamp" to the threshold (table 1), or "none".
         neighbourhood: side of the square of neighbours: 3, 5 or 7 (table 5).
         beta: the share of their attention that distraction tokens lose (equation 9); 0 leaves attention alone.
-        target: who gets it: "defocused" tokens, all "non-distraction" patches, "cls" (table 6), or the "rest":
+        target: who receives it: "defocused" tokens, all "non-distraction" patches, "cls" (table 6), or the "rest":
             non-distraction patches and CLS, which with `beta=1` is attention masked to -inf (table 1).
         similarity: what the graph cut that finds defocused tokens runs on: softmax(k k^T) averaged over the layers so
-            far ("kk-mean", equation 7), or "kk", "qq", "vv" of the layer alone (table 5).
+            far ("kk-mean", equation 7), or "kk", "qq", "vv" of the current layer (table 5).
         cut_threshold: "mean" of the second eigenvector (equation 8) or "otsu" (table 5).
         proxy: the last block's attention: "kk-mean" over all layers (equation 14), or "kk", "qq", "vv" or "qk" of the
-            last layer (table 7), all without residual and MLP; "none" runs the last block as it was.
+            last layer (table 7), all without residual and MLP; "none" runs the last block unchanged.
         layers: numbers, from 1, of the blocks whose input is refocused; None means all (table 7).
 
-    Clamping and the mean and median filters run on the reference's PyTorch in every backend, and random tokens are
-    drawn on the host; all other choices run on the Triton kernels where that is the backend.
+    On every backend, clamping and the mean and median filters run in the reference's PyTorch, and random tokens are
+    drawn on the host; all other choices run on the Triton kernels if that is the backend.
 
     Raises:
-        ValueError: for a value that is not among those listed, or one that another choice leaves without an effect: a
-            neighbourhood where no neighbour is read, a similarity or threshold where nothing is cut, or random tokens
-            to clamp, which only those over the threshold can be.
+        ValueError: for a value that is not listed above, or one that another choice makes irrelevant: a neighbourhood
+            where no neighbour is read, a similarity or threshold where nothing is cut, or random tokens to clamp,
+            since only tokens over the threshold can be clamped.
     """
 
     distraction_dims: tuple[int, ...]
@@ -98,7 +105,7 @@ class RefocusConfig:
             self._refuse_unread("tokens", "embedding", "'redistribute', 'mean' or 'median'")
 
     def _refuse_unread(self, name: str, other: str, readers: str) -> None:
-        """Refuse a choice that is not the default's, where only some values of another field read it."""
+        """Refuse a non-default choice that only some values of another field read."""
         value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
         if value != default:
             raise ValueError(
@@ -106,8 +113,15 @@ class RefocusConfig:
                 f"take {other}={readers}, or {name}={default!r}"
             )
 
+    def thresholds(self, width: int, patches: int) -> tuple[float, float | None]:
+        """tau / d and tau_attn / N (None without tau_attn), for a tower of width d on N patches.
+
+        The one place where thresholds change from multiples of the uniform share to shares.
+        """
+        return self.tau / width, None if self.tau_attn is None else self.tau_attn / patches
+
     def check_tower(self, width: int, layers: int) -> None:
-        """Raise ValueError where a dimension or a block lies outside a tower of that width and number of blocks."""
+        """Raise ValueError if a dimension or a block lies outside a tower of that width and number of blocks."""
         for name, values, most in (
             ("distraction_dims", self.distraction_dims, width - 1),
             ("layers", self.layers, layers),
@@ -117,11 +131,12 @@ class RefocusConfig:
                 raise ValueError(f"{name} {beyond}: this tower (width {width}, {layers} blocks) accepts at most {most}")
 
     def to_json(self) -> str:
+        """All fields as a JSON object."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> RefocusConfig:
-        """The config that `to_json` wrote; fields left out take their defaults.
+        """The config that `to_json` wrote; omitted fields take their defaults.
 
         Raises:
             ValueError: for text that is not a JSON object of this class's fields.
@@ -143,15 +158,15 @@ class RefocusConfig:
         """The config of a checkpoint whose distraction dimensions are known, by open_clip's names for it.
 
         Raises:
-            ValueError: for any other checkpoint; calibrate that one.
+            ValueError: for any other checkpoint, which must be calibrated.
         """
         key = (_plain_name(name), pretrained.lower() if pretrained else None)
         if key not in PRESETS:
             known = ", ".join(f"{model} with {weights!r}" if weights else model for model, weights in PRESETS)
             raise ValueError(
                 f"the distraction dimensions of {name!r} with weights {pretrained!r} are not known (known: {known}). "
-                "Find them with `rfclip calibrate IMAGES --model ... --pretrained ... --out config.json`, then give "
-                "that file with --config, or a RefocusConfig in Python."
+                "Find them with `rfclip calibrate IMAGES --model ... --pretrained ... --out config.json`, then pass "
+                "that file as --config, or a RefocusConfig in Python."
             )
         return PRESETS[key]
 
@@ -180,3 +195,5 @@ PRESETS = {
     ("transformers:openai/clip-vit-base-patch16", None): _BASE,
     ("transformers:openai/clip-vit-large-patch14", None): _LARGE,
 }
+
+PLAIN = RefocusConfig(distraction_dims=(), proxy="none")  # the tower as it is

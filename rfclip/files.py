@@ -1,4 +1,4 @@
-"""Files that are whole under their final name, or not there."""
+"""Atomic writes: a file is complete under its final name, or absent."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+OUTPUTS = (".mask.png", ".overlay.png", ".json")  # endings of the files that `rfclip segment` writes per picture
+
 
 def printable(path: Path | str) -> str:
-    """A path as text that every file can hold, another for another path."""
+    """A path as text that any file can hold; distinct paths stay distinct."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def write_whole(saves: dict[Path, Callable[[Path], object]]) -> None:
-    """Save each file under a temporary name beside its own, and rename them once all are written.
+    """Save each file under a temporary name next to its own, and rename them all once every one is written.
 
-    The temporary names are of this call alone, so that two processes may write the same file.
+    Temporary names are unique to the call, so that two processes may write the same file.
     """
     mark = uuid.uuid4().hex[:8]
     parts = {path: path.with_name(f".{mark}-{number}.part") for number, path in enumerate(saves)}

@@ -1,22 +1,26 @@
-"""Bring any picture, from a path, Pillow, numpy or torch, to 8-bit RGB."""
+"""Read any picture, from a path, Pillow, NumPy or PyTorch, as 8-bit RGB."""
 
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
-ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
 
 
 def to_rgb(image: ImageLike) -> Image.Image:
-    """An RGB picture of 8 bits a channel, turned as its EXIF orientation says.
+    """An RGB picture of 8 bits per channel, upright according to its EXIF orientation.
 
-    Transparent pixels are laid on white; grayscale of 16 bits, as uint16 or as a Pillow image, is scaled to 8.
+    Transparent pixels are composited over white; 16-bit grayscale, as uint16 or as a Pillow image, is scaled to 8 bits.
 
     Args:
         image: a path; a Pillow image; an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]; or a tensor [H, W],
@@ -24,10 +28,11 @@ def to_rgb(image: ImageLike) -> Image.Image:
 
     Raises:
         ValueError: the file is not a picture or is damaged, the picture exceeds Pillow's limit of pixels, or an array
-            or tensor is of another shape, dtype or range.
+            or tensor has another shape, dtype or range.
         FileNotFoundError: there is no such file.
     """
-    if isinstance(image, Tensor):
+    torch = sys.modules.get("torch")  # imported already if this is a tensor
+    if torch is not None and isinstance(image, torch.Tensor):
         array = image.detach().cpu()
         if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[0] not in (1, 3, 4)) or not array.numel():
             raise ValueError(
@@ -45,18 +50,18 @@ def to_rgb(image: ImageLike) -> Image.Image:
         raise FileNotFoundError(f"no such image: {path}")
     try:
         with warnings.catch_warnings():
-            # About odd metadata, and about many pixels, which is an error below.
+            # Warnings about odd metadata, and about many pixels, which is an error below.
             warnings.filterwarnings("ignore", module="PIL")
             Image.init()
-            formats = [name for name in Image.ID if name != "EPS"]  # that is a program, for Ghostscript to run
-            # Not by its path: Pillow maps that into memory, and then mixes up the rows of a turned grayscale TIFF.
+            formats = [name for name in Image.ID if name != "EPS"]  # a program that Ghostscript would run
+            # Opened here: given a path, Pillow maps the file into memory and mixes up the rows of a turned gray TIFF.
             with path.open("rb") as file, Image.open(file, formats=formats) as opened:
                 return _from_pillow(opened)
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} cannot be read as an image: its format is none of Pillow's, or EPS") from error
-    except Exception as error:  # Pillow raises whatever a damaged file makes it stumble on, struct.error for one
+    except Exception as error:  # Pillow raises whatever a damaged file makes it stumble over, struct.error for one
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 

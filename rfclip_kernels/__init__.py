@@ -1,32 +1,35 @@
-"""Triton kernels for the steps of `rfclip.reference`, under the same names and signatures.
+"""Triton kernels for RF-CLIP, usable on their own with PyTorch and Triton.
 
-A kernel is loaded on first use, so that this package imports without Triton and without a GPU.
+Every function here is a method of `rfclip_kernels.operations.Operations`, whose docstring is its contract, run by a
+kernel: `rfclip_kernels.refocused_attention(q, k, v, distraction, target, beta)`. Kernels are imported on first use, so
+that this package also imports where Triton is missing.
 """
 
+from functools import cache
 from importlib import import_module
 
-_MODULE_OF = {
-    "average_windows": "upsample",
-    "defocus_mask": "cut",
-    "distraction_mask": "distraction",
-    "distraction_scores": "distraction",
-    "fiedler_vector": "cut",
-    "key_similarity": "similarity",
-    "pamr": "refinement",
-    "proxy_attention": "attention",
-    "received_attention": "similarity",
-    "redistribute_embeddings": "distraction",
-    "refocused_attention": "attention",
-    "self_attention": "attention",
-    "upsample_argmax": "upsample",
-}
-__all__ = list(_MODULE_OF)
+from rfclip_kernels.operations import Operations
+from rfclip_kernels.registry import KERNELS
+
+__all__ = list(KERNELS)
+
+
+@cache
+def launchers() -> dict[str, object]:
+    """The `launch_*` function of every operation that has a kernel, by the operation's name."""
+    modules = {kernel.module: import_module(f"{__name__}.{kernel.module}") for kernel in KERNELS.values()}
+    return {name: getattr(modules[kernel.module], f"launch_{name}") for name, kernel in KERNELS.items()}
+
+
+@cache
+def _operations() -> Operations:
+    return Operations(launchers())
 
 
 def __getattr__(name: str) -> object:
-    if name not in _MODULE_OF:
+    if name not in KERNELS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return getattr(_operations(), name)
 
 
 def __dir__() -> list[str]:

@@ -1,18 +1,19 @@
 """Attention that re-weights columns by group, without a T x T matrix: equations 9 to 12 and 14 of the paper.
 
-Refocused attention, for the row of a patch, with keys in T (target), S (distraction) and R (the rest, CLS included):
+Refocused attention, for the row of a patch, with keys in T (target), S (distraction) and R (the rest, which includes
+the prefix unless it is in T):
 
     out = o_R + (1 - beta) o_S + (1 + beta m_S / m_T) o_T,   m_G the softmax mass of a group and o_G its sum of p v
 
 The patches of each image are ordered on the device, T first, and swept as keys in two runs of an online softmax. Only
 T's factor depends on the whole row, so the second run adds S and R to one accumulator: two accumulators are enough. The
-runs merge through their maxima and sums. What S loses is given to T as `beta m_S` times T's own softmax, which needs no
-division by a mass that might underflow, and rows keep summing to 1 by construction. CLS is where a run starts, so that
-the tiles hold the N keys of the patches, and N is rounder than N + 1.
+runs merge through their maxima and sums. What S loses goes to T as `beta m_S` times T's own softmax, which needs no
+division by a mass that might underflow, and rows keep summing to 1 by construction. The keys of the prefix start a run,
+so that the tiles hold the N keys of the patches.
 
-Self-attention of a vector with itself, as the peers use it: softmax(u u^T + bias) v. The bias depends on the offset of
-two patches on the grid, and is read from a table of offsets. Proxy attention is the same sweep, L times into one
-accumulator: (1 / L) sum over l of softmax(k_l k_l^T) v for the rows of patches, the value of CLS counting as 0.
+Self-attention of a vector with itself, as the peers use it: softmax(u u^T + bias) v. The bias depends on the offset
+between two patches on the grid and is read from a table of offsets. Proxy attention is the same sweep, L times into one
+accumulator: (1 / L) sum over l of softmax(k_l k_l^T) v for the rows of patches, the values of the prefix counting as 0.
 """
 
 import torch
@@ -21,15 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from rfclip_kernels.checks import (
-    check_head_dimension,
-    check_launch,
-    on_device,
-    proxy_inputs,
-    refocused_inputs,
-    refuse_heads,
-    self_inputs,
-)
+from rfclip_kernels.checks import check_launch, interpreted, on_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -38,7 +31,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def dot(a, b, PRECISION: tl.constexpr):
     """The product of two tiles, in fp32.
 
-    PRECISION is that of fp32 inputs, or "interpreter": that one reads bf16 as raw integers, so both are widened first.
+    PRECISION is how fp32 is multiplied, or "interpreter": it reads bf16 as raw integers, so both are widened first.
     """
     if PRECISION == "interpreter":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
@@ -47,9 +40,9 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def softmax_step(b_s, b_max, b_sum):
-    """One step of the online softmax, in base 2: b_s [BM, BN] logits, above the -1e30 of a maximum over nothing.
+    """One step of the online softmax, in base 2: b_s [BM, BN] logits; -1e30 is the maximum over nothing.
 
-    Returns p, the new maximum and sum, and the factor that what was accumulated before has to take.
+    Returns p, the new maximum and sum, and the factor for what was accumulated before.
     """
     b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
     b_shrink = tl.exp2(b_max - b_new)
@@ -58,10 +51,20 @@ def softmax_step(b_s, b_max, b_sum):
 
 
 @triton.jit
-def cls_logits(b_q, p_k, m_d, scale):
-    """The logits of the key of CLS, which p_k points to: [BM]."""
+def key_logits(b_q, p_k, m_d, scale):
+    """The logits of the one key that p_k points to: [BM]."""
     b_k = tl.load(p_k, mask=m_d, other=0.0).to(tl.float32)  # [BD]
     return tl.sum(b_q.to(tl.float32) * b_k[None, :], axis=1) * scale
+
+
+@triton.jit
+def add_key(b_l, b_v, taken, b_max, b_sum, b_acc):
+    """One step of the online softmax with a single key of logits b_l [BM] and value b_v [BD], if it is taken."""
+    b_l = tl.where(taken, b_l, float("-inf"))
+    b_new = tl.maximum(b_max, b_l)
+    b_shrink, b_p = tl.exp2(b_max - b_new), tl.exp2(b_l - b_new)
+    b_acc = b_acc * b_shrink[:, None] + b_p[:, None] * tl.where(taken, b_v, 0.0)[None, :]
+    return b_new, b_sum * b_shrink + b_p, b_acc
 
 
 @triton.jit(do_not_specialize=["H", "T"])
@@ -69,10 +72,10 @@ def refocused_attention_kernel(
     q_ptr,  # [B, H, T, D]
     k_ptr,  # [B, H, T, D]
     v_ptr,  # [B, H, T, D]
-    order_ptr,  # [B, N] int32, the patches of T first, numbered as tokens
-    taken_ptr,  # [B, N] bool, in that order: is the patch one of S
+    order_ptr,  # [B, N] int32, the token numbers of the patches, those of T first
+    taken_ptr,  # [B, N] bool, in that order: is the patch in S
     count_ptr,  # [B] int32, the number of patches in T
-    cls_ptr,  # [B] bool, is CLS in T
+    prefix_ptr,  # [B, PREFIX] bool, is the token in T
     out_ptr,  # [B, T, H, D] contiguous
     H,
     T,
@@ -90,6 +93,7 @@ def refocused_attention_kernel(
     stride_vh,
     stride_vt,
     stride_vd,
+    PREFIX: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -105,18 +109,23 @@ def refocused_attention_kernel(
     b_q = tl.load(p_q, mask=m_q, other=0.0)  # [BM, BD]
     p_k = k_ptr + i_b * stride_kb + i_h * stride_kh + o_d * stride_kd
     p_v = v_ptr + i_b * stride_vb + i_h * stride_vh + o_d * stride_vd
-    N = T - 1
-    p_order, p_taken = order_ptr + i_b * N, taken_ptr + i_b * N
+    N = T - PREFIX
+    p_order, p_taken, p_prefix = order_ptr + i_b * N, taken_ptr + i_b * N, prefix_ptr + i_b * PREFIX
     n_target = tl.load(count_ptr + i_b)
-    with_cls = tl.load(cls_ptr + i_b) != 0
-    # The row of CLS, and every row of an image without target, stays as it is.
-    b_beta = tl.where((o_m > 0) & ((n_target > 0) | with_cls), beta, 0.0)  # [BM]
-    b_cls = cls_logits(b_q, p_k, m_d, scale)
-    b_v_cls = tl.load(p_v, mask=m_d, other=0.0).to(tl.float32)  # [BD]
 
-    b_max = tl.where(with_cls, b_cls, -1e30)
-    b_sum = tl.zeros([BM], tl.float32) + tl.where(with_cls, 1.0, 0.0)
-    b_acc = tl.zeros([BM, BD], tl.float32) + tl.where(with_cls, b_v_cls, 0.0)[None, :]
+    b_max, b_max_rest = tl.full([BM], -1e30, tl.float32), tl.full([BM], -1e30, tl.float32)
+    b_sum, b_sum_rest = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+    b_acc, b_acc_rest = tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BD], tl.float32)
+    with_target = n_target > 0
+    for i in tl.static_range(PREFIX):
+        in_target = tl.load(p_prefix + i) != 0
+        with_target |= in_target
+        b_l = key_logits(b_q, p_k + i * stride_kt, m_d, scale)
+        b_v_one = tl.load(p_v + i * stride_vt, mask=m_d, other=0.0).to(tl.float32)  # [BD]
+        b_max, b_sum, b_acc = add_key(b_l, b_v_one, in_target, b_max, b_sum, b_acc)
+        b_max_rest, b_sum_rest, b_acc_rest = add_key(b_l, b_v_one, in_target == 0, b_max_rest, b_sum_rest, b_acc_rest)
+    # The rows of the prefix, and every row of an image without target, stay as they are.
+    b_beta = tl.where((o_m >= PREFIX) & with_target, beta, 0.0)  # [BM]
     for start in range(0, n_target, BN):
         o_n = start + tl.arange(0, BN)
         m_n = o_n < n_target
@@ -129,10 +138,7 @@ def refocused_attention_kernel(
         b_v = tl.load(p_v[None, :] + i_k[:, None] * stride_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
         b_acc = b_acc * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
 
-    b_max_rest = tl.where(with_cls, -1e30, b_cls)
-    b_sum_rest = tl.zeros([BM], tl.float32) + tl.where(with_cls, 0.0, 1.0)
     b_sum_taken = tl.zeros([BM], tl.float32)  # of S alone
-    b_acc_rest = tl.zeros([BM, BD], tl.float32) + tl.where(with_cls, 0.0, b_v_cls)[None, :]
     for start in range(n_target, N, BN):
         o_n = start + tl.arange(0, BN)
         m_n = o_n < N
@@ -161,7 +167,7 @@ def self_attention_kernel(
     u_ptr,  # [L, B, H, T, D]
     v_ptr,  # [B, H, T, D]
     bias_ptr,  # [2 gh - 1, 2 gw - 1] fp32 contiguous, read where BIAS
-    out_ptr,  # [B, T - FIRST, H, D] contiguous
+    out_ptr,  # [B, T - (PREFIX if DROP else 0), H, D] contiguous
     L,
     H,
     T,
@@ -178,7 +184,8 @@ def self_attention_kernel(
     stride_vt,
     stride_vd,
     BIAS: tl.constexpr,
-    FIRST: tl.constexpr,  # 1 drops the row and the column of CLS after the softmax
+    PREFIX: tl.constexpr,
+    DROP: tl.constexpr,  # drop the rows and columns of the prefix after the softmax
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -186,31 +193,35 @@ def self_attention_kernel(
     PRECISION: tl.constexpr,
 ):
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    o_m = FIRST + tl.program_id(0) * BM + tl.arange(0, BM)
+    first = PREFIX if DROP else 0
+    o_m = first + tl.program_id(0) * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     m_m = (o_m < T)[:, None] & m_d[None, :]
     p_v = v_ptr + i_b * stride_vb + i_h * stride_vh + o_d * stride_vd
     p_u = u_ptr + i_b * stride_ub + i_h * stride_uh + o_d * stride_ud
-    b_cls = tl.load(p_v, mask=m_d & (FIRST == 0), other=0.0).to(tl.float32)  # [BD]
     # The bias of patches m and n is at (row_m - row_n + gh - 1) (2 gw - 1) + column_m - column_n + gw - 1.
-    i_m = o_m - 1
+    i_m = o_m - PREFIX
     to_m = (i_m // gw + gh - 1) * (2 * gw - 1) + i_m % gw + gw - 1
-    m_biased = (i_m >= 0) & (o_m < T)  # the row of CLS has none
+    m_biased = (i_m >= 0) & (o_m < T)  # the rows of the prefix have none
     b_out = tl.zeros([BM, BD], tl.float32)
     for _layer in range(0, L):
         b_q = tl.load(p_u[None, :] + o_m[:, None] * stride_ut, mask=m_m, other=0.0)  # [BM, BD]
-        b_max = cls_logits(b_q, p_u, m_d, scale)
-        b_sum = tl.full([BM], 1.0, tl.float32)
-        b_acc = tl.zeros([BM, BD], tl.float32) + b_cls[None, :]
-        for start in range(1, T, BN):
+        b_max, b_sum = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
+        b_acc = tl.zeros([BM, BD], tl.float32)
+        for i in tl.static_range(PREFIX):
+            b_l = key_logits(b_q, p_u + i * stride_ut, m_d, scale)
+            m_v = m_d & (DROP == 0)
+            b_v_one = tl.load(p_v + i * stride_vt, mask=m_v, other=0.0).to(tl.float32)  # [BD]
+            b_max, b_sum, b_acc = add_key(b_l, b_v_one, True, b_max, b_sum, b_acc)
+        for start in range(PREFIX, T, BN):
             o_n = start + tl.arange(0, BN)
             m_n = o_n < T
             m_k = m_d[:, None] & m_n[None, :]
             b_k = tl.load(p_u[:, None] + o_n[None, :] * stride_ut, mask=m_k, other=0.0)  # [BD, BN]
             b_s = dot(b_q, b_k, PRECISION) * scale
             if BIAS:
-                i_n = o_n - 1
+                i_n = o_n - PREFIX
                 from_n = i_n // gw * (2 * gw - 1) + i_n % gw
                 m_bias = m_biased[:, None] & m_n[None, :]
                 b_s += tl.load(bias_ptr + to_m[:, None] - from_n[None, :], mask=m_bias, other=0.0) * LOG2E
@@ -219,12 +230,12 @@ def self_attention_kernel(
             b_acc = b_acc * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)
         b_out += b_acc / b_sum[:, None]
         p_u += stride_ul
-    p_out = out_ptr + ((i_b * (T - FIRST) + o_m[:, None] - FIRST) * H + i_h) * D + o_d[None, :]
+    p_out = out_ptr + ((i_b * (T - first) + o_m[:, None] - first) * H + i_h) * D + o_d[None, :]
     tl.store(p_out, (b_out / L).to(out_ptr.dtype.element_ty), mask=m_m)
 
 
 def launch_options(D: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
-    """Tile sizes, warps and stages for a head dimension; `python -m rfclip_kernels.report` finds no spill in any."""
+    """Tile sizes, warps and stages for a head dimension; `make report` checks that none of them spills."""
     if dtype == torch.float32:
         rows, columns, warps = (32 if D <= 64 else 16), 32, 8
     else:
@@ -240,32 +251,34 @@ def launch_options(D: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
 
 def precision(hip: bool) -> str:
     """How fp32 tiles are multiplied: three tf32 products on NVIDIA's tensor cores, whose error is that of fp32."""
-    if triton.knobs.runtime.interpret:
+    if interpreted():
         return "interpreter"
     return "ieee" if hip else "tf32x3"
 
 
 def on_hip() -> bool:
+    """Whether PyTorch was built for ROCm."""
     return torch.version.hip is not None
 
 
 def constants(D: int, dtype: torch.dtype) -> dict[str, object]:
     """Compile-time arguments and launch options of the kernels that multiply tiles [., D], D at most 128."""
-    check_head_dimension(D)
     return launch_options(D, dtype, on_hip()) | {"D": D, "PRECISION": precision(on_hip())}
 
 
 def strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
+    """The strides of a tensor as arguments `stride_<name><axis>`."""
     return {f"stride_{name}{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
 
 
 @triton_op("rfclip::refocused_attention", mutates_args={})
 def _refocused_attention(
-    q: Tensor, k: Tensor, v: Tensor, distraction: Tensor, target: Tensor, beta: float, scale: float
+    q: Tensor, k: Tensor, v: Tensor, distraction: Tensor, target: Tensor, beta: float, scale: float, prefix: int
 ) -> Tensor:
     B, H, T, D = q.shape
-    with_cls = target[:, 0] if target.shape[1] == T else target.new_zeros(B)
-    given = (target[:, -(T - 1) :] & ~distraction).contiguous()  # [B, N]; what is made of it is contiguous, too
+    N = T - prefix
+    with_prefix = target[:, :prefix] if target.shape[1] == T else target.new_zeros((B, prefix))
+    given = (target[:, -N:] & ~distraction).contiguous()  # [B, N]; what is made of it is contiguous, too
     order = torch.argsort(~given, dim=1, stable=True)
     out = q.new_empty((B, T, H, D))
     options = constants(D, q.dtype)
@@ -275,10 +288,10 @@ def _refocused_attention(
                 q_ptr=q,
                 k_ptr=k,
                 v_ptr=v,
-                order_ptr=order.to(torch.int32) + 1,
+                order_ptr=order.to(torch.int32) + prefix,
                 taken_ptr=distraction.gather(1, order),
                 count_ptr=given.sum(dim=1, dtype=torch.int32),
-                cls_ptr=with_cls.contiguous(),
+                prefix_ptr=with_prefix.contiguous(),
                 out_ptr=out,
                 H=H,
                 T=T,
@@ -287,20 +300,22 @@ def _refocused_attention(
                 **strides("q", q, "bhtd"),
                 **strides("k", k, "bhtd"),
                 **strides("v", v, "bhtd"),
+                PREFIX=prefix,
                 **options,
             )
     return out
 
 
 @triton_op("rfclip::self_attention", mutates_args={})
-def _self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, first: int) -> Tensor:
+def _self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, prefix: int, drop: bool) -> Tensor:
     L, B, H, T, D = u.shape
     gh, gw = (1, 1) if bias is None else ((side + 1) // 2 for side in bias.shape)
-    out = v.new_empty((B, T - first, H, D))
+    rows = T - prefix if drop else T
+    out = v.new_empty((B, rows, H, D))
     options = constants(D, v.dtype)
     if B:
         with on_device(v):
-            wrap_triton(self_attention_kernel)[(triton.cdiv(T - first, options["BM"]), B * H)](
+            wrap_triton(self_attention_kernel)[(triton.cdiv(rows, options["BM"]), B * H)](
                 u_ptr=u,
                 v_ptr=v,
                 bias_ptr=out if bias is None else bias.float().contiguous(),
@@ -314,77 +329,39 @@ def _self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, fir
                 **strides("u", u, "lbhtd"),
                 **strides("v", v, "bhtd"),
                 BIAS=bias is not None,
-                FIRST=first,
+                PREFIX=prefix,
+                DROP=drop,
                 **options,
             )
     return out
 
 
-def refocused_attention(
+def launch_refocused_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     distraction: Tensor,
     target: Tensor,
     beta: float,
-    *,
-    scale: float | None = None,
+    scale: float,
+    prefix: int,
 ) -> Tensor:
-    """`rfclip.reference.refocused_attention` as one flash sweep over keys ordered by group.
+    """One flash sweep over keys ordered by group; views of a packed projection are read in place.
 
-    Args:
-        q, k, v: [B, H, T, D] of one dtype, fp32, fp16 or bf16, with any strides: views of a packed projection are read
-            in place.
-        distraction, target, beta, scale: as the reference.
-
-    Returns:
-        [B, H, T, D] of that dtype, a view of memory laid out [B, T, H, D], as the output projection reads it. Logits,
-        softmax and sums are fp32. Where the reference leaves a row unchanged because its mass on the target underflows,
-        this gives what exact arithmetic gives.
-
-    Raises:
-        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
+    The result is a view of memory laid out [B, T, H, D], as the output projection reads it. Where the reference leaves
+    a row unchanged because its mass on the target underflows, this gives what exact arithmetic gives.
     """
-    scale = refocused_inputs(q, k, v, distraction, target, beta, scale)
-    check_launch(q=q, k=k, v=v, distraction=distraction, target=target)
-    return _refocused_attention(q, k, v, distraction, target, float(beta), scale).transpose(1, 2)
+    check_launch(q.shape[-1], q=q, k=k, v=v, distraction=distraction, target=target)
+    return _refocused_attention(q, k, v, distraction, target, beta, scale, prefix).transpose(1, 2)
 
 
-def self_attention(u: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float | None = None) -> Tensor:
-    """`rfclip.reference.self_attention` as one flash sweep; the bias is looked up, and never a matrix in memory.
-
-    Args:
-        u, v: [B, H, T, D] of one dtype, fp32, fp16 or bf16, with any strides.
-        bias, scale: as the reference.
-
-    Returns:
-        [B, H, T, D] of that dtype, a view of memory laid out [B, T, H, D]. Logits, softmax and sums are fp32.
-
-    Raises:
-        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
-    """
-    scale = self_inputs(u, v, bias, scale)
-    check_launch(u=u, v=v, bias=bias)
-    return _self_attention(u[None], v, bias, scale, 0).transpose(1, 2)
+def launch_self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, prefix: int) -> Tensor:
+    """One flash sweep; the bias is looked up and is never a matrix in memory. Laid out [B, T, H, D]."""
+    check_launch(u.shape[-1], u=u, v=v, bias=bias)
+    return _self_attention(u[None], v, bias, scale, prefix, False).transpose(1, 2)
 
 
-def proxy_attention(
-    keys: Tensor, v: Tensor, *, scale: float | None = None, heads: None = None, count: int = 0
-) -> Tensor:
-    """`rfclip.reference.proxy_attention` as L flash sweeps into one accumulator.
-
-    Args:
-        keys, v: [L, B, H, T, D] and [B, H, T, D] of one dtype, fp32, fp16 or bf16, with any strides.
-        scale: as the reference.
-        heads, count: None and 0; nothing is kept for each head.
-
-    Returns:
-        [B, H, N, D] of that dtype, a view of memory laid out [B, N, H, D]. Logits, softmax and sums are fp32.
-
-    Raises:
-        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
-    """
-    scale = proxy_inputs(keys, v, scale, heads, count)
-    check_launch(keys=keys, v=v)
-    refuse_heads(heads)
-    return _self_attention(keys, v, None, scale, 1).transpose(1, 2)
+def launch_proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int) -> Tensor:
+    """L flash sweeps into one accumulator. Laid out [B, N, H, D]."""
+    check_launch(v.shape[-1], keys=keys, v=v)
+    return _self_attention(keys, v, None, scale, prefix, True).transpose(1, 2)

@@ -6,8 +6,8 @@ second largest eigenvalue of M = Deg^-1/2 W Deg^-1/2, and that of the largest is
 Fifteen Lanczos steps build an orthonormal basis of the Krylov space of M, orthogonal to the known vector. A step is one
 launch: each program orthogonalizes the new vector against the basis (twice, which is enough), for which it reads
 [16, N] a few times, and multiplies its own rows of M with it. A last launch takes the leading eigenvector of the
-15 x 15 matrix that M is in this basis, by squaring it sixteen times, and orients y. No step waits for the host, or for
-another program. Started from the vector of the block before, whose error is small, the same steps end nearer.
+15 x 15 matrix that M is in this basis, by squaring it sixteen times, and orients y. No step waits for the host or for
+another program. Started from the vector of the block before, which is close, the same steps come closer still.
 """
 
 import torch
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from rfclip_kernels.checks import check_launch, cut_inputs, defocus_inputs, on_device
+from rfclip_kernels.checks import check_launch, on_device
 from rfclip_kernels.krylov import BREAKDOWN, STEPS, start_of_cut
 
 BASIS = STEPS + 1  # the known vector, and one a step
@@ -258,31 +258,16 @@ def _defocus_mask(fiedler: Tensor, threshold: str) -> Tensor:
     return out
 
 
-def fiedler_vector(similarity: Tensor, start: Tensor | None = None) -> Tensor:
-    """`rfclip.reference.fiedler_vector` by fifteen Lanczos steps, started from `start` where it is given.
+def launch_fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
+    """Fifteen Lanczos steps, started from `start` where it is given, such as the vector of the block before.
 
-    Args:
-        similarity: S [B, N, N], fp32, fp16 or bf16, with any strides.
-        start: [B, N], a vector near y, such as that of the block before.
-
-    Returns:
-        y [B, N] float32: that of the reference where the second eigenvalue of M stands out from the third, and where it
-        does not, some vector of the eigenvalues that fifteen steps cannot tell apart.
-
-    Raises:
-        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
+    Where fifteen steps cannot tell the second eigenvalue from the third, y is some vector of their eigenspaces.
     """
-    cut_inputs(similarity, start)
     check_launch(similarity=similarity, start=start)
     return _fiedler_vector(similarity, start)
 
 
-def defocus_mask(fiedler: Tensor, *, threshold: str = "mean") -> Tensor:
-    """`rfclip.reference.defocus_mask`: y [B, N], fp32, fp16 or bf16, to bool [B, N]. "otsu" compares all pairs.
-
-    Raises:
-        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
-    """
-    defocus_inputs(fiedler, threshold)
+def launch_defocus_mask(fiedler: Tensor, threshold: str) -> Tensor:
+    """One program per image; "otsu" compares all pairs."""
     check_launch(fiedler=fiedler)
     return _defocus_mask(fiedler, threshold)

@@ -1,10 +1,8 @@
-"""Find distraction tokens, and repair their embeddings from their neighbours: equations 6 and 13 of the paper.
+"""Find distraction tokens and repair their embeddings from their neighbours: equations 6 and 13 of the paper.
 
 phi[i] = max over j in D_dis of f[i, j] / sum_k f[i, k],  f = x - min_k x[k] per token
 x[i, j] <- mean of x[n, j] over the size x size neighbours n of i, for i in T_dis and j in D_dis
 """
-
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -12,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from rfclip_kernels.checks import check_launch, masked_tokens, on_device, scores_inputs
+from rfclip_kernels.checks import check_launch, on_device
 
 BLOCK_TOKENS = 16
 BLOCK_WIDTH = 128
@@ -40,7 +38,7 @@ def distraction_scores_kernel(
     p_x = x_ptr + i_b * stride_xb + o_n * stride_xn  # [BN]
     b_min = tl.full([BN], float("inf"), tl.float32)
     b_sum = tl.zeros([BN], tl.float32)
-    b_first = tl.load(p_x, mask=m_n, other=0.0).to(tl.float32)  # sums are of differences to it: a large mean cancels
+    b_first = tl.load(p_x, mask=m_n, other=0.0).to(tl.float32)  # sums are of differences from it: a large mean cancels
     for start in range(0, d, BD):
         o_d = start + tl.arange(0, BD)
         m_x = m_n[:, None] & (o_d < d)[None, :]
@@ -139,45 +137,19 @@ def _redistribute_embeddings_(x: Tensor, mask: Tensor, dims: list[int], gh: int,
             )
 
 
-def distraction_scores(x: Tensor, dims: Sequence[int], *, shifted: bool = True) -> Tensor:
-    """`rfclip.reference.distraction_scores` in one pass over x [B, N, d], fp32, fp16 or bf16: float32 [B, N].
-
-    Raises:
-        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
-    """
-    dims, _ = scores_inputs(x, dims, None)
+def launch_distraction_scores(x: Tensor, dims: list[int], shifted: bool) -> Tensor:
+    """One pass over x."""
     check_launch(x=x)
-    if not dims:
-        return x.new_zeros(x.shape[:2], dtype=torch.float32)
     return _distraction_scores(x, dims, None, shifted)
 
 
-def distraction_mask(x: Tensor, dims: Sequence[int], threshold: float | None = None, *, shifted: bool = True) -> Tensor:
-    """`rfclip.reference.distraction_mask` in one pass over x [B, N, d], fp32, fp16 or bf16: bool [B, N].
-
-    Raises:
-        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
-    """
-    dims, threshold = scores_inputs(x, dims, threshold)
+def launch_distraction_mask(x: Tensor, dims: list[int], threshold: float, shifted: bool) -> Tensor:
+    """The same pass; only the mask is stored."""
     check_launch(x=x)
-    if not dims:
-        return x.new_zeros(x.shape[:2], dtype=torch.bool)
     return _distraction_scores(x, dims, threshold, shifted)
 
 
-def redistribute_embeddings(
-    x: Tensor, mask: Tensor, dims: Sequence[int], grid: tuple[int, int], *, size: int = 3, inplace: bool = False
-) -> Tensor:
-    """`rfclip.reference.redistribute_embeddings`: x [B, N, d], fp32, fp16 or bf16, and mask bool [B, N] to [B, N, d].
-
-    Only D_dis of masked tokens is written, from a copy of the D_dis of all tokens.
-
-    Raises:
-        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
-    """
-    dims, (gh, gw) = masked_tokens(x, mask, dims, grid, size)
+def launch_redistribute_embeddings(x: Tensor, mask: Tensor, dims: list[int], gh: int, gw: int, size: int) -> None:
+    """Write only D_dis of masked tokens, from a copy of D_dis of all tokens."""
     check_launch(x=x, mask=mask)
-    out = x if inplace else x.clone()
-    if dims:
-        _redistribute_embeddings_(out, mask, dims, gh, gw, size)
-    return out
+    _redistribute_embeddings_(x, mask, dims, gh, gw, size)

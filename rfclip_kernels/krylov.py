@@ -1,4 +1,4 @@
-"""Where the Lanczos steps of the graph cut start, the same for every backend that takes them: equation 8 of the paper.
+"""The start of the graph cut's Lanczos steps, shared by every backend that takes them: equation 8 of the paper.
 
 M = Deg^-1/2 W Deg^-1/2,  W = (S + S^T) / 2,  Deg = diag(W 1);  the eigenvector of its largest eigenvalue is Deg^1/2 1.
 """
@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 STEPS = 15
-BREAKDOWN = 1e-6  # a vector of which less than this is new ends the basis
+BREAKDOWN = 1e-6  # a vector with less than this that is new ends the basis
 
 
 def start_of_cut(S: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the steps need of S [B, N, N], in its dtype, and a start [B, N] near y, if there is one.
+    """What the steps need of S [B, N, N], in its dtype, and of a start [B, N] near y, if there is one.
 
     Returns:
         2 W [B, N, N], contiguous; Deg^-1/2 [B, N], 0 for a token without any similarity; the known eigenvector of M,
@@ -21,7 +21,7 @@ def start_of_cut(S: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     W2 = (S + S.mT).contiguous()
     degree = W2.sum(dim=-1) / 2
     root = degree.sqrt()
-    # Any vector that no eigenvector is orthogonal to, for the first block and, a little of it, beside a given start.
+    # A vector that no eigenvector is orthogonal to: for the first block, and a little of it beside a given start.
     w = (torch.arange(1, S.shape[1] + 1, device=S.device, dtype=S.dtype) * 0.6180339887) % 1 - 0.5  # about sqrt(N / 12)
     if start is not None:
         w = F.normalize(start.to(S.dtype) * root, dim=-1) + 1e-3 * (12 / S.shape[1]) ** 0.5 * w

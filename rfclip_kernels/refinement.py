@@ -1,13 +1,11 @@
-"""Pixel-adaptive mask refinement: step 10 of the method.
+"""Pixel-adaptive mask refinement (PAMR): step 9 of the method.
 
 mask[c] <- sum over p of softmax_p(mean over channels i of -|x[i] - x[i, p]| / (1e-8 + 0.1 std[i])) mask[c, p]
 
 p runs over the 8 neighbours of a pixel at each of the dilations, and std is over all of them and, once for each
-dilation, the pixel itself. An iteration is a launch from one buffer into another. Weights [P, H, W] are made again by
-each launch, from the picture, rather than stored: the picture has 3 channels and they would be 16.
+dilation, the pixel itself. An iteration is a launch from one buffer into another. Every launch recomputes the weights
+[P, H, W] from the picture rather than load them: the picture has 3 channels, the weights would have 16.
 """
-
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -16,7 +14,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from rfclip_kernels.attention import strides
-from rfclip_kernels.checks import check_launch, on_device, pamr_inputs
+from rfclip_kernels.checks import check_launch, on_device
 
 BLOCK = 2048  # places of a tile [BP, BX]: 16 a thread
 NUM_WARPS = 4
@@ -112,21 +110,8 @@ def _pamr(image: Tensor, mask: Tensor, iterations: int, dilations: list[int]) ->
     return out.clone(memory_format=torch.contiguous_format) if out is mask else out.to(mask.dtype)
 
 
-def pamr(image: Tensor, mask: Tensor, iterations: int = 10, dilations: Sequence[int] = (8, 16)) -> Tensor:
-    """`rfclip.reference.pamr` with one launch an iteration.
-
-    Args:
-        image: [B, CI, H, W], fp32, fp16 or bf16, with any strides.
-        mask: [B, C, H, W], fp32, fp16 or bf16, with any strides.
-        iterations, dilations: as the reference.
-
-    Returns:
-        [B, C, H, W] of mask's dtype, contiguous. Weights and masks are fp32 between iterations.
-
-    Raises:
-        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
-    """
-    dilations = pamr_inputs(image, mask, iterations, dilations)
-    dilations = [min(d, max(image.shape[2:])) for d in dilations]  # beyond the picture all reach its border
+def launch_pamr(image: Tensor, mask: Tensor, iterations: int, dilations: list[int]) -> Tensor:
+    """One launch per iteration; weights and masks are fp32 in between."""
     check_launch(image=image, mask=mask)
+    dilations = [min(d, max(image.shape[2:])) for d in dilations]  # beyond the picture, all of them reach its border
     return _pamr(image, mask, iterations, dilations)

@@ -3,7 +3,7 @@
     S[i, j] <- (S[i, j] count + (1/H) sum over h of softmax_j(k_h,i . k_h,j)) / (count + 1)
     a[j]     = (1 / (H N)) sum over h and patch queries i of softmax_j(q_h,i . k_h,j)
 
-Both need the log-sum-exp of every row first: one sweep of online softmax without values. Then a tile of S adds up its
+Both first need the log-sum-exp of every row: one sweep of online softmax without values. Then a tile of S adds up its
 heads in registers, and a block of columns its heads and rows.
 """
 
@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from rfclip_kernels.attention import LOG2E, cls_logits, constants, dot, softmax_step, strides
-from rfclip_kernels.checks import check_launch, on_device, query_key, refuse_heads, similarity_inputs
+from rfclip_kernels.attention import LOG2E, constants, dot, key_logits, softmax_step, strides
+from rfclip_kernels.checks import check_launch, on_device
 
 
 @triton.jit(do_not_specialize=["H", "T"])
@@ -33,6 +33,7 @@ def row_logsumexp_kernel(
     stride_kh,
     stride_kt,
     stride_kd,
+    PREFIX: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -46,9 +47,13 @@ def row_logsumexp_kernel(
     p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + o_m[:, None] * stride_qt + o_d[None, :] * stride_qd
     b_q = tl.load(p_q, mask=(o_m < T)[:, None] & m_d[None, :], other=0.0)  # [BM, BD]
     p_k = k_ptr + i_b * stride_kb + i_h * stride_kh + o_d * stride_kd
-    b_max = cls_logits(b_q, p_k, m_d, scale)
-    b_sum = tl.full([BM], 1.0, tl.float32)
-    for start in range(1, T, BN):
+    b_max, b_sum = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
+    for i in tl.static_range(PREFIX):
+        b_l = key_logits(b_q, p_k + i * stride_kt, m_d, scale)
+        b_new = tl.maximum(b_max, b_l)
+        b_sum = b_sum * tl.exp2(b_max - b_new) + tl.exp2(b_l - b_new)
+        b_max = b_new
+    for start in range(PREFIX, T, BN):
         o_n = start + tl.arange(0, BN)
         m_n = o_n < T
         b_k = tl.load(p_k[:, None] + o_n[None, :] * stride_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
@@ -73,6 +78,7 @@ def key_similarity_kernel(
     stride_sb,
     stride_sm,
     stride_sn,
+    PREFIX: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -80,7 +86,7 @@ def key_similarity_kernel(
     PRECISION: tl.constexpr,
 ):
     i_b = tl.program_id(2).to(tl.int64)
-    o_m, o_n = 1 + tl.program_id(0) * BM + tl.arange(0, BM), 1 + tl.program_id(1) * BN + tl.arange(0, BN)
+    o_m, o_n = PREFIX + tl.program_id(0) * BM + tl.arange(0, BM), PREFIX + tl.program_id(1) * BN + tl.arange(0, BN)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     m_q, m_k = (o_m < T)[:, None] & m_d[None, :], m_d[:, None] & (o_n < T)[None, :]
@@ -95,7 +101,7 @@ def key_similarity_kernel(
         p_k += stride_kh
         p_lse += T
     m_out = (o_m < T)[:, None] & (o_n < T)[None, :]
-    p_out = running_ptr + i_b * stride_sb + (o_m[:, None] - 1) * stride_sm + (o_n[None, :] - 1) * stride_sn
+    p_out = running_ptr + i_b * stride_sb + (o_m - PREFIX)[:, None] * stride_sm + (o_n - PREFIX)[None, :] * stride_sn
     b_before = tl.load(p_out, mask=m_out & (count > 0), other=0.0)
     tl.store(p_out, (b_before * count + b_mean / H) / (count + 1), mask=m_out)
 
@@ -117,6 +123,7 @@ def received_attention_kernel(
     stride_kh,
     stride_kt,
     stride_kd,
+    PREFIX: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -124,7 +131,7 @@ def received_attention_kernel(
     PRECISION: tl.constexpr,
 ):
     i_b = tl.program_id(1).to(tl.int64)
-    o_n = 1 + tl.program_id(0) * BN + tl.arange(0, BN)
+    o_n = PREFIX + tl.program_id(0) * BN + tl.arange(0, BN)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     p_q, p_k, p_lse = q_ptr + i_b * stride_qb, k_ptr + i_b * stride_kb, lse_ptr + i_b * H * T
@@ -132,7 +139,7 @@ def received_attention_kernel(
     for _head in range(0, H):
         m_k = m_d[:, None] & (o_n < T)[None, :]
         b_k = tl.load(p_k + o_n[None, :] * stride_kt + o_d[:, None] * stride_kd, mask=m_k, other=0.0)  # [BD, BN]
-        for start in range(1, T, BM):
+        for start in range(PREFIX, T, BM):
             o_m = start + tl.arange(0, BM)
             m_m = o_m < T
             m_q = m_m[:, None] & m_d[None, :]
@@ -143,10 +150,10 @@ def received_attention_kernel(
         p_q += stride_qh
         p_k += stride_kh
         p_lse += T
-    tl.store(out_ptr + i_b * (T - 1) + o_n - 1, b_sum / (H * (T - 1)), mask=o_n < T)
+    tl.store(out_ptr + i_b * (T - PREFIX) + o_n - PREFIX, b_sum / (H * (T - PREFIX)), mask=o_n < T)
 
 
-def _row_logsumexp(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def _row_logsumexp(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
     B, H, T, D = q.shape
     out = q.new_empty((B, H, T), dtype=torch.float32)
     options = constants(D, q.dtype)
@@ -160,22 +167,21 @@ def _row_logsumexp(q: Tensor, k: Tensor, scale: float) -> Tensor:
             scale=scale * LOG2E.value,
             **strides("q", q, "bhtd"),
             **strides("k", k, "bhtd"),
+            PREFIX=prefix,
             **options,
         )
     return out
 
 
 @triton_op("rfclip::key_similarity_", mutates_args={"running"})
-def _key_similarity_(k: Tensor, running: Tensor, count: int, scale: float) -> None:
+def _key_similarity_(k: Tensor, running: Tensor, count: int, scale: float, prefix: int) -> None:
     B, H, T, D = k.shape
-    options = constants(D, k.dtype)
+    N, options = T - prefix, constants(D, k.dtype)
     if B:
         with on_device(k):
-            wrap_triton(key_similarity_kernel)[
-                (triton.cdiv(T - 1, options["BM"]), triton.cdiv(T - 1, options["BN"]), B)
-            ](
+            wrap_triton(key_similarity_kernel)[(triton.cdiv(N, options["BM"]), triton.cdiv(N, options["BN"]), B)](
                 k_ptr=k,
-                lse_ptr=_row_logsumexp(k, k, scale),
+                lse_ptr=_row_logsumexp(k, k, scale, prefix),
                 running_ptr=running,
                 H=H,
                 T=T,
@@ -183,65 +189,41 @@ def _key_similarity_(k: Tensor, running: Tensor, count: int, scale: float) -> No
                 scale=scale * LOG2E.value,
                 **strides("k", k, "bhtd"),
                 **strides("s", running, "bmn"),
+                PREFIX=prefix,
                 **options,
             )
 
 
 @triton_op("rfclip::received_attention", mutates_args={})
-def _received_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def _received_attention(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
     B, H, T, D = q.shape
-    out = q.new_empty((B, T - 1), dtype=torch.float32)
-    options = constants(D, q.dtype)
+    N, options = T - prefix, constants(D, q.dtype)
+    out = q.new_empty((B, N), dtype=torch.float32)
     if B:
         with on_device(q):
-            wrap_triton(received_attention_kernel)[(triton.cdiv(T - 1, options["BN"]), B)](
+            wrap_triton(received_attention_kernel)[(triton.cdiv(N, options["BN"]), B)](
                 q_ptr=q,
                 k_ptr=k,
-                lse_ptr=_row_logsumexp(q, k, scale),
+                lse_ptr=_row_logsumexp(q, k, scale, prefix),
                 out_ptr=out,
                 H=H,
                 T=T,
                 scale=scale * LOG2E.value,
                 **strides("q", q, "bhtd"),
                 **strides("k", k, "bhtd"),
+                PREFIX=prefix,
                 **options,
             )
     return out
 
 
-def key_similarity(
-    k: Tensor,
-    running: Tensor | None = None,
-    count: int = 0,
-    *,
-    scale: float | None = None,
-    inplace: bool = False,
-    heads: None = None,
-) -> Tensor:
-    """`rfclip.reference.key_similarity`: k [B, H, T, D], fp32, fp16 or bf16, with any strides, to fp32 [B, N, N].
-
-    Nothing is kept for each head: `heads` must be None.
-
-    Raises:
-        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
-    """
-    sizes, scale = similarity_inputs(k, running, count, scale, torch.float32)
-    check_launch(k=k, running=running)
-    refuse_heads(heads)
-    if running is None:
-        running = k.new_empty((sizes["B"], sizes["N"], sizes["N"]), dtype=torch.float32)
-    elif not inplace:
-        running = running.clone()
-    _key_similarity_(k, running, count, scale)
-    return running
+def launch_key_similarity(k: Tensor, running: Tensor, count: int, scale: float, prefix: int) -> None:
+    """Two launches, the second of which adds this layer to the running mean in place."""
+    check_launch(k.shape[-1], k=k, running=running)
+    _key_similarity_(k, running, count, scale, prefix)
 
 
-def received_attention(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
-    """`rfclip.reference.received_attention`: q, k [B, H, T, D], fp32, fp16 or bf16, with any strides, to fp32 [B, N].
-
-    Raises:
-        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
-    """
-    _, scale = query_key(scale, q=q, k=k)
-    check_launch(q=q, k=k)
-    return _received_attention(q, k, scale)
+def launch_received_attention(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
+    """Two launches; no matrix is stored."""
+    check_launch(q.shape[-1], q=q, k=k)
+    return _received_attention(q, k, scale, prefix)

@@ -1,14 +1,12 @@
-"""From patch logits of overlapping windows to labels of pixels: step 9 of the method.
+"""From patch logits of overlapping windows to labels of pixels: step 8 of the method.
 
 mean[k, y, x] = mean over the windows that cover (y, x) of their bilinearly resized logits of name k
 label[y, x] = class of argmax_k l[k],  l = logit_scale * mean bilinearly resized at (y, x)
 probability[y, x] = max_k softmax(l)[k] = 1 / sum_k exp(l[k] - max l)
 
-Neither the resized windows [W, K, side, side] nor the upsampled logits [K, H, W] are in memory. Since the largest
-probability of a class is that of its best name, labels and threshold need no number of classes.
+Neither the resized windows [W, K, side, side] nor the upsampled logits [K, H, W] are ever stored. The largest
+probability of a class is that of its best name, so labels and threshold do not need the number of classes.
 """
-
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -17,7 +15,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from rfclip_kernels.attention import LOG2E, strides
-from rfclip_kernels.checks import averaging_inputs, check_launch, on_device, upsampling_inputs
+from rfclip_kernels.checks import check_launch, on_device
 
 BLOCK_NAMES = 4
 BLOCK_COLUMNS = 128
@@ -209,45 +207,16 @@ def _upsample_argmax(
     return out
 
 
-def average_windows(logits: Tensor, corners: Sequence[tuple[int, int]], side: int, size: tuple[int, int]) -> Tensor:
-    """`rfclip.reference.average_windows` in one launch, each pixel written once.
-
-    Args:
-        logits: [W, K, gh, gw], fp32, fp16 or bf16, with any strides.
-        corners, side, size: as the reference. Corners go to the device without waiting for it.
-
-    Returns:
-        fp32 [K, h, w].
-
-    Raises:
-        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
-    """
-    corners = averaging_inputs(logits, corners, side, size)
+def launch_average_windows(logits: Tensor, corners: list[tuple[int, int]], side: int, h: int, w: int) -> Tensor:
+    """One launch that writes each pixel once. Corners go to the device without waiting for it."""
     check_launch(logits=logits)
     places = torch.tensor(corners, dtype=torch.int32).to(logits.device, non_blocking=True)
-    return _average_windows(logits, places, side, *size)
+    return _average_windows(logits, places, side, h, w)
 
 
-def upsample_argmax(
-    logits: Tensor,
-    size: tuple[int, int],
-    logit_scale: float,
-    class_of_name: Tensor,
-    threshold: float | None = None,
+def launch_upsample_argmax(
+    logits: Tensor, H: int, W: int, logit_scale: float, class_of_name: Tensor, threshold: float | None
 ) -> Tensor:
-    """`rfclip.reference.upsample_argmax` in one launch that stores nothing but labels.
-
-    Args:
-        logits: [K, h, w], fp32, fp16 or bf16, with any strides.
-        size, logit_scale, class_of_name, threshold: as the reference.
-
-    Returns:
-        int32 [H, W]. Interpolation and softmax are fp32; names are equal where their logits are.
-
-    Raises:
-        ValueError: as the reference, and as `rfclip_kernels.checks.check_launch`.
-    """
-    upsampling_inputs(logits, size, logit_scale, class_of_name, threshold)
+    """One launch that stores nothing but labels. Two names tie where their logits are equal."""
     check_launch(logits=logits, class_of_name=class_of_name)
-    below = -1.0 if threshold is None else float(threshold)
-    return _upsample_argmax(logits, *size, float(logit_scale), class_of_name, below)
+    return _upsample_argmax(logits, H, W, logit_scale, class_of_name, -1.0 if threshold is None else threshold)

@@ -200,7 +200,7 @@ def test_exif_orientation(tmp_path, kind, orientation):
             want = np.asarray(opened)
     want = upright(want if want.ndim == 3 else three(want), SIDES[orientation - 1])
     assert np.array_equal(pixels(path), want)
-    assert to_rgb(to_rgb(path)).size == want.shape[1::-1]  # not turned again
+    assert to_rgb(to_rgb(path)).size == want.shape[1::-1]  # not rotated a second time
 
 
 def exif_bytes(*entries):

@@ -35,8 +35,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from rfclip.plugin import calibrate  # noqa: E402
 from rfclip.scenes import CLASSES, GROUNDS, OBJECTS, make_scene  # noqa: E402
+
+from rfclip.plugin import calibrate  # noqa: E402
 
 PACKAGE = Path(__file__).parent.parent / "rfclip" / "tiny"
 CONFIG = json.loads((PACKAGE / "open_clip_config.json").read_text())["model_cfg"]

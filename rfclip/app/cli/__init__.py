@@ -1,0 +1,50 @@
+"""The `rfclip` command, one file per group of commands. PyTorch is imported only once arguments have been checked."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+
+from rfclip import __version__
+from rfclip.app.cli import calibrate, evaluate, explain, listings, segment, serve
+from rfclip.app.cli.common import out_console
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="RF-CLIP: training-free open-vocabulary segmentation with CLIP.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (
+    segment.segment,
+    calibrate.calibrate,
+    explain.explain,
+    serve.serve,
+    listings.info,
+    listings.models,
+    listings.methods,
+    evaluate.evaluate,
+    evaluate.ablate,
+    evaluate.prepare,
+):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out_console.print(f"rfclip {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    # What libraries log about a failed download, this command says once, in a sentence.
+    logging.disable(logging.ERROR)

@@ -1,0 +1,233 @@
+"""What the commands share: options, the terminal, and finding pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.status import Status
+
+from rfclip.config import TINY, BackendName, PrecisionName, RefocusConfig
+from rfclip.files import OUTPUTS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+out_console = Console()
+console = Console(stderr=True)
+
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+Images = Annotated[
+    list[str],
+    typer.Argument(metavar="IMAGE...", help="Files, folders, or quoted globs; earlier outputs are skipped."),
+]
+Model = Annotated[str, typer.Option(help="A model; `rfclip models` lists them.")]
+Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag for the weights, or a path to safetensors.")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
+Config = Annotated[Path | None, typer.Option(help="RF-CLIP's settings in JSON, as `rfclip calibrate` writes them.")]
+Precision = Annotated[PrecisionName, typer.Option(help="Of the weights and of the image tower.")]
+MethodName = Annotated[str, typer.Option("--method", help="One of `rfclip methods`.")]
+Backend = Annotated[BackendName, typer.Option(help="See `rfclip info` for what auto chooses.")]
+Pamr = Annotated[bool, typer.Option("--pamr", help="Refine along the picture's edges (PAMR).")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
+EngineName = Annotated[
+    Literal["local", "ray"],
+    typer.Option("--engine", help="local: this process; ray: workers of an existing Ray cluster, or of a local Ray."),
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="With ray: how many workers; by default one per GPU, or per four CPU cores.")
+]
+Inject = Annotated[
+    float,
+    typer.Option(
+        metavar="P", min=0.0, max=1.0, help="Simulate distraction: over-activate this share of the patch tokens."
+    ),
+]
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """Print what went wrong instead of a traceback if the cause is outside the program, and exit with 2.
+
+    The package's own warnings are printed as well, each once.
+    """
+    try:
+        with _warnings_to(lambda text: console.print(text, highlight=False, soft_wrap=True)):
+            yield
+    except (ValueError, OSError) as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+@contextlib.contextmanager
+def _warnings_to(show: Callable[[str], None]) -> Iterator[None]:
+    shown: set[str] = set()
+
+    def line(message: Warning | str, category: type[Warning], *rest: object) -> None:
+        if category is UserWarning and str(message) not in shown:
+            shown.add(str(message))
+            show(f"[yellow]warning:[/] {escape(str(message))}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = line
+        yield
+
+
+def say(text: str) -> None:
+    """Print a line of plain text to the terminal's error stream."""
+    console.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def answer(text: str) -> None:
+    """Print a line of plain text to standard output."""
+    out_console.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def check_new(out: Path | None, overwrite: bool) -> None:
+    """Refuse a file that exists or cannot be made."""
+    if out is not None and (out.is_dir() or (out.parent.exists() and not out.parent.is_dir())):
+        raise ValueError(f"--out {out}: expected a file in a folder")
+    if out is not None and out.exists() and not overwrite:
+        raise ValueError(f"{out} exists; --overwrite replaces it")
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder whose place a file has taken."""
+    if not next(path for path in (out, *out.absolute().parents) if path.exists()).is_dir():
+        raise ValueError(f"--out {out}: expected a folder, but a file of that name exists")
+
+
+def loading(model: str) -> Status:
+    """A spinner while a model is loaded."""
+    return console.status(
+        f"loading {escape(model)} (its weights are downloaded the first time)" if model != TINY else "loading"
+    )
+
+
+def progress() -> Progress:
+    """A progress bar on a terminal, and nothing elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def find_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[str, str]]]:
+    """Pictures as (file, path of its result below the output folder, without suffix), and what was not found."""
+    found: dict[Path, tuple[Path, Path]] = {}
+    missing = []
+    for item in given:
+        path = Path(item)
+        if path.is_dir():
+            pictures = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES)
+            inside = [file for file in pictures if file.is_file() and not file.name.endswith(OUTPUTS)]
+            files = [(file, file.relative_to(path)) for file in inside]
+            reason = "no picture in this folder"
+        elif path.exists():
+            files, reason = [(path, Path(path.name))], ""
+        else:
+            names = sorted(glob.glob(item, recursive=True))
+            matched = [Path(name) for name in names if os.path.isfile(name) and not name.endswith(OUTPUTS)]
+            files = [(file, Path(file.name)) for file in matched]
+            reason = "no such file, and no file matches it as a pattern"
+        for file, result in files:
+            found.setdefault(file.resolve(), (file, result))
+        if not files:
+            missing.append((item, reason))
+    stems = Counter(result.with_suffix("") for _, result in found.values())
+    images = []
+    for file, result in found.values():
+        stem = result.with_suffix("")
+        images.append((file, result if stems[stem] > 1 else stem))
+    return images, missing
+
+
+def some_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[str, str]]]:
+    """As `find_images`; ValueError if there is no picture at all."""
+    found, missing = find_images(given)
+    if not found:
+        raise ValueError("; ".join(f"{name}: {reason}" for name, reason in missing))
+    return found, missing
+
+
+def check_distinct(images: list[tuple[Path, Path]]) -> None:
+    """Refuse pictures whose results would overwrite each other."""
+    clashing = [str(result) for result, count in Counter(result for _, result in images).items() if count > 1]
+    if clashing:
+        raise ValueError(
+            f"several images would be written as {', '.join(clashing)}; segment their folders one at a time"
+        )
+
+
+def print_failed(failed: list[tuple[str, str]]) -> None:
+    """Print each picture that failed, and why."""
+    for name, reason in failed:
+        reason = reason.removeprefix(f"{name} ")
+        console.print(f"[bold red]failed:[/] {escape(name)}: {escape(reason)}", highlight=False, soft_wrap=True)
+
+
+def available(name: str) -> torch.device:
+    """A torch device.
+
+    Raises:
+        ValueError: it is not available.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: not available here ({reason}); try --device cpu") from error
+    return device
+
+
+def read_config(path: Path | None) -> RefocusConfig | None:
+    """The settings in a file, if one is given."""
+    if path is None:
+        return None
+    try:
+        return RefocusConfig.from_json(path.read_text("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from error
+
+
+def method_names(given: str) -> list[str]:
+    """The methods that --method names: one, several separated by commas, or all."""
+    from rfclip.methods import METHODS, find_method
+
+    names = list(METHODS) if given == "all" else [name.strip() for name in given.split(",")]
+    for name in names:
+        find_method(name)
+    return list(dict.fromkeys(names))
+
+
+def load(
+    model: str, pretrained: str | None, device: str, given: RefocusConfig | None, methods: list[str]
+) -> tuple[nn.Module, RefocusConfig | None]:
+    """A model, and the settings for those of the methods that have any: those given, the model's own, or a preset's."""
+    from rfclip.methods import find_method
+
+    read = any(find_method(name).configured for name in methods)
+    if given is not None and not read:
+        raise ValueError(f"--config: {', '.join(methods)} has nothing to configure; leave it out")
+    from rfclip.towers.loading import load_model
+
+    with loading(model):
+        clip = load_model(model, pretrained, device=available(device))
+    if not read:
+        return clip, None
+    own: Any = clip.refocus_config
+    return clip, given or own or RefocusConfig.preset(model, pretrained)

@@ -1,0 +1,291 @@
+"""`rfclip evaluate`, `rfclip ablate` and `rfclip prepare`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from rfclip.app.cli import common
+from rfclip.config import TINY, RefocusConfig
+from rfclip.files import write_whole
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from rfclip.app.engines import Engine
+    from rfclip.datasets import Dataset
+    from rfclip.datasets.base import Item
+    from rfclip.scoring.metrics import Scores
+    from rfclip.scoring.report import Row
+    from rfclip.scoring.run import Scorer
+    from rfclip.segment.job import Job
+
+RUNS = Path("rfclip-runs")
+SHOWN = 2  # pictures on a contact sheet
+
+Root = Annotated[Path | None, typer.Option(help="Folder of the datasets; a wrong one shows the layout expected.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Score only the first so many pictures.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Windows at a time in the image tower.")]
+Count = Annotated[int | None, typer.Option(min=1, help="scenes: how many, 300 by default.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="scenes: another seed gives other scenes; 0 by default.")]
+RunFolder = Annotated[
+    Path | None, typer.Option(help="Folder of the run, below rfclip-runs by default; an interrupted run resumes there.")
+]
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        help="One of `rfclip methods`, several separated by commas, or all; by default rf-clip, and on scenes its "
+        "baselines as well.",
+    ),
+]
+
+
+def evaluate(
+    dataset: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="scenes, voc21, voc20, context60, context59, coco_stuff, coco_object, cityscapes or ade20k.",
+        ),
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="The eight datasets of the paper's table 2, beside its figures.")
+    ] = False,
+    root: Root = None,
+    limit: Limit = None,
+    count: Count = None,
+    seed: Seed = None,
+    batch: Batch = None,
+    pamr: common.Pamr = False,
+    method: Methods = None,
+    inject_distraction: common.Inject = 0.0,
+    model: common.Model = TINY,
+    pretrained: common.Pretrained = None,
+    device: common.Device = "cpu",
+    backend: common.Backend = "auto",
+    config: common.Config = None,
+    engine: common.EngineName = "local",
+    workers: common.Workers = None,
+    out: RunFolder = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="PNG file for a contact sheet of what each method makes of two pictures.")
+    ] = None,
+    overwrite: common.Overwrite = False,
+) -> None:
+    """Score a model on a dataset: mIoU, a table of classes, the confusion matrix and the worst pictures."""
+    with common.clear_errors():
+        if every == (dataset is not None):
+            raise ValueError("give one dataset's NAME, or --all")
+        common.check_new(sheet, overwrite)
+        names = common.method_names(method) if method else []
+        given = common.read_config(config)
+        opened = _open(None if every else dataset, root=root, count=count, seed=seed)
+        names = names or list(opened[0].methods)
+        items = {data.name: data.items(limit) for data in opened}
+        from rfclip.app.engines import start
+        from rfclip.scoring.report import Row, paper_figure
+        from rfclip.segment.job import Job
+
+        # The paper's figures are for OpenAI's weights, all pictures and its own settings.
+        plain = not (pamr or limit or config or inject_distraction)
+        comparable = (pretrained or "").lower() == "openai" and plain
+        rows: list[Row] = []
+        with start(engine, workers, device) as where:
+            clip, refocusing = common.load(model, pretrained, where.here, given, names)
+            shared = Job(
+                model, pretrained, None, "rf-clip", backend, device, batch=batch, pamr=pamr, inject=inject_distraction
+            )
+            own = _injected(refocusing, inject_distraction)
+            jobs = {
+                name: replace(shared, method=name, config=config)
+                for name, config in _possible(clip, names, own, method == "all")
+            }
+            single = len(opened) * len(jobs) == 1
+            out = out or RUNS.joinpath(*([_run_name(opened[0].name, *jobs)] if single else []))
+            for name, job in jobs.items():
+                for data in opened:
+                    folder = out if single else out / _run_name(data.name, name)
+                    scores = _score(job, data, items[data.name], folder, clip, where, overwrite)
+                    rows.append(Row(name, data.title, scores, paper_figure(data, model, name, comparable)))
+            if sheet is not None:
+                _draw_sheet(sheet, opened[0], items[opened[0].name], jobs, clip, where)
+        title = f"{model}, {pretrained or 'its own weights'}{_with_distraction(inject_distraction)}"
+        _print_table("method", rows, title, None if single else out / "table.md")
+        common.answer(f"Written to {out}.")
+        if not inject_distraction and refocusing == RefocusConfig(distraction_dims=()):
+            common.answer("This model has no distraction dimensions: rf-clip equals kk-mean here.")
+
+
+def ablate(
+    ablation: Annotated[str, typer.Argument(metavar="TABLE", help="Of the paper: 1, 4, 5, 6 or 7; or tau or beta.")],
+    dataset: Annotated[str, typer.Argument(metavar="NAME", help="A dataset, as for `rfclip evaluate`.")] = "scenes",
+    root: Root = None,
+    limit: Limit = None,
+    count: Count = None,
+    seed: Seed = None,
+    batch: Batch = None,
+    pamr: common.Pamr = False,
+    inject_distraction: common.Inject = 0.0,
+    model: common.Model = TINY,
+    pretrained: common.Pretrained = None,
+    device: common.Device = "cpu",
+    backend: common.Backend = "auto",
+    config: common.Config = None,
+    engine: common.EngineName = "local",
+    workers: common.Workers = None,
+    out: RunFolder = None,
+    overwrite: common.Overwrite = False,
+) -> None:
+    """Score the variants of one of the paper's ablations on a dataset."""
+    with common.clear_errors():
+        from rfclip.scoring.ablations import check_ablation, variants
+
+        check_ablation(ablation)
+        given = common.read_config(config)
+        (opened,) = _open(dataset, root=root, count=count, seed=seed)
+        items = opened.items(limit)
+        from rfclip.app.engines import start
+        from rfclip.scoring.report import Row
+        from rfclip.segment.job import Job
+        from rfclip.towers import read_tower
+
+        out = out or RUNS / f"{dataset}-ablation-{ablation}"
+        rows: list[Row] = []
+        with start(engine, workers, device) as where:
+            clip, refocusing = common.load(model, pretrained, where.here, given, ["rf-clip"])
+            refocusing = _injected(refocusing, inject_distraction)
+            assert refocusing is not None
+            configs = variants(ablation, refocusing, len(read_tower(clip).blocks))
+            shared = Job(
+                model, pretrained, None, "rf-clip", backend, device, batch=batch, pamr=pamr, inject=inject_distraction
+            )
+            scored: dict[RefocusConfig, Scores] = {}  # the full method appears more than once in a table
+            for number, (label, choice) in enumerate(configs.items(), 1):
+                if choice not in scored:
+                    job = replace(shared, config=choice)
+                    folder = out / f"variant-{number}"
+                    scored[choice] = _score(job, opened, items, folder, clip, where, overwrite)
+                rows.append(Row(label, opened.title, scored[choice]))
+        title = f"ablation {ablation}, {model}{_with_distraction(inject_distraction)}"
+        _print_table("variant", rows, title, out / "ablation.md")
+        common.answer(f"Written to {out}.")
+
+
+def prepare(
+    dataset: Annotated[str, typer.Argument(metavar="NAME", help="coco_object or context.")],
+    root: Annotated[Path, typer.Option(help="Folder of the datasets.")],
+) -> None:
+    """Make the label files of COCO-Object from COCO-Stuff's, or of Pascal Context from its annotations."""
+    with common.clear_errors():
+        from rfclip.datasets.prepare import PREPARED
+
+        if dataset not in PREPARED:
+            raise ValueError(f"dataset {dataset!r}: expected {' or '.join(PREPARED)}; the others need no preparation")
+        written = []
+        with common.progress() as progress:
+            task = progress.add_task(dataset, total=None)
+            for path in PREPARED[dataset](root):
+                written.append(path)
+                progress.update(task, completed=len(written))
+        common.answer(f"{len(written)} files, the last one {written[-1]}")
+
+
+def _open(name: str | None, **options: object) -> list[Dataset]:
+    """The dataset of that name or, without one, those of the paper's table 2."""
+    from rfclip.datasets import PAPER, find_dataset
+
+    return [find_dataset(each).open(**options) for each in (PAPER if name is None else [name])]
+
+
+def _injected(config: RefocusConfig | None, share: float) -> RefocusConfig | None:
+    from rfclip.injection import injected
+
+    return injected(config) if config is not None and share else config
+
+
+def _with_distraction(share: float) -> str:
+    return f"; simulated distraction in {100 * share:g} % of the patch tokens" if share else ""
+
+
+def _possible(
+    clip: nn.Module, names: list[str], config: RefocusConfig | None, every: bool
+) -> Iterator[tuple[str, RefocusConfig | None]]:
+    """Each method with its settings. Of all methods, those that this model cannot have are left out, saying so."""
+    from rfclip.methods import find_method
+    from rfclip.plugin import refocus
+
+    for name in names:
+        own = config if find_method(name).configured else None
+        try:
+            refocus(clip, own, method=name).remove()
+        except (ValueError, OSError) as error:
+            if not every:
+                raise
+            text = f"[yellow]left out:[/] {escape(name)}: {escape(str(error))}"
+            common.console.print(text, highlight=False, soft_wrap=True)
+            continue
+        yield name, own
+
+
+def _run_name(dataset: str, method: str) -> str:
+    return dataset if method == "rf-clip" else f"{dataset}-{method}"
+
+
+def _score(
+    job: Job, dataset: Dataset, items: list[Item], folder: Path, clip: nn.Module, engine: Engine, overwrite: bool
+) -> Scores:
+    """Start a run in a folder, or resume it, with the model loaded already."""
+    from rfclip.scoring.report import finish
+    from rfclip.scoring.run import Run, Scorer
+
+    with (
+        common.progress() as progress,
+        Scorer(job, dataset, clip, engine.here) as scorer,
+        Run(folder, scorer.settings(), items, overwrite=overwrite) as run,
+    ):
+        todo = run.missing()
+        if len(todo) < len(items):
+            common.say(f"{folder}: {len(items) - len(todo)} of {len(items)} pictures were scored earlier")
+        bar = progress.add_task(dataset.title, total=len(items), completed=len(items) - len(todo))
+        there = partial(Scorer, job.elsewhere(), dataset.elsewhere())
+        for _ in run.keep(engine.results(lambda: scorer, there, todo)):
+            progress.advance(bar)
+        return finish(run, scorer)
+
+
+def _draw_sheet(
+    path: Path, dataset: Dataset, items: list[Item], jobs: dict[str, Job], clip: nn.Module, engine: Engine
+) -> None:
+    from rfclip.scoring.run import Scorer
+    from rfclip.scoring.sheet import contact_sheet
+
+    def scorers() -> Iterator[tuple[str, Scorer]]:
+        for name, job in jobs.items():
+            with Scorer(job, dataset, clip, engine.here) as scorer:
+                yield name, scorer
+
+    figure = contact_sheet(dataset, items[:SHOWN], scorers())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole({path: lambda part: figure.savefig(part, format="png", dpi=100)})
+
+
+def _print_table(heading: str, rows: list[Row], title: str, path: Path | None) -> None:
+    """On the terminal and, if a path is given, in Markdown."""
+    from rfclip.scoring.report import table
+
+    heads, cells = table(rows, heading)
+    shown = Table(*heads, title=title)
+    for row in cells:
+        shown.add_row(*row)
+    common.out_console.print(shown)
+    if path is not None:
+        lines = [f"# {title}", "", *(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *cells)), ""]
+        write_whole({path: lambda part: part.write_text("\n".join(lines), "utf-8")})

@@ -1,0 +1,123 @@
+"""`rfclip explain`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rfclip.app.cli import common
+from rfclip.config import TINY
+from rfclip.files import printable, write_whole
+
+
+def explain(
+    images: common.Images,
+    points: Annotated[
+        list[str] | None, typer.Option(metavar="X,Y", help="A point to follow, in pixels; may be repeated.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help='Blocks to show, from 1: "3,6,9"; four by default.')] = None,
+    classes: Annotated[
+        str | None, typer.Option(help=f"As for segment; by default those of {TINY}, and none for other models.")
+    ] = None,
+    model: common.Model = TINY,
+    pretrained: common.Pretrained = None,
+    device: common.Device = "cpu",
+    backend: common.Backend = "auto",
+    config: common.Config = None,
+    inject_distraction: common.Inject = 0.0,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("rfclip-explained"),
+    overwrite: common.Overwrite = False,
+) -> None:
+    """Show what refocusing changes in pictures: PNG figures and an HTML report for each, and a profile over all."""
+    with common.clear_errors():
+        found, failed = common.some_images(images)
+        common.check_distinct(found)
+        places, numbers = _places(points or []), _numbers(layers)
+        common.check_folder(out)
+        given = common.read_config(config)
+        from rfclip import injection
+        from rfclip.explanation import explain as look
+        from rfclip.explanation import figures
+        from rfclip.towers.loading import load_tokenizer
+
+        found = _without_results(found, out, set(figures.CAPTIONS))
+        clip, refocusing = common.load(model, pretrained, device, given, ["rf-clip"])
+        assert refocusing is not None
+        refocusing = injection.injected(refocusing) if inject_distraction else refocusing
+        profiles, done = [], []
+        with common.progress() as progress:
+            for file, result in progress.track(found, description="explaining"):
+                folder = out / result
+                try:
+                    common.check_new(folder / "report.html", overwrite)
+                    with injection.inject_distraction(clip, inject_distraction):
+                        seen = look(
+                            clip,
+                            file,
+                            refocusing,
+                            points=places or None,
+                            layers=numbers,
+                            classes=classes or clip.trained_on,
+                            backend=backend,
+                            tokenizer=load_tokenizer(model),
+                        )
+                    pictures = {name: figures.png(figure) for name, figure in figures.draw(seen).items()}
+                    facts = {
+                        "model": model,
+                        "weights": pretrained or "its own",
+                        "injected distraction": inject_distraction,
+                    }
+                    page = figures.report(seen, pictures, printable(file.name), facts)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    saves = {folder / f"{name}.png": partial(_write_bytes, data) for name, data in pictures.items()}
+                    write_whole(saves | {folder / "report.html": partial(_write_bytes, page.encode())})
+                except (ValueError, OSError) as error:
+                    failed.append((str(file), str(error)))
+                    continue
+                profiles.append(seen.before.profile)
+                done.append(folder)
+        if len(done) > 1:
+            mean = figures.png(figures.draw_profile(sum(profiles) / len(profiles), refocusing.distraction_dims))
+            try:
+                common.check_new(out / "profile.png", overwrite)
+                write_whole({out / "profile.png": partial(_write_bytes, mean)})
+            except (ValueError, OSError) as error:
+                failed.append((str(out / "profile.png"), str(error)))
+    common.print_failed(failed)
+    for folder in done:
+        common.say(f"written: {folder / 'report.html'}")
+    raise typer.Exit(1 if failed else 0)
+
+
+def _places(points: list[str]) -> list[tuple[float, float]]:
+    places = []
+    for point in points:
+        try:
+            x, y = map(float, point.split(","))
+        except ValueError as error:
+            raise ValueError(f"--points {point}: expected X,Y") from error
+        places.append((x, y))
+    return places
+
+
+def _numbers(layers: str | None) -> list[int] | None:
+    try:
+        return None if layers is None else [int(number) for number in layers.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--layers {layers}: expected numbers such as 3,6,9") from error
+
+
+def _without_results(found: list[tuple[Path, Path]], out: Path, figures: set[str]) -> list[tuple[Path, Path]]:
+    """Leave out the figures of earlier runs."""
+    figured = [out / "profile.png"] + [
+        file for file, _ in found if file.stem in figures and (file.parent / "report.html").exists()
+    ]
+    earlier = {file.resolve() for file in figured}
+    return [(file, result) for file, result in found if file.resolve() not in earlier]
+
+
+def _write_bytes(data: bytes, path: Path) -> None:
+    path.write_bytes(data)

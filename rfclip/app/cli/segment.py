@@ -1,0 +1,107 @@
+"""`rfclip segment`."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from rfclip.app.cli import common
+from rfclip.config import TINY
+
+
+def segment(
+    images: common.Images,
+    classes: Annotated[
+        str, typer.Option(help='"cat, dog, grass"; with synonyms "cat, kitten; dog"; or a file, one class per line.')
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("rfclip-out"),
+    model: common.Model = TINY,
+    pretrained: common.Pretrained = None,
+    device: common.Device = "cpu",
+    precision: common.Precision = "fp32",
+    method: common.MethodName = "rf-clip",
+    backend: common.Backend = "auto",
+    config: common.Config = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help='Pixels less probable than this get no class, or "background".'),
+    ] = None,
+    pamr: common.Pamr = False,
+    format: Annotated[
+        Literal["png", "parquet"],
+        typer.Option(help="png: three files per picture; parquet: run-length masks, many pictures per file."),
+    ] = "png",
+    engine: common.EngineName = "local",
+    workers: common.Workers = None,
+    overwrite: common.Overwrite = False,
+) -> None:
+    """Segment pictures by class names: an indexed mask, an overlay and a JSON file for each."""
+    with common.clear_errors():
+        found, failed = common.find_images(images)
+        from rfclip.methods import find_method
+        from rfclip.segment.classes import parse_classes
+
+        named = parse_classes(classes)
+        if len(named) > 255:
+            raise ValueError(f"--classes: got {len(named)}; an indexed mask holds at most 255")
+        find_method(method)
+        refocusing = common.read_config(config)
+        if format == "png":
+            common.check_distinct(found)
+        out.mkdir(parents=True, exist_ok=True)
+        done, skipped, rate = 0, 0, _Rate()
+        if found:
+            from rfclip.app.engines import start
+            from rfclip.app.outputs import Writer, described, plan_files, plan_shards
+            from rfclip.segment.job import Job
+
+            job = Job(model, pretrained, refocusing, method, backend, device, precision, pamr=pamr)
+            with start(engine, workers, device) as where, contextlib.ExitStack() as stack:
+                common.available(where.here)
+                with common.loading(model):
+                    segmenter = stack.enter_context(job.segmenter(device=where.here))
+                record, stale = described(job, segmenter, named, threshold), []
+                if format == "png":
+                    tasks, skipped, clashing = plan_files(found, out, overwrite)
+                    failed += clashing
+                else:
+                    tasks, skipped, stale = plan_shards(found, out, record, overwrite)
+                with common.progress() as progress:
+                    bar = progress.add_task("segmenting", total=sum(len(task["pictures"]) for task in tasks))
+                    there = partial(Writer, job.elsewhere(), named, record)
+                    for result in where.results(lambda: Writer(job, named, record, segmenter), there, tasks):
+                        done += result["done"]
+                        failed += map(tuple, result["failed"])
+                        rate.add(result["done"] + len(result["failed"]))
+                        progress.update(bar, completed=rate.count)
+                for path in stale if done else []:
+                    path.unlink()
+    common.print_failed(failed)
+    counts = [f"{done} segmented into {out}"]
+    counts += [f"{skipped} skipped, since results exist (--overwrite replaces them)"] if skipped else []
+    counts += [f"{len(failed)} failed"] if failed else []
+    counts += [str(rate)] if str(rate) else []
+    common.say("; ".join(counts))
+    raise typer.Exit(1 if failed else 0)
+
+
+class _Rate:
+    """Pictures per second from the first result on: what comes before is mostly start-up."""
+
+    def __init__(self) -> None:
+        self.count = self._first = 0
+        self._began = self._now = 0.0
+
+    def add(self, pictures: int) -> None:
+        self.count, self._now = self.count + pictures, time.monotonic()
+        if not self._first:
+            self._first, self._began = pictures, self._now
+
+    def __str__(self) -> str:
+        pictures, seconds = self.count - self._first, self._now - self._began
+        return f"{pictures / seconds:.2f} pictures per second after the first" if pictures and seconds else ""

@@ -1,0 +1,236 @@
+"""What `rfclip segment` writes: three files per picture, or Parquet files with many pictures' run-length masks.
+
+A row of a Parquet file is a picture: `image`, its path as given; `path`, the full path, which tells pictures apart;
+`width`, `height`, `seconds`; and the mask as runs in row-major order: `lengths` pixels have the label in `values`. The
+file's metadata "rfclip" is JSON that says what the labels mean and how they were made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from rfclip.files import OUTPUTS, printable, write_whole
+from rfclip.segment.classes import ClassNames
+from rfclip.segment.job import Job
+from rfclip.segment.result import Segmentation
+from rfclip.segment.segmenter import Segmenter
+
+SHARD = 8, 64  # pictures in a Parquet file, when there are few pictures and when there are many
+
+
+def described(
+    job: Job, segmenter: Segmenter, named: ClassNames, threshold: float | None, weights: str | None = None
+) -> dict[str, object]:
+    """What the labels mean and how they were made; `weights` is the segmenter's digest if that is known."""
+    classes = [{"index": index, "name": names[0], "synonyms": list(names[1:])} for index, names in enumerate(named)]
+    return {"classes": classes, "nothing": 255, "threshold": threshold} | job.described(segmenter, weights)
+
+
+class Writer:
+    """A worker (see `rfclip.app.engines`) that segments the pictures of a task and writes the results.
+
+    A task has "pictures", each with its "path", its "image", which is the path as given, and in "files" the paths of
+    its `OUTPUTS`; or, instead of all "files", one "shard", the path of a Parquet file. The result says under "done" how
+    many pictures were written, and under "failed" image and reason of each of the others.
+
+    Args:
+        job: the model with its settings.
+        named: the names of each class.
+        record: what `described` says of them.
+        segmenter: the job's, if there is one already.
+    """
+
+    def __init__(
+        self, job: Job, named: ClassNames, record: dict[str, object], segmenter: Segmenter | None = None
+    ) -> None:
+        self.job, self.named, self.record = job, named, record
+        self._open = contextlib.ExitStack()
+        self.segmenter = self._open.enter_context(job.segmenter()) if segmenter is None else segmenter
+
+    def __call__(self, task: dict) -> dict:
+        rows, failed = [], []
+        for picture in task["pictures"]:
+            try:
+                began = time.perf_counter()
+                found = self.segmenter(
+                    picture["path"], self.named, threshold=self.record["threshold"], pamr=self.job.pamr
+                )
+                row = {"image": printable(picture["image"]), "path": printable(picture["path"])}
+                row |= {"width": found.image.width, "height": found.image.height}
+                row["seconds"] = round(time.perf_counter() - began, 3)
+                if "shard" in task:
+                    row |= encode(found.labels)
+                else:
+                    files = dict(zip(OUTPUTS, map(Path, picture["files"]), strict=True))
+                    save(found, row | self.record, files)
+                rows.append(row)
+            except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch out of memory: RuntimeError
+                failed.append([picture["image"], str(error).removeprefix(f"{picture['path']} ")])
+        if "shard" in task and rows:
+            write_shard(Path(task["shard"]), rows, self.record)
+        return {"done": len(rows), "failed": failed}
+
+
+def save(found: Segmentation, record: dict[str, object], files: dict[str, Path]) -> None:
+    """Write those of `OUTPUTS` that `files` has a path for; the record is a row and what `described` says."""
+    shares = found.shares
+    classes = [entry | {"share": shares[entry["name"]]} for entry in record["classes"]]
+    text = json.dumps(record | {"classes": classes}, indent=2, ensure_ascii=False) + "\n"
+    mask, overlay, written = OUTPUTS
+    saves = {
+        mask: lambda part: found.mask().save(part, format="PNG"),
+        overlay: lambda part: found.overlay().save(part, format="PNG"),
+        written: lambda part: part.write_text(text, "utf-8"),
+    }
+    for path in files.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole({path: saves[output] for output, path in files.items()})
+
+
+def plan_files(
+    found: list[tuple[Path, Path]], out: Path, overwrite: bool
+) -> tuple[list[dict], int, list[tuple[str, str]]]:
+    """Tasks for a `Writer`, one per picture; how many pictures have results; and those with files in the way, and why.
+
+    `found` are pictures and, below the folder `out`, the paths of their results without suffix.
+    """
+    tasks, skipped, failed = [], 0, []
+    for path, result in found:
+        files = [out / result.parent / f"{result.name}{suffix}" for suffix in OUTPUTS]
+        try:
+            there = [] if overwrite else [file.name for file in files if file.exists()]
+        except OSError as error:
+            failed.append((str(path), str(error)))
+            continue
+        if not there:
+            picture = _picture(path) | {"files": list(map(os.path.abspath, files))}
+            tasks.append({"pictures": [picture]})
+        elif _is_record(files[-1], path):  # the last file to be renamed
+            skipped += 1
+        else:
+            what = f"{', '.join(there)} in {files[0].parent} {'is' if len(there) == 1 else 'are'}"
+            failed.append((str(path), f"{what} another picture's results, or incomplete; --overwrite replaces them"))
+    return tasks, skipped, failed
+
+
+def plan_shards(
+    found: list[tuple[Path, Path]], out: Path, record: dict[str, object], overwrite: bool
+) -> tuple[list[dict], int, list[Path]]:
+    """Tasks for a `Writer`, one per Parquet file; how many pictures are already in such files; what to remove last.
+
+    Raises:
+        ValueError: as `shards`, or a file there was made with other settings, and is not to be overwritten.
+    """
+    there = list(shards(out))
+    done: set[str] = set()
+    for path, before in [] if overwrite else there:
+        differing = [key for key in record if before.get(key) != record[key]]
+        if differing:
+            raise ValueError(f"{path} was made with other {', '.join(differing)}: another --out, or --overwrite")
+        done.update(row["path"] for row in _rows(path, ["path"]))
+    todo = [picture for picture in (_picture(path) for path, _ in found) if printable(picture["path"]) not in done]
+    size = min(max(SHARD[0], len(todo) // SHARD[1]), SHARD[1])
+    tasks = []
+    for start in range(0, len(todo), size):
+        pictures = todo[start : start + size]
+        # The same name for the same pictures, so that a second attempt replaces the first.
+        name = hashlib.blake2b(json.dumps(pictures).encode(), digest_size=8).hexdigest()
+        tasks.append({"pictures": pictures, "shard": os.path.abspath(out / f"masks-{name}.parquet")})
+    written = {task["shard"] for task in tasks}
+    stale = [path for path, _ in there if overwrite and os.path.abspath(path) not in written]
+    return tasks, len(found) - len(todo), stale
+
+
+def _picture(path: Path) -> dict[str, str]:
+    return {"path": os.path.realpath(path), "image": str(path)}
+
+
+def _is_record(record: Path, path: Path) -> bool:
+    """Whether a JSON file says that the results next to it are of this picture."""
+    try:
+        return json.loads(record.read_text("utf-8"))["path"] == printable(os.path.realpath(path))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def encode(labels: np.ndarray) -> dict[str, np.ndarray]:
+    """The runs of labels [H, W] in row-major order: `np.repeat(values, lengths).reshape(H, W)` restores them."""
+    flat = labels.ravel()
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(flat)) + 1])
+    return {"values": flat[starts], "lengths": np.diff(starts, append=flat.size)}
+
+
+def write_shard(path: Path, rows: list[dict], record: dict[str, object]) -> None:
+    """Write pictures' rows, and what their labels mean, to a Parquet file."""
+    pyarrow, parquet = _pyarrow()
+    columns = {"image": "string", "path": "string", "width": "int32", "height": "int32", "seconds": "float64"}
+    schema = pyarrow.schema(
+        [
+            *columns.items(),
+            ("values", pyarrow.list_(pyarrow.uint8())),
+            ("lengths", pyarrow.list_(pyarrow.uint32())),
+        ],
+        metadata={"rfclip": json.dumps(record)},
+    )
+    table = pyarrow.Table.from_pylist(rows, schema=schema)
+
+    def save(part: Path) -> None:
+        with part.open("wb") as file:  # pyarrow takes only UTF-8 paths
+            parquet.write_table(table, file)
+
+    write_whole({path: save})
+
+
+def shards(folder: Path) -> Iterator[tuple[Path, dict[str, object]]]:
+    """The Parquet files that `write_shard` wrote to a folder, and what their labels mean.
+
+    Raises:
+        ValueError: pyarrow is not installed, or a file of such a name is not one of these.
+    """
+    _, parquet = _pyarrow()
+    for path in sorted(folder.glob("masks-*.parquet")):
+        try:
+            with path.open("rb") as file:
+                record = dict(json.loads(parquet.read_schema(file).metadata[b"rfclip"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a file of masks that `rfclip segment` wrote: {error}") from error
+        yield path, record
+
+
+def read_masks(folder: Path | str) -> Iterator[tuple[str, np.ndarray]]:
+    """Every picture in a folder's Parquet files: its path as given, and its labels, uint8 [H, W].
+
+    Raises:
+        ValueError: as `shards`, or a file is damaged.
+    """
+    for path, _ in shards(Path(folder)):
+        for row in _rows(path, ["image", "height", "width", "values", "lengths"]):
+            labels = np.repeat(np.array(row["values"], np.uint8), row["lengths"])
+            yield row["image"], labels.reshape(row["height"], row["width"])
+
+
+def _rows(path: Path, columns: list[str]) -> list[dict]:
+    _, parquet = _pyarrow()
+    try:
+        with path.open("rb") as file:
+            return parquet.read_table(file, columns=columns).to_pylist()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _pyarrow() -> tuple[ModuleType, ModuleType]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError('--format parquet needs pyarrow: pip install "rfclip[parquet]"') from error
+    return pyarrow, parquet

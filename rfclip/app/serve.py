@@ -1,0 +1,366 @@
+"""`rfclip serve`: a page for trying the methods on a picture in the browser, made with Gradio."""
+
+from __future__ import annotations
+
+import functools
+import html
+import io
+import shutil
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import gradio as gr
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import nn
+
+from rfclip.app.outputs import described, save
+from rfclip.config import PRESETS, TINY, RefocusConfig
+from rfclip.explanation import explain, figures
+from rfclip.files import OUTPUTS
+from rfclip.images import to_rgb
+from rfclip.injection import inject_distraction, injected
+from rfclip.methods import METHODS, RF_CLIP, find_method
+from rfclip.segment.classes import ClassNames, parse_classes, split_classes
+from rfclip.segment.job import Job
+from rfclip.segment.result import Segmentation, palette
+from rfclip.tiny.scenes import CLASSES, make_scene
+from rfclip.towers.loading import tiny_folder
+
+UPLOAD_LIMIT = 20 << 20  # bytes
+PIXEL_LIMIT = 25_000_000  # of an upload
+ASPECT_LIMIT = 16  # long side over short side, of an upload
+LONG_SIDE = 2048  # pixels, of the resized picture; with the aspect ratio it bounds the number of windows
+SHOWN_SIDE = 1600  # pixels, of the overlay in the page
+NAME_LIMIT = 255  # class names with synonyms
+KEPT = 3600  # seconds that the files and the state of a visit are kept
+SCENES = ((11, "dog, banana"), (21, "bus, owl"), (35, "cat, guitar"))  # seeds, and classes absent from the scene
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a click on a result needs: the picture as the tower saw it, and the settings it was seen with."""
+
+    image: Image.Image
+    layers: tuple[int, ...]
+    job: Job
+    config: RefocusConfig
+    shown: tuple[int, int]
+
+
+class Page:
+    """The work behind the page. A model is refocused in place, so one visitor is served at a time.
+
+    Args:
+        jobs: the models to choose from, with a config if one is given.
+        folder: for all files of the page; whoever made it removes it.
+    """
+
+    def __init__(self, jobs: list[Job], folder: Path) -> None:
+        self.jobs = {str(job): job for job in jobs}
+        self.folder = folder
+        self._load = functools.lru_cache(maxsize=2)(lambda job: job.load())
+        self.scenes = self._scenes()
+        self._weights: dict[Job, str] = {}  # digests
+
+    def segment(
+        self,
+        file: str | None,
+        classes: str,
+        method: str,
+        chosen: str,
+        tau: float,
+        beta: float,
+        layers: str,
+        pamr: bool,
+        inject: float,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008  as Gradio requires
+    ) -> Iterator[tuple[object, ...]]:
+        """Overlay, legend, summary, mask, JSON and maps for the page, and what a click on the overlay needs."""
+        with ErrorsOnPage():
+            if file is None:
+                raise ValueError("no picture: upload one, or pick a scene")
+            rgb = _read(file)
+            named, offered = _class_names(classes), self.jobs[chosen]
+            downloaded = "" if offered.model == TINY else " (its weights are downloaded the first time)"
+            progress(0, desc=f"loading {offered}{downloaded}")
+            model = self._load(offered)
+            config = offered.config or model.refocus_config
+            if config is not None:
+                config = replace(config, tau=tau, beta=beta, layers=_numbers(layers))
+                config = injected(config) if inject else config
+            own = config if find_method(method).configured else None
+            job = replace(offered, config=own, method=method, pamr=pamr, inject=inject)
+            with job.segmenter(model, long_side=LONG_SIDE, cache=self.folder / "text") as segmenter:
+                with warnings.catch_warnings(action="ignore"):  # segmenting warns about all names at once
+                    for name in progress.tqdm([name for names in named for name in names], desc="class names"):
+                        segmenter.text_embeddings((name,))
+                progress(0.4, desc="segmenting")
+                began = time.perf_counter()
+                found = segmenter.segment(rgb, named, pamr=pamr)
+                seconds = round(time.perf_counter() - began, 3)
+                self._weights[offered] = self._weights.get(offered) or segmenter.digest()
+                record = described(job, segmenter, named, None, self._weights[offered])
+                record |= dict(zip(("model", "pretrained"), job.shown, strict=True))
+            progress(0.7, desc="looking into the tower")
+            overlay = _shrunk(found.overlay(legend=False))
+            maps, seen, about = self._maps(rgb, model, offered, config, inject, overlay.size)
+        (width, height), name = rgb.size, Path(file).stem
+        row = {"image": Path(file).name, "width": width, "height": height, "seconds": seconds}
+        summary = f"{width} x {height} pixels: **{seconds:.2f} s** with {method} on {offered}. {about}"
+        # Gradio copies the files while this is suspended, and removes its copies when they are old.
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            files = {output: Path(folder, f"{name}{output}") for output in (OUTPUTS[0], OUTPUTS[2])}
+            save(found, row | record, files)
+            downloads = (gr.DownloadButton(value=str(path), interactive=True) for path in files.values())
+            yield overlay, _legend(found), summary, *downloads, maps, None, seen
+
+    def _maps(
+        self,
+        rgb: Image.Image,
+        model: nn.Module,
+        offered: Job,
+        config: RefocusConfig | None,
+        inject: float,
+        shown: tuple[int, int],
+    ) -> tuple[Image.Image | None, Seen | None, str]:
+        """What RF-CLIP finds in the picture as a whole, whatever the method, and a sentence about it."""
+        if config is None:
+            return None, None, "Its distraction dimensions are not known, so there are no maps: run `rfclip calibrate`."
+        try:
+            with inject_distraction(model, inject):
+                found = explain(model, rgb, config, backend=offered.backend)
+        except ValueError as error:  # for instance, layers beyond the tower
+            return None, None, f"No maps: {error}."
+        seen = Seen(found.image, found.layers, replace(offered, inject=inject), config, shown)
+        return _picture(figures.draw_maps(found)), seen, figures.describe(found)
+
+    def point(self, seen: Seen | None, event: gr.SelectData) -> Image.Image:
+        """What the place clicked in the overlay attends to."""
+        with ErrorsOnPage():
+            if seen is None:
+                raise ValueError("no attention to show: the line above says why, or segment the picture again")
+            model = self._load(replace(seen.job, inject=0.0))
+            sides = zip(event.index, seen.image.size, seen.shown, strict=True)
+            place = tuple(min(clicked, shown - 1) * side / shown for clicked, side, shown in sides)
+            with inject_distraction(model, seen.job.inject):
+                found = explain(
+                    model, seen.image, seen.config, points=[place], layers=seen.layers, backend=seen.job.backend
+                )
+            return _picture(figures.draw_attention(found))
+
+    def blocks(self) -> gr.Blocks:
+        """The page itself."""
+        title = "RF-CLIP: segment a picture by class names"
+        start = next(iter(self.jobs.values())).config or RefocusConfig(())  # from --config, if given
+        with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as page:
+            gr.Markdown(f"# {title}")
+            seen = gr.State(time_to_live=KEPT)
+            with gr.Row():
+                with gr.Column(scale=2, min_width=320):
+                    file = gr.File(
+                        label="Picture, or one of the scenes below", file_types=["image"], height=140, elem_id="file"
+                    )
+                    preview = gr.Image(
+                        show_label=False, format="png", interactive=False, height=240, elem_id="preview", buttons=[]
+                    )
+                    scenes = gr.Gallery(
+                        [path for path, _ in self.scenes],
+                        columns=4,
+                        height=130,
+                        interactive=False,
+                        allow_preview=False,
+                        elem_id="scenes",
+                        show_label=False,
+                        buttons=[],
+                    )
+                    classes = gr.Textbox(
+                        label="Class names",
+                        placeholder="cat, grass, sky; or with synonyms: cat, kitten; grass",
+                        lines=2,
+                    )
+                    button = gr.Button("Segment", variant="primary")
+                    with gr.Row():
+                        method = gr.Dropdown(list(METHODS), value=RF_CLIP, label="Method")
+                        model = gr.Dropdown(list(self.jobs), label="Model")
+                    with gr.Group():
+                        tau = gr.Slider(
+                            0, max(20, start.tau), start.tau, step=0.1, label="tau: tokens over tau / d distract"
+                        )
+                        beta = gr.Slider(0, 1, start.beta, step=0.05, label="beta: share of attention taken away")
+                        layers = gr.Textbox(
+                            ", ".join(map(str, start.layers or ())) or "all",
+                            label='Layers that refocus: "all", or 3, 4, 5',
+                        )
+                        pamr = gr.Checkbox(label="PAMR: refine along the picture's edges")
+                        inject = gr.Slider(
+                            0, 0.5, 0, step=0.05, label="Simulate distraction in this share of the tokens"
+                        )
+                with gr.Column(scale=3, min_width=320):
+                    overlay = _shown("overlay", "Segmentation: click a point to see what it attends to")
+                    legend = gr.HTML(elem_id="legend")
+                    summary = gr.Markdown(elem_id="summary")
+                    with gr.Row():
+                        mask = gr.DownloadButton("Mask (PNG)", interactive=False)
+                        record = gr.DownloadButton("JSON", interactive=False)
+                    maps = _shown("maps", "What RF-CLIP finds in the picture, block by block")
+                    attention = _shown(
+                        "attention", "What the point attends to, before and after refocusing, block by block"
+                    )
+            one = {"concurrency_limit": 1, "concurrency_id": "tower", "api_visibility": "private"}
+            file.change(_preview, file, preview, **one)
+            scenes.select(self._pick, None, [file, classes], api_visibility="private")
+            settings = [file, classes, method, model, tau, beta, layers, pamr, inject]
+            results = [overlay, legend, summary, mask, record, maps, attention, seen]
+            button.click(self.segment, settings, results, show_progress_on=[overlay], scroll_to_output=True, **one)
+            overlay.select(self.point, seen, attention, **one)
+        return page.queue(max_size=20)
+
+    def _scenes(self) -> list[tuple[str, str]]:
+        """The bundled pictures, copied to where Gradio may read them, and class names for each."""
+        first = shutil.copy(tiny_folder() / "scene.png", self.folder)
+        scenes = [(str(first), "dog, cactus, octopus, sailboat, cat, bus, grass, sky")]
+        for seed, absent in SCENES:
+            scene, path = make_scene(seed), self.folder / f"scene-{seed}.png"
+            Image.fromarray(scene.image).save(path)
+            scenes.append((str(path), ", ".join([*(CLASSES[index] for index in scene.present(100)), absent])))
+        return scenes
+
+    def _pick(self, event: gr.SelectData) -> tuple[str, str]:
+        return self.scenes[event.index]
+
+
+def _read(file: str) -> Image.Image:
+    """An upload, read as everywhere in this package; errors give its name, not its path."""
+    try:
+        rgb = to_rgb(file)
+    except FileNotFoundError as error:
+        raise ValueError(f"{Path(file).name} is no longer kept here: upload it again") from error
+    except (ValueError, OSError) as error:
+        raise ValueError(str(error).replace(file, Path(file).name)) from error
+    if max(rgb.size) > ASPECT_LIMIT * min(rgb.size):
+        raise ValueError(
+            f"a strip of {rgb.width} x {rgb.height} pixels: at most {ASPECT_LIMIT} times as long as wide here"
+        )
+    return rgb
+
+
+def _preview(file: str | None) -> Image.Image | None:
+    with ErrorsOnPage():
+        return None if file is None else _shrunk(_read(file))
+
+
+def _shrunk(picture: Image.Image) -> Image.Image:
+    picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    return picture
+
+
+class ErrorsOnPage:
+    """Turns errors, and the package's warnings, into messages on the page.
+
+    One request at a time: models are refocused in place, and Python catches warnings for all threads at once. Gradio's
+    queue alone is not enough, since requests sent directly to its server bypass it.
+    """
+
+    _lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._caught = warnings.catch_warnings(record=True)
+        self._warned = self._caught.__enter__()
+        warnings.simplefilter("always", UserWarning)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self._caught.__exit__(kind, error, trace)
+        self._lock.release()
+        for message in {str(warned.message) for warned in self._warned if warned.category is UserWarning}:
+            gr.Warning(html.escape(message))
+        if isinstance(error, ValueError | OSError | RuntimeError | MemoryError):  # torch out of memory: RuntimeError
+            raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
+
+
+def _class_names(text: str) -> ClassNames:
+    if not text.strip(" ,;\n"):
+        raise ValueError('no class names: type some, such as "cat, grass, sky"')
+    named = parse_classes(split_classes(text.strip(" ,;\n")))  # never taken as a file of this machine
+    if sum(map(len, named)) > NAME_LIMIT:
+        raise ValueError(f"{sum(map(len, named))} class names: at most {NAME_LIMIT} here")
+    return named
+
+
+def _numbers(text: str) -> tuple[int, ...] | None:
+    if text.strip().lower() in ("", "all"):
+        return None
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        raise ValueError(f'layers {text!r}: expected "all", or numbers such as 3, 4, 5') from error
+
+
+def _shown(name: str, title: str) -> gr.Image:
+    gr.Markdown(f"### {title}")  # a label would cover part of the picture
+    buttons = ["download", "fullscreen"]
+    return gr.Image(label=title, show_label=False, format="png", interactive=False, elem_id=name, buttons=buttons)
+
+
+def _picture(figure: Figure) -> Image.Image:
+    return Image.open(io.BytesIO(figures.png(figure)))
+
+
+def _legend(found: Segmentation) -> str:
+    """Each class with its colour and share, largest first, as HTML."""
+    rows = sorted(zip(found.shares.items(), palette(len(found.classes)), strict=True), key=lambda row: -row[0][1])
+    cells = (
+        f'<li><span style="background:rgb{colour}"></span>{html.escape(name)} <b>{100 * share:.1f} %</b></li>'
+        for (name, share), colour in rows
+    )
+    return f"<ul>{''.join(cells)}</ul>"
+
+
+STYLE = """
+#legend ul {display: flex; flex-wrap: wrap; gap: .3em 1.2em; list-style: none; padding: 0; margin: 0}
+#legend li span {display: inline-block; width: 1em; height: 1em; margin-right: .4em; border: 1px solid}
+"""
+
+
+def choices(
+    model: str, pretrained: str | None, config: RefocusConfig | None, device: str = "cpu", backend: str = "auto"
+) -> list[Job]:
+    """The model given, the bundled one, and those whose distraction dimensions are known."""
+    first = Job(model, pretrained, config, device=device, backend=backend)
+    known = [(name, tag) for name, tag in PRESETS if tag is not None]
+    others = [(name, tag) for name, tag in [(TINY, None), *known] if (name, tag) != (model, pretrained)]
+    return [first, *(replace(first, model=name, pretrained=tag, config=None) for name, tag in others)]
+
+
+def serve(jobs: list[Job], folder: Path, host: str, port: int, ready: Callable[[str], None]) -> None:
+    """Serve the page until the process is interrupted or terminated; `ready` is called with its address.
+
+    Files go below `folder`, and Gradio's to where GRADIO_TEMP_DIR pointed when it was imported.
+
+    Raises:
+        OSError: the port is taken, or the host is not an address of this machine.
+        ValueError: the host is an IPv6 address, which Gradio does not turn into a page's address.
+    """
+    if ":" in host:
+        raise ValueError(f"--host {host}: expected an IPv4 address or a name")
+    Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT
+    page = Page(jobs, folder).blocks()
+    options = {"max_file_size": UPLOAD_LIMIT, "css": STYLE, "footer_links": [], "run_history": False, "quiet": True}
+    options["theme"] = gr.themes.Default(font="sans-serif", font_mono="monospace")  # no font from the network
+    try:
+        try:
+            launched = page.launch(server_name=host, server_port=port, prevent_thread_lock=True, **options)
+        except OSError as error:
+            raise OSError(f"--host {host} --port {port}: cannot listen there; the port may be taken") from error
+        ready(launched[1])
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        page.close(verbose=False)

@@ -1,0 +1,57 @@
+"""Procedural scenes that the bundled CLIP was not trained on; they need no data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from rfclip.datasets.base import Dataset, Item
+from rfclip.tiny.scenes import CLASSES, OBJECTS, make_scene
+
+# First numbers of the scenes' seeds; training uses another.
+SEGMENTATION_STREAM, SINGLE_STREAM = 1, 2
+
+
+@dataclass(frozen=True)
+class Scenes(Dataset):
+    """`count` scenes with labels for every pixel, and as many with a single object, for zero-shot top-1.
+
+    Another `seed` gives other scenes.
+    """
+
+    count: int = 300
+    seed: int = 0
+
+    name, title, options = "scenes", "Scenes", ("count", "seed")
+    methods = ("clip", "kk", "kk-mean", "rf-clip")
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count={self.count}: expected at least one scene")
+
+    @property
+    def classes(self) -> list[tuple[str, ...]]:
+        return [(name,) for name in CLASSES]
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        return tuple(OBJECTS)
+
+    def items(self, limit: int | None = None) -> list[Item]:
+        count = self.count if limit is None else min(limit, self.count)
+        scenes = [{"image": f"scene {n}", "seed": [SEGMENTATION_STREAM, self.seed, n]} for n in range(count)]
+        singles = [{"image": f"single object {n}", "seed": [SINGLE_STREAM, self.seed, n]} for n in range(count)]
+        return [*scenes, *singles]
+
+    def read(self, item: Item) -> tuple[Image.Image, np.ndarray | int]:
+        seed = tuple(item["seed"])
+        if seed[0] == SEGMENTATION_STREAM:
+            scene = make_scene(seed)
+            return Image.fromarray(scene.image), scene.labels
+        scene = make_scene(seed, 112, objects=(1, 1), object_size=(40, 100))
+        return Image.fromarray(scene.image), min(scene.present())  # objects come before grounds
+
+    def described(self) -> dict[str, object]:
+        return super().described() | {"count": self.count, "seed": self.seed}

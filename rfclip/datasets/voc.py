@@ -1,0 +1,34 @@
+"""Pascal VOC 2012 with its background class (VOC21) and without (VOC20)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rfclip.datasets.base import FolderDataset, Pair, by_model
+
+
+@dataclass(frozen=True)
+class VOC21(FolderDataset):
+    """Twenty classes and background."""
+
+    name, title, paper, background = "voc21", "VOC21", by_model(64.8, 65.8), True
+    layout = (
+        "VOCdevkit/VOC2012/JPEGImages/*.jpg",
+        "VOCdevkit/VOC2012/SegmentationClass/*.png",
+        "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt",
+    )
+
+    def find(self, root: Path) -> Iterable[Pair]:
+        from torchvision.datasets import VOCSegmentation
+
+        found = VOCSegmentation(root, year="2012", image_set="val")
+        return [(Path(image), Path(labels)) for image, labels in zip(found.images, found.targets, strict=True)]
+
+
+@dataclass(frozen=True)
+class VOC20(VOC21):
+    """The same pictures; pixels of the background do not count."""
+
+    name, title, paper, background, zero_ignored = "voc20", "VOC20", by_model(87.0, 89.1), False, True

@@ -1,0 +1,261 @@
+"""Draws an `Explanation`: the paper's figures 2 to 5 and 7 for one picture, the plain tower above the refocused one."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from rfclip.explanation.explanation import SEGMENTED_BY, Explanation, busiest
+
+POINTS = ("#00a0ff", "#ff9f00", "#00d060", "#d060ff")  # colours of the query points, in turn
+RED, BLUE = (0.9, 0.1, 0.1), (0.1, 0.35, 0.95)  # tokens that distract, and those that receive
+ROWS = ("before", "after")
+CAPTIONS = {
+    "overview": "The block where refocusing moves the most attention. Before: tokens over the threshold in red. After: "
+    "their embeddings are repaired, and a share beta of the attention they drew goes to the blue tokens.",
+    "attention": "What each point attends to, by block; both rows of a point share the scale of the plain tower.",
+    "matrices": "Attention averaged over heads: rows are queries, columns keys, CLS first. Triangles mark distraction "
+    "tokens.",
+    "profile": "The mean weight of each dimension over patches and blocks; after: once embeddings are repaired.",
+    "tokens": "Each patch: the attention it receives against its largest weight. Dashed: the thresholds. Red: over the "
+    "threshold, or over it before the repair.",
+    "maps": "Tokens that give attention (red) and receive it (blue), the second eigenvector of the graph cut, and how "
+    "much attention was moved away from a token (red) or to it (blue).",
+    "segmentation": "The picture segmented in windows, as by `rfclip segment`.",
+}
+
+
+def draw(found: Explanation) -> dict[str, Figure]:
+    """Every figure, by name: overview, attention, matrices, profile, tokens, maps and, with classes, segmentation."""
+    figures = {
+        "overview": draw_overview(found),
+        "attention": draw_attention(found),
+        "matrices": draw_matrices(found),
+        "profile": draw_profile(found.before.profile, found.config.distraction_dims, found.after.profile),
+        "tokens": draw_tokens(found),
+        "maps": draw_maps(found),
+    }
+    if found.segmentations:
+        figures["segmentation"] = draw_segmentations(found)
+    return figures
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file's bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def report(found: Explanation, pictures: Mapping[str, bytes], title: str, facts: Mapping[str, object]) -> str:
+    """A self-contained HTML page with an explanation's figures as PNG, and everything known about it."""
+    facts = {
+        **facts,
+        "patches": f"{found.grid[0]} x {found.grid[1]}",
+        "distraction tokens by block": ", ".join(str(mask.sum()) for mask in found.distraction),
+        "config": found.config.to_json(),
+    }
+    rows = "".join(
+        f"<tr><th>{html.escape(k)}</th><td><pre>{html.escape(str(v))}</pre></td></tr>" for k, v in facts.items()
+    )
+    shown = "".join(
+        f'<h2>{name}</h2><p>{html.escape(CAPTIONS[name])}</p><img alt="{name}" '
+        f'src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+        for name, picture in pictures.items()
+    )
+    style = "body{font-family:sans-serif;max-width:1250px;margin:2em auto}img{max-width:100%}th{text-align:left}"
+    title = html.escape(title)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
+        f"<h1>{title}</h1><p>{html.escape(describe(found))}</p>{shown}<h2>facts</h2><table>{rows}</table></html>\n"
+    )
+
+
+def describe(found: Explanation) -> str:
+    """What RF-CLIP did to the picture seen whole, in sentences with figures."""
+    if not found.distraction.any():
+        return "RF-CLIP finds no distraction token here: it amounts to the layer-averaged key-key attention."
+    blocks, block = found.distraction.any(axis=1), busiest(found.moved, found.distraction) - 1
+    said = f"RF-CLIP finds {found.distraction.sum()} distraction tokens in {blocks.sum()} of {len(blocks)} blocks."
+    if found.moved.any():
+        distraction, defocused = found.distraction[block], found.defocused[block]
+        (gave, gives), (got, gets) = (
+            [f"{100 * view.received[block][tokens].sum():.1f} %" for view in found.views]
+            for tokens in (distraction, defocused)
+        )
+        said += (
+            f" In block {block + 1}, where most is moved, {distraction.sum()} of {distraction.size} patches distract: "
+            f"they receive {gives} of the attention instead of {gave}, and {defocused.sum()} defocused ones {gets} "
+            f"instead of {got}."
+        )
+    if found.segmentations:
+        without, refocused = (found.segmentations[name].labels for name in ("kk-mean", "rf-clip"))
+        said += f" Refocusing changes the class of {100 * (without != refocused).mean():.1f} % of the pixels."
+    return said
+
+
+def draw_overview(found: Explanation) -> Figure:
+    """At a glance, in the block that moves most: tokens, attention received, a point's attention, segmentation."""
+    block = (busiest(found.moved, found.distraction) or found.layers[-1]) - 1
+    columns = 4 if found.segmentations else 3
+    figure, axes = _axes(2, columns, found)
+    tau = found.thresholds[0]
+    for row, view in zip(axes, found.views, strict=True):
+        over = view.weights[block] > tau if found.config.distraction_dims else np.zeros(len(view.weights[block]), bool)
+        _tint(row[0], found, {RED: over, BLUE: found.defocused[block] & ~over})
+        _heat(row[1], found, view.received[block], found.before.received[block])
+        _heat(row[2], found, view.pointed[block, 0], found.before.pointed[block, 0])
+        _mark(row[2], found, 0)
+    titles = [f"block {block + 1}: tokens over the threshold\n(red) and defocused (blue)", "attention received"]
+    titles.append("attention of the point")
+    if found.segmentations:
+        for row, method in zip(axes, ("kk-mean", "rf-clip"), strict=True):
+            row[3].imshow(found.segmentations[method].overlay())
+        titles.append("segmentation")
+    return _titled(figure, axes, titles)
+
+
+def draw_attention(found: Explanation) -> Figure:
+    """What each point attends to in each layer requested (figure 2)."""
+    figure, axes = _axes(2 * len(found.points), len(found.layers), found)
+    for place in range(len(found.points)):
+        for row, view in zip(axes[2 * place : 2 * place + 2], found.views, strict=True):
+            for ax, layer in zip(row, found.layers, strict=True):
+                _heat(ax, found, view.pointed[layer - 1, place], found.before.pointed[layer - 1, place])
+                _mark(ax, found, place)
+    return _titled(figure, axes, [f"block {layer}" for layer in found.layers])
+
+
+def draw_matrices(found: Explanation) -> Figure:
+    """The attention matrices, averaged over heads; triangles mark the distraction tokens' columns (figure 2)."""
+    figure, axes = _axes(2, len(found.layers), found, square=True)
+    for row, view in zip(axes, found.views, strict=True):
+        for ax, layer in zip(row, found.layers, strict=True):
+            top = np.quantile(found.before.attention[layer], 0.995)
+            ax.imshow(view.attention[layer], cmap="magma", vmin=0, vmax=top, interpolation="nearest")
+            prefix = len(view.attention[layer]) - found.distraction.shape[1]
+            columns = prefix + np.flatnonzero(found.distraction[layer - 1])
+            limits = ax.get_xlim(), ax.get_ylim()
+            (marks,) = ax.plot(columns, np.full(len(columns), -3.0), "v", color=RED, markersize=3, clip_on=False)
+            marks.set_in_layout(False)
+            ax.set(xlim=limits[0], ylim=limits[1])
+    return _titled(figure, axes, [f"block {layer}" for layer in found.layers])
+
+
+def draw_profile(profile: np.ndarray, dims: tuple[int, ...], refocused: np.ndarray | None = None) -> Figure:
+    """Mean weights [d] over dimensions, D_dis marked, and the 5 / d that calibration requires (figures 3a and 7a)."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    ax, width = figure.subplots(), len(profile)
+    ax.plot(profile * width, color="0.3", linewidth=0.8, label="before")
+    if refocused is not None:
+        ax.plot(refocused * width, color=BLUE, linewidth=0.8, label="after")
+    ax.plot(list(dims), profile[list(dims)] * width, "o", color=RED, markersize=4, label="D_dis")
+    ax.axhline(5, color="0.5", linestyle="--", linewidth=0.8, label="5 / d")
+    ax.set(xlabel="dimension", ylabel="mean weight, in units of 1 / d", xlim=(-1, width))
+    ax.legend(fontsize=8, loc="upper right")
+    return figure
+
+
+def draw_tokens(found: Explanation) -> Figure:
+    """Attention received by each patch against its largest weight in D_dis, and the thresholds (3b, 4a and 7b)."""
+    figure = Figure(figsize=(2.6 * len(found.layers) + 0.6, 5.2), layout="constrained")
+    axes = figure.subplots(2, len(found.layers), squeeze=False, sharex="col", sharey="col")
+    weight, attention = found.thresholds
+    for row, view, name in zip(axes, found.views, ROWS, strict=True):
+        for ax, layer in zip(row, found.layers, strict=True):
+            over = found.distraction[layer - 1] | (view.weights[layer - 1] > weight)
+            colours = np.where(over[:, None], RED, (0.4, 0.4, 0.4))
+            ax.scatter(view.weights[layer - 1], view.received[layer - 1], s=8, c=colours)
+            ax.axvline(weight, color="0.5", linestyle="--", linewidth=0.8)
+            if attention is not None:
+                ax.axhline(attention, color="0.5", linestyle="--", linewidth=0.8)
+            ax.tick_params(labelsize=7)
+        row[0].set_ylabel(f"{name}: attention received", fontsize=8)
+    for ax, layer in zip(axes[0], found.layers, strict=True):
+        ax.set_title(f"block {layer}", fontsize=9)
+    for ax in axes[-1]:
+        ax.set_xlabel("largest weight", fontsize=8)
+    return figure
+
+
+def draw_maps(found: Explanation) -> Figure:
+    """Distraction and defocused tokens, the Fiedler vector and the attention moved, in the layers requested (4b, 5)."""
+    figure, axes = _axes(3, len(found.layers), found)
+    for column, layer in zip(axes.T, found.layers, strict=True):
+        block = layer - 1
+        _tint(column[0], found, {RED: found.distraction[block], BLUE: found.defocused[block]})
+        for ax, values, colours in (
+            (column[1], found.fiedler[block], "PiYG"),
+            (column[2], found.moved[block], "coolwarm_r"),  # red gives, blue receives
+        ):
+            if np.isfinite(values).all() and values.any():
+                top = np.abs(values).max()
+                _over(ax, found, values, cmap=colours, vmin=-top, vmax=top)
+            else:
+                ax.imshow(found.image.convert("L"), cmap="gray", alpha=0.4)
+                ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center", va="center")
+    names = ("distraction (red),\ndefocused (blue)", "Fiedler vector", "attention moved")
+    return _titled(figure, axes, [f"block {layer}" for layer in found.layers], names)
+
+
+def draw_segmentations(found: Explanation) -> Figure:
+    """The picture segmented by plain CLIP, without refocusing, and with it."""
+    figure, axes = _axes(1, len(SEGMENTED_BY), found)
+    for ax, method in zip(axes[0], SEGMENTED_BY, strict=True):
+        ax.imshow(found.segmentations[method].overlay())
+    return _titled(figure, axes, list(SEGMENTED_BY.values()), ("",))
+
+
+def _axes(rows: int, columns: int, found: Explanation, square: bool = False) -> tuple[Figure, np.ndarray]:
+    aspect = 1 if square else found.image.height / found.image.width
+    figure = Figure(figsize=(2.6 * columns + 0.4, (2.6 * aspect + 0.3) * rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    return figure, axes
+
+
+def _titled(figure: Figure, axes: np.ndarray, columns: list[str], rows: tuple[str, ...] = ()) -> Figure:
+    for ax, title in zip(axes[0], columns, strict=True):
+        ax.set_title(title, fontsize=9)
+    for number, ax in enumerate(axes[:, 0]):
+        ax.set_ylabel(rows[number] if rows else ROWS[number % 2], fontsize=9)
+    return figure
+
+
+def _over(ax: Axes, found: Explanation, values: np.ndarray, **options: object) -> None:
+    """Values [N] as a translucent map over the grey picture."""
+    extent = (-0.5, found.image.width - 0.5, found.image.height - 0.5, -0.5)
+    ax.imshow(found.image.convert("L"), cmap="gray")
+    ax.imshow(values.reshape(found.grid), extent=extent, alpha=0.65, interpolation="nearest", **options)
+
+
+def _heat(ax: Axes, found: Explanation, values: np.ndarray, scale: np.ndarray) -> None:
+    """Attention [N], on the scale of the plain tower."""
+    _over(ax, found, values, cmap="magma", vmin=0, vmax=max(np.quantile(scale, 0.99), 1e-12))
+
+
+def _tint(ax: Axes, found: Explanation, colours: dict[tuple[float, float, float], np.ndarray]) -> None:
+    """The picture in grey, with sets of tokens in colour."""
+    cells = np.zeros((*found.grid, 4), np.float32)
+    for colour, chosen in colours.items():
+        cells[chosen.reshape(found.grid)] = (*colour, 0.6)
+    tint = Image.fromarray((255 * cells).astype(np.uint8)).resize(found.image.size, Image.Resampling.NEAREST)
+    ax.imshow(Image.alpha_composite(found.image.convert("L").convert("RGBA"), tint))
+
+
+def _mark(ax: Axes, found: Explanation, place: int) -> None:
+    """A point's patch, as a dot in its colour."""
+    row, column = found.points[place]
+    high, wide = found.image.height / found.grid[0], found.image.width / found.grid[1]
+    ax.plot(
+        (column + 0.5) * wide, (row + 0.5) * high, "o", color=POINTS[place % len(POINTS)], mec="white", markersize=7
+    )

@@ -1,0 +1,99 @@
+"""What every method has in common.
+
+Notation: x[l] is the residual stream that enters block l of L, F[l] = x[l+1] what leaves it; q, k, v are the heads of
+ln_1(x[L]), SS(u) = softmax(u u^T / sqrt(D)) over all T tokens, O the output projection. A method defines z; its patch
+embeddings are proj(ln_post(z)) without the prefix. [P n] is equation n of RF-CLIP's paper (arXiv 2511.16170) and [D] a
+decision of this project. Where an original has a statistic over a batch, here each image has its own [D]; position
+embeddings are resized by `rfclip.towers` in the same way for all methods [D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rfclip.config import RefocusConfig
+from rfclip.ops import Backend, operations
+from rfclip.towers import Block, Tower
+
+if TYPE_CHECKING:
+    from rfclip.methods.registry import MethodCard
+
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+class Method:
+    """A method on an image tower. It keeps no tensor between calls, so threads can share it.
+
+    Args:
+        card: what is known of the method.
+        tower: the tower it runs on.
+        config: for RF-CLIP and what derives from it.
+        backend: as for `rfclip.refocus`.
+
+    Raises:
+        ValueError: the tower has too few blocks, or the backend is unknown or cannot run there.
+    """
+
+    def __init__(self, card: MethodCard, tower: Tower, config: RefocusConfig | None, backend: str) -> None:
+        if len(tower.blocks) < card.blocks:
+            raise ValueError(f"method {card.name!r} needs {card.blocks} blocks, and this tower has {len(tower.blocks)}")
+        self.card, self.tower, self.config, self.backend = card, tower, config, backend
+        self._chosen: tuple[torch.device, torch.dtype, Backend] | None = None
+        self.ops  # noqa: B018  refuse a backend that cannot run here right away
+
+    @property
+    def name(self) -> str:
+        """As `rfclip.refocus` takes it."""
+        return self.card.name
+
+    @property
+    def ops(self) -> Backend:
+        """The operations on the backend that suits where the weights are now."""
+        weight = self.tower.weight
+        if self._chosen is None or self._chosen[:2] != (weight.device, weight.dtype):
+            self._chosen = weight.device, weight.dtype, operations(self.backend, weight.device, weight.dtype)
+        return self._chosen[2]
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """What the tower's own forward returns, for the same arguments."""
+        self.tower.check_eval()
+        return self.tower.pool(self.stream(self.tower.patches(self.tower.images(*args, **kwargs))))
+
+    def stream(self, patches: Tensor) -> Tensor:
+        """What leaves the last block [B, T, d] on the way to the image embedding; most methods do not change it."""
+        x, qkv = self.last(patches)
+        return self.tower.blocks[-1].finish(x, F.scaled_dot_product_attention(*qkv))
+
+    def dense(self, patches: Tensor, images: Tensor | None = None) -> Tensor:
+        """Patch embeddings [B, C, gh, gw], before normalization.
+
+        Args:
+            patches: the tower's [B, d, gh, gw], of images, or of windows that were cut out after the convolution.
+            images: those windows [B, 3, height, width], normalized as the model expects, if the card's `sees_images`.
+        """
+        self.tower.check_eval()
+        return self.tower.readout(self.tokens(patches)).mT.unflatten(-1, patches.shape[2:])
+
+    def tokens(self, patches: Tensor) -> Tensor:
+        """z without the prefix, [B, N, d]."""
+        raise NotImplementedError
+
+    def inputs(self, patches: Tensor) -> Iterator[tuple[Block, Tensor, QKV]]:
+        """Each block with its input in the plain tower, and its q, k and v."""
+        x = self.tower.embed(patches)
+        for number, block in enumerate(self.tower.blocks, 1):
+            q, k, v = block.query_key_value(x)
+            yield block, x, (q, k, v)
+            if number < len(self.tower.blocks):
+                x = block.finish(x, F.scaled_dot_product_attention(q, k, v))
+
+    def last(self, patches: Tensor) -> tuple[Tensor, QKV]:
+        """x[L], in most methods that of the plain tower, and its q, k and v."""
+        for _, x, qkv in self.inputs(patches):  # noqa: B007  only the last ones count
+            pass
+        return x, qkv

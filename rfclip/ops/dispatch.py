@@ -1,0 +1,95 @@
+"""Which implementation runs an operation: the reference, fast PyTorch, or the Triton kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+import rfclip_kernels
+from rfclip.config import BACKENDS
+from rfclip.ops import eager, reference
+from rfclip.ops.key_average import KeyAverage
+from rfclip_kernels.checks import interpreted
+from rfclip_kernels.operations import OPERATIONS, Operations
+
+REFERENCE = {name: getattr(reference, name) for name in OPERATIONS}
+
+
+class Backend(Operations):
+    """The operations on a named backend.
+
+    Attributes:
+        name: "reference", "eager" or "triton".
+        borrowed: the operations that it takes from the reference.
+    """
+
+    def __init__(self, name: str, own: dict[str, object], key_average: type[KeyAverage] = KeyAverage) -> None:
+        super().__init__(REFERENCE | own)
+        self.name, self._key_average = name, key_average
+        self.borrowed = sorted(REFERENCE.keys() - own.keys())
+
+    def key_average(self, *, layers: int, similar: int, gathers: bool, prefix: int) -> KeyAverage:
+        """A new running average of key-key attention; arguments as for `KeyAverage`."""
+        return self._key_average(self, layers=layers, similar=similar, gathers=gathers, prefix=prefix)
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return backend, (self.name,)
+
+
+@cache
+def backend(name: str) -> Backend:
+    """The backend called "reference", "eager" or "triton"."""
+    if name == "triton":
+        return Backend(name, rfclip_kernels.launchers())
+    if name == "eager":
+        own = {operation: getattr(eager, operation) for operation in eager.__all__}
+        return Backend(name, own, eager.KeyAverage)
+    return Backend(name, REFERENCE)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, and why it is the one that runs."""
+
+    backend: str
+    reason: str
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    """The backend that runs a model whose weights have this device and dtype. A named one is never replaced.
+
+    Raises:
+        ValueError: the backend is unknown, or is "triton" where the kernels cannot run.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend={name!r}: expected one of {', '.join(BACKENDS)}")
+    if name in ("eager", "reference"):
+        return Choice(name, "requested")
+    obstacle = _obstacle(device, dtype)
+    if name == "triton":
+        if obstacle is not None and not (device.type == "cpu" and _interpreting()):
+            raise ValueError(f'backend="triton": {obstacle}; use backend="eager", or "auto"')
+        return Choice("triton", "requested")
+    if obstacle is None:
+        return Choice("triton", f"Triton has compiled kernels for {torch.cuda.get_device_name(device)}")
+    return Choice("eager", obstacle)
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps the Triton kernels from running there, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type != "cuda":  # also PyTorch's name for ROCm devices
+        return f"the model is on {device}, and Triton's kernels run on CUDA and ROCm devices"
+    if dtype == torch.float64:
+        return "the weights are float64, and the kernels take float32, float16 or bfloat16"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has a compute capability below 8.0, the lowest compiled for"
+    return None
+
+
+def _interpreting() -> bool:
+    return importlib.util.find_spec("triton") is not None and interpreted()

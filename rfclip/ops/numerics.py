@@ -1,0 +1,23 @@
+"""Precision rules that every PyTorch implementation follows."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from rfclip_kernels.operations import computing_dtype
+
+__all__ = ["computing_dtype", "matmul", "no_autocast"]
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """The product in the computing dtype of `a`, even where autocast would lower it."""
+    dtype = computing_dtype(a)
+    with no_autocast(a.device):
+        return a.to(dtype) @ b.to(dtype)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """Products in the dtype of their factors. Does nothing where autocast is off or unknown to the device."""
+    lowered = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if lowered else nullcontext()

@@ -1,0 +1,272 @@
+"""The reference: each operation as a plain PyTorch function that reads like its equation.
+
+`rfclip_kernels.operations` has the contract of each: what it computes, its shapes and its notation. Functions here are
+called with checked arguments and with every default filled in. None reads a value back from the device.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rfclip.ops.numerics import computing_dtype, matmul
+
+BAND = 1 << 22  # upsampled logits that `upsample_argmax` holds at a time
+
+
+# Steps 1 to 3: distraction tokens, and the repair of their embeddings
+
+
+def dimension_weights(x: Tensor, shifted: bool) -> Tensor:
+    f, total = _shifted_sum(x, shifted)
+    return torch.where(total == 0, 0, f / total)
+
+
+def distraction_scores(x: Tensor, dims: list[int], shifted: bool) -> Tensor:
+    f, total = _shifted_sum(x, shifted)
+    total = total.mT
+    return torch.where(total == 0, 0, _columns(f, dims) / total).amax(dim=1)
+
+
+def distraction_mask(x: Tensor, dims: list[int], threshold: float, shifted: bool) -> Tensor:
+    return distraction_scores(x, dims, shifted) > threshold
+
+
+def received_attention(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
+    A = _attention(q, k, scale)
+    return A[:, :, prefix:, prefix:].mean(dim=(1, 2))
+
+
+def redistribute_embeddings(x: Tensor, mask: Tensor, dims: list[int], gh: int, gw: int, size: int) -> None:
+    """In place."""
+    before = _columns(x, dims)  # [B, |D_dis|, N]
+    planes = before.to(computing_dtype(x)).unflatten(-1, (gh, gw))
+    total, count = neighbour_sum(F.pad(planes, (0, 0, 0, 0, 0, 1), value=1), size).split([len(dims), 1], dim=1)
+    mean = (total / count).to(x.dtype)
+    after = torch.where(mask[:, None] & (count > 0), mean, before)
+    for j, values in zip(dims, after.unbind(dim=1), strict=True):
+        x[..., j] = values
+
+
+def clamp_embeddings(x: Tensor, mask: Tensor, dims: list[int], threshold: float, shifted: bool) -> Tensor:
+    values = x.to(computing_dtype(x))
+    least = values.amin(dim=-1, keepdim=True) if shifted else torch.zeros_like(values[..., :1])
+    most = least + threshold * (values - least).sum(dim=-1, keepdim=True)  # [B, N, 1]
+    out = x.clone()
+    for j in dims:
+        clamped = torch.minimum(values[..., j], most[..., 0]).to(x.dtype)
+        out[..., j] = torch.where(mask, clamped, x[..., j])
+    return out
+
+
+def filter_embeddings(x: Tensor, mask: Tensor, gh: int, gw: int, size: int, statistic: str) -> Tensor:
+    planes = x.to(computing_dtype(x)).mT.unflatten(-1, (gh, gw))  # [B, d, gh, gw]
+    padded = F.pad(planes, (size // 2,) * 4, value=float("nan"))
+    windows = padded.unfold(2, size, 1).unfold(3, size, 1).flatten(4)  # [B, d, gh, gw, size^2]
+    if statistic == "mean":
+        filtered = windows.nanmean(dim=-1)
+    else:
+        ordered, count = windows.sort(dim=-1).values, windows.isfinite().sum(dim=-1, keepdim=True)  # NaN sorts last
+        filtered = (ordered.gather(-1, (count - 1) // 2) + ordered.gather(-1, count // 2)).squeeze(-1) / 2
+    return torch.where(mask[..., None], filtered.flatten(2).mT.to(x.dtype), x).contiguous()
+
+
+# Step 4: the defocused foreground
+
+
+def key_similarity(k: Tensor, running: Tensor, count: int, scale: float, prefix: int) -> None:
+    """In place in `running`, whose values count only if `count` does."""
+    new = _attention(k, k, scale)[:, :, prefix:, prefix:].mean(dim=1)
+    running.copy_((running * count + new) / (count + 1) if count else new)
+
+
+def fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
+    """Exactly, by `torch.linalg.eigh`.
+
+    With y = Deg^-1/2 u the problem is symmetric: (I - Deg^-1/2 W Deg^-1/2) u = lambda u. The eigenvector of lambda = 0
+    is known, u = Deg^1/2 1. Its eigenvalue is moved above all others, none of which exceeds 2, so that y is the first
+    vector of what remains even if two clusters are so far apart that the second eigenvalue is 0 up to rounding.
+    """
+    S = similarity.to(computing_dtype(similarity))
+    W = (S + S.mT) / 2
+    deg = W.sum(dim=-1)  # [B, N]
+    inv_sqrt = torch.where(deg > 0, deg.rsqrt(), 0)  # Deg^-1/2
+    trivial = F.normalize(deg.sqrt(), dim=-1)  # u of lambda = 0
+    identity = torch.eye(S.shape[1], dtype=S.dtype, device=S.device)
+    laplacian = identity - inv_sqrt[:, :, None] * W * inv_sqrt[:, None, :]
+    _, u = torch.linalg.eigh(laplacian + 3 * trivial[:, :, None] * trivial[:, None, :])
+    y = inv_sqrt * u[..., 0]
+    largest = y.abs().argmax(dim=-1, keepdim=True)
+    return y * y.gather(-1, largest).sign()
+
+
+def defocus_mask(fiedler: Tensor, threshold: str) -> Tensor:
+    y, N = fiedler.to(computing_dtype(fiedler)), fiedler.shape[1]
+    if threshold == "mean" or N == 1:
+        return y > y.mean(dim=-1, keepdim=True)
+    ordered = y.sort(dim=-1).values
+    centred = ordered - ordered.mean(dim=-1, keepdim=True)
+    low = torch.arange(1, N, device=y.device)  # size of the lower class, for each split
+    high = N - low
+    low_sum = centred.cumsum(dim=-1)[:, :-1]
+    variance = low * high * (low_sum / low - (centred.sum(dim=-1, keepdim=True) - low_sum) / high) ** 2
+    return y > ordered.gather(-1, variance.argmax(dim=-1, keepdim=True))
+
+
+# Steps 5 and 6: attention
+
+
+def refocused_attention(
+    q: Tensor, k: Tensor, v: Tensor, distraction: Tensor, target: Tensor, beta: float, scale: float, prefix: int
+) -> Tensor:
+    dis, tgt = attention_sets(distraction, target, prefix)
+    A = move_attention(_attention(q, k, scale), dis, tgt, beta, prefix)
+    return matmul(A, v).to(v.dtype)
+
+
+def self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, prefix: int) -> Tensor:
+    matrix = None if bias is None else offset_bias(bias.to(computing_dtype(u)), prefix)
+    A = _attention(u, u, scale, matrix)
+    return matmul(A, v).to(v.dtype)
+
+
+def proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int) -> Tensor:
+    total = sum(_attention(k, k, scale)[:, :, prefix:, prefix:] for k in keys)  # one layer's matrix at a time
+    return matmul(total / len(keys), v[:, :, prefix:]).to(v.dtype)
+
+
+# Steps 8 and 9: from windows to pixels
+
+
+def average_windows(logits: Tensor, corners: list[tuple[int, int]], side: int, h: int, w: int) -> Tensor:
+    dtype = computing_dtype(logits)
+    total = logits.new_zeros((logits.shape[1], h, w), dtype=dtype)
+    seen = logits.new_zeros((h, w), dtype=dtype)
+    for window, (top, left) in zip(logits, corners, strict=True):
+        resized = F.interpolate(window[None].to(dtype), size=(side, side), mode="bilinear", align_corners=False)[0]
+        total[:, top : top + side, left : left + side] += resized
+        seen[top : top + side, left : left + side] += 1
+    return total.div_(seen)
+
+
+def class_probabilities(
+    logits: Tensor, H: int, W: int, logit_scale: float, class_of_name: Tensor, classes: int, rows: range
+) -> Tensor:
+    probability = _name_probabilities(logits, H, W, logit_scale, rows)
+    out = probability.new_zeros((classes, *probability.shape[1:]))
+    index = class_of_name[:, None, None].expand_as(probability)
+    return out.scatter_reduce_(0, index, probability, "amax")
+
+
+def upsample_argmax(
+    logits: Tensor, H: int, W: int, logit_scale: float, class_of_name: Tensor, threshold: float | None
+) -> Tensor:
+    """A band of rows at a time."""
+    out = logits.new_empty((H, W), dtype=torch.int32)
+    band = max(1, BAND // (len(logits) * W))
+    for top in range(0, H, band):
+        rows = range(top, min(top + band, H))
+        probability = _name_probabilities(logits, H, W, logit_scale, rows)
+        best = probability.amax(dim=0)  # [rows, W]
+        none = torch.iinfo(torch.int32).max
+        label = torch.where(probability == best, class_of_name[:, None, None], none).amin(dim=0)
+        out[top : rows.stop] = label if threshold is None else torch.where(best < threshold, -1, label)
+    return out
+
+
+def pamr(image: Tensor, mask: Tensor, iterations: int, dilations: list[int]) -> Tensor:
+    dtype = torch.promote_types(computing_dtype(image), computing_dtype(mask))
+    steps = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    around = [(d * dy, d * dx) for d in dilations for dy, dx in steps if (dy, dx) != (0, 0)]
+    x = image.to(dtype)
+    near = torch.stack([_moved(x, *offset) for offset in around])  # [P, B, CI, H, W]
+    every = torch.cat([near, x.expand(len(dilations), *x.shape)])
+    std = ((every - every.mean(dim=0)).square().sum(dim=0) / (len(every) - 1)).sqrt()
+    weight = (-(x - near).abs() / (1e-8 + 0.1 * std)).mean(dim=2, keepdim=True).softmax(dim=0)  # [P, B, 1, H, W]
+    out = mask.to(dtype, copy=True)
+    for _ in range(iterations):
+        out = sum(w * _moved(out, *offset) for w, offset in zip(weight, around, strict=True))
+    return out.to(mask.dtype).contiguous()
+
+
+# Parts of the operations, some of which explanations and other methods also use
+
+
+def attention_sets(distraction: Tensor, target: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """The columns of A that give and those that receive, bool [B, T]; the prefix is in neither unless in the target."""
+    dis = F.pad(distraction, (prefix, 0))
+    return dis, F.pad(target, (dis.shape[-1] - target.shape[-1], 0)) & ~dis
+
+
+def move_attention(A: Tensor, dis: Tensor, tgt: Tensor, beta: float, prefix: int, first: int = 0) -> Tensor:
+    """A' of equations 9 to 12 for rows of A [B, H, ., T], the first of which is row `first`, and sets [B, T]."""
+    dis, tgt = dis[:, None, None, :], tgt[:, None, None, :]
+    patch_rows = torch.arange(first, first + A.shape[2], device=A.device)[:, None] >= prefix
+    dis_mass = torch.where(dis, A, 0).sum(dim=-1, keepdim=True)
+    tgt_mass = torch.where(tgt, A, 0).sum(dim=-1, keepdim=True)
+    omega = beta * dis_mass
+    # A / tgt_mass comes first: it is at most 1, while omega / tgt_mass can overflow.
+    moved = torch.where(dis, (1 - beta) * A, torch.where(tgt, A + omega * (A / tgt_mass), A))
+    return torch.where(patch_rows & (tgt_mass > 0), moved, A)  # without mass on T_dis, omega = 0 changes nothing
+
+
+def offset_bias(bias: Tensor, prefix: int) -> Tensor:
+    """The matrix [T, T] of a bias by offset [2 gh - 1, 2 gw - 1], 0 in the rows and columns of the prefix."""
+    gh, gw = ((side + 1) // 2 for side in bias.shape)
+    rows, columns = (torch.arange(side, device=bias.device) for side in (gh, gw))
+    down = (rows[:, None] - rows + gh - 1)[:, None, :, None]
+    right = (columns[:, None] - columns + gw - 1)[None, :, None, :]
+    return F.pad(bias[down, right].reshape(gh * gw, gh * gw), (prefix, 0, prefix, 0))
+
+
+def neighbour_sum(planes: Tensor, size: int) -> Tensor:
+    """Sum over the size x size window without its centre, zeros off the grid: [B, C, gh, gw] -> [B, C, N].
+
+    The centre is left out rather than subtracted: it can outweigh its neighbours by orders of magnitude.
+    """
+    (gh, gw), centre = planes.shape[2:], size // 2
+    padded = F.pad(planes, (centre,) * 4)
+    places = [(r, c) for r in range(size) for c in range(size) if (r, c) != (centre, centre)]
+    return sum(padded[:, :, r : r + gh, c : c + gw] for r, c in places).flatten(2)
+
+
+def _columns(x: Tensor, dims: list[int]) -> Tensor:
+    """Some dimensions of x [B, N, d], as [B, len(dims), N]; a list as an index would be copied to the device."""
+    return torch.stack([x[..., j] for j in dims], dim=1)
+
+
+def _shifted_sum(x: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
+    """f of equation 6 and its sum over dimensions: [B, N, d] and [B, N, 1] in the computing dtype."""
+    f = x.to(computing_dtype(x))
+    if shifted:
+        f = f - f.amin(dim=-1, keepdim=True)
+    return f, f.sum(dim=-1, keepdim=True)
+
+
+def _attention(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """A = softmax(q k^T * scale + bias) over all T keys, [B, H, T, T] in the computing dtype."""
+    logits = matmul(q, k.mT) * scale  # [T, D] @ [D, T] -> [T, T]
+    return torch.softmax(logits if bias is None else logits + bias, dim=-1)
+
+
+def _name_probabilities(logits: Tensor, H: int, W: int, logit_scale: float, rows: range) -> Tensor:
+    """Softmax over names of some rows of logits [K, h, w] resized to H x W: [K, len(rows), W], computing dtype."""
+    resized = _resized_rows(logits.to(computing_dtype(logits)), H, W, rows)
+    return (logit_scale * resized).softmax(dim=0)
+
+
+def _resized_rows(x: Tensor, H: int, W: int, rows: range) -> Tensor:
+    """Some rows of x [K, h, w] resized bilinearly to H x W: [K, len(rows), W], as F.interpolate computes them."""
+    places = torch.arange(rows.start, rows.stop, rows.step, dtype=x.dtype, device=x.device)
+    at = ((places + 0.5) * (x.shape[1] / H) - 0.5).clamp(0, x.shape[1] - 1)
+    low = at.floor().long()
+    high = (low + 1).clamp(max=x.shape[1] - 1)
+    mixed = torch.lerp(x[:, low], x[:, high], (at - low)[:, None])
+    return F.interpolate(mixed, size=W, mode="linear", align_corners=False)
+
+
+def _moved(x: Tensor, down: int, right: int) -> Tensor:
+    """The value `down` and `right` of each pixel of x [B, C, H, W]; beyond the border the edge repeats."""
+    H, W = x.shape[2:]
+    rows = (torch.arange(H, device=x.device) + down).clamp(0, H - 1)
+    columns = (torch.arange(W, device=x.device) + right).clamp(0, W - 1)
+    return x[:, :, rows[:, None], columns]

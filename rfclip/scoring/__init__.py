@@ -1,0 +1,1 @@
+"""How well a method segments a dataset: metrics, resumable runs, and what is written of them."""

@@ -1,0 +1,59 @@
+"""Class names as users give them."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+Classes: TypeAlias = str | os.PathLike | Sequence[str | Sequence[str]]
+ClassNames: TypeAlias = list[tuple[str, ...]]  # the names of each class, the first standing for it
+MOST = 65534  # classes, so that labels fit into 16 bits
+
+
+def parse_classes(classes: Classes) -> ClassNames:
+    """The names of each class: one tuple per class, its first name standing for it.
+
+    Args:
+        classes: a list whose items are a name, names separated by commas ("cat, kitten"), or a list of names; or a file
+            of one class per line; or one string of classes separated by commas or, to allow synonyms, by semicolons:
+            "cat, kitten; dog".
+
+    Raises:
+        ValueError: there is no class, an empty name, a repeated name, or no such file.
+    """
+    if isinstance(classes, os.PathLike) or (isinstance(classes, str) and os.path.isfile(classes)):
+        try:
+            items: Iterable = [line for line in Path(classes).read_text("utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"classes file {classes}: {error}") from error
+    elif isinstance(classes, str) and (classes.endswith(".txt") or os.sep in classes):
+        raise ValueError(f"classes: there is no file {classes}")
+    elif isinstance(classes, str):
+        items = split_classes(classes)
+    else:
+        items = classes
+    parsed = []
+    for item in items:
+        names = item.split(",") if isinstance(item, str) else item
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"classes: got {item!r}, expected a name or a list of names")
+        parsed.append(tuple(" ".join(name.split()) for name in names))
+    every = [name for names in parsed for name in names]
+    if not every or not all(every) or not all(parsed):
+        raise ValueError(f"classes: got {classes!r}, expected at least one class and no empty names")
+    twice = [name for name, count in Counter(every).items() if count > 1]
+    if twice:
+        raise ValueError(f"classes: {', '.join(map(repr, twice))} given more than once; every name must be distinct")
+    if len(parsed) > MOST:
+        raise ValueError(f"classes: got {len(parsed)}, at most {MOST} are possible")
+    return parsed
+
+
+def split_classes(text: str) -> list[list[str]]:
+    """The names of each class in "cat, dog" or, with synonyms, in "cat, kitten; dog". The text is never a file name."""
+    if ";" in text:
+        return [names.split(",") for names in text.split(";")]
+    return [[name] for name in text.split(",")]

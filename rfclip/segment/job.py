@@ -1,0 +1,116 @@
+"""A model with its settings, by name, so that a command, a page or a worker elsewhere can make the same one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rfclip import __version__
+from rfclip.config import TINY, RefocusConfig
+from rfclip.injection import inject_distraction
+from rfclip.methods import RF_CLIP, Protocol
+from rfclip.segment.segmenter import Segmenter
+from rfclip.towers.loading import absolute_names, load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model with its settings; fields as on the command line.
+
+    Attributes:
+        inject: the share of patch tokens in which distraction is simulated, see `inject_distraction`.
+    """
+
+    model: str = TINY
+    pretrained: str | None = None
+    config: RefocusConfig | None = None
+    method: str = RF_CLIP
+    backend: str = "auto"
+    device: str = "cpu"
+    precision: str = "fp32"
+    batch: int | None = None
+    pamr: bool = False
+    inject: float = 0.0
+
+    @property
+    def shown(self) -> tuple[str, str | None]:
+        """Model and weights without the folders of this machine."""
+        return _without_folder(self.model), self.pretrained and _without_folder(self.pretrained)
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, self.shown))
+
+    def load(self, device: str | None = None) -> nn.Module:
+        """The model, on the job's device or on another."""
+        return load_model(self.model, self.pretrained, device=device or self.device, precision=self.precision)
+
+    @contextlib.contextmanager
+    def segmenter(
+        self,
+        model: nn.Module | None = None,
+        *,
+        device: str | None = None,
+        protocol: Protocol | None = None,
+        **options: Any,
+    ) -> Iterator[Segmenter]:
+        """A segmenter, and with it the simulated distraction, until the `with` statement ends.
+
+        Args:
+            model: the job's model if it is loaded already.
+            device: where the model is or will be; if that is not the job's device, the backend is "auto".
+            protocol, options: as for `Segmenter`.
+        """
+        there = device or self.device
+        segmenter = Segmenter(
+            self.model if model is None else model,
+            self.pretrained if model is None else None,
+            config=self.config,
+            method=self.method,
+            protocol=protocol,
+            backend=self.backend if there == self.device else "auto",
+            device=there,
+            precision=self.precision,
+            tokenizer=load_tokenizer(self.model),
+            batch=self.batch,
+            **options,
+        )
+        with segmenter, inject_distraction(segmenter.model, self.inject):
+            yield segmenter
+
+    def elsewhere(self) -> Job:
+        """The same for a process with another working directory."""
+        model, pretrained = absolute_names(self.model, self.pretrained)
+        return replace(self, model=model, pretrained=pretrained)
+
+    def described(self, segmenter: Segmenter, weights: str | None = None) -> dict[str, object]:
+        """What a result depends on; `weights` is the segmenter's digest if that is known."""
+        windows = segmenter.windows
+        return {
+            "model": self.model,
+            "pretrained": self.pretrained,
+            "weights": weights or segmenter.digest(),
+            "method": segmenter.method,
+            "config": segmenter.config and json.loads(segmenter.config.to_json()),
+            "backend": self.backend,
+            "precision": self.precision,
+            "short_side": windows.short_side,
+            "long_side": windows.long_side,
+            "window": windows.window,
+            "stride": windows.stride,
+            "logit_scale": segmenter.logit_scale,
+            "pamr": self.pamr,
+            "inject_distraction": self.inject,
+            "rfclip": __version__,
+        }
+
+
+def _without_folder(name: str) -> str:
+    source, colon, path = name.rpartition(":")
+    return f"{source}{colon}{Path(path).name}" if os.path.exists(path) else name

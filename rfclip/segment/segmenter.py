@@ -1,0 +1,253 @@
+"""Segments pictures by class names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from rfclip.config import TINY, RefocusConfig
+from rfclip.images import ImageLike, to_rgb
+from rfclip.methods import RF_CLIP, Protocol, find_method
+from rfclip.plugin import installed, refocus
+from rfclip.segment.classes import Classes, ClassNames, parse_classes
+from rfclip.segment.result import Segmentation
+from rfclip.segment.text import TextEmbeddings, digest
+from rfclip.segment.windows import Windows
+from rfclip.towers import Tower, read_tower
+from rfclip.towers.loading import canonical_name, check_model, load_model, load_tokenizer
+
+
+class Segmenter:
+    """Segments pictures by class names with RF-CLIP, or with another method.
+
+    A picture is resized to a short side of one and a half windows, seen through overlapping windows of the model's own
+    size, whose logits are averaged, resized to the picture and turned into labels (steps 7 to 9 of the method).
+
+    Args:
+        model: a name, as for `rfclip.load_model`, or a model, as for `rfclip.refocus`; a plain model is refocused until
+            `close()`.
+        pretrained: open_clip's tag or a path to safetensors, if model is a name.
+        config: RF-CLIP's settings; None takes the model's own if they are known. Not for a model refocused already.
+        method: one of `rfclip.methods.METHODS`; None takes RF-CLIP, or that of a model refocused already.
+        protocol: the defaults of the sides and the scale below; None takes the method's own.
+        backend: as for `rfclip.refocus`.
+        device, precision: if model is a name.
+        tokenizer: if model is a ready model with another tokenizer than CLIP's.
+        templates: functions from a name to a prompt; open_clip's 80 for ImageNet by default.
+        short_side, window, stride: in pixels, the window a multiple of the patch; None takes the protocol's, for
+            RF-CLIP 3/2, 1 and 1/2 of the size that the model was trained at (336, 224 and 112 for ViT-B/16).
+        long_side: the longest the resized picture may be, its short side being no less than a window; None: any.
+        batch: windows that go through the tower at a time; None: as many as `memory_limit` allows.
+        logit_scale: factor of the cosines before the softmax; None takes the protocol's, 40 for RF-CLIP.
+        memory_limit: roughly how many bytes a batch of windows, or a band of the probabilities asked for, may take, in
+            addition to the model, the convolved patches and patch logits of all windows, and the averaged logits of the
+            resized picture.
+        cache: folder for text embeddings; None: the user's cache folder; False: no cache on disk.
+
+    Raises:
+        ValueError: an argument is out of range, or as `rfclip.load_model` and `rfclip.refocus`.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module = TINY,
+        pretrained: str | None = None,
+        *,
+        config: RefocusConfig | None = None,
+        method: str | None = None,
+        protocol: Protocol | None = None,
+        backend: str = "auto",
+        device: str | torch.device = "cpu",
+        precision: str = "fp32",
+        tokenizer: Callable[[list[str]], Tensor] | None = None,
+        templates: Sequence[Callable[[str], str]] = open_clip.OPENAI_IMAGENET_TEMPLATES,
+        short_side: int | None = None,
+        window: int | None = None,
+        stride: int | None = None,
+        long_side: int | None = None,
+        batch: int | None = None,
+        logit_scale: float | None = None,
+        memory_limit: int = 1 << 30,
+        cache: str | os.PathLike | bool | None = None,
+    ) -> None:
+        if isinstance(model, str):
+            model = canonical_name(model)
+            self.name, self.pretrained = model, pretrained
+            if config is None and model != TINY and find_method(method or RF_CLIP).configured:
+                check_model(model, pretrained)
+                config = RefocusConfig.preset(model, pretrained)  # before a download that would be in vain
+            self.model = load_model(model, pretrained, device=device, precision=precision)
+            tokenizer = tokenizer or load_tokenizer(model)
+        elif pretrained is not None:
+            raise ValueError(f"pretrained={pretrained!r} goes with a model's name; this model has its weights")
+        else:
+            self.name, self.pretrained, self.model = type(model).__name__, None, model
+        self.tower = read_tower(self.model)
+        self._text = TextEmbeddings(
+            self.model, self.tower, tokenizer or _clip_tokenizer(self.name, self.model, self.tower), templates, cache
+        )
+        present = installed(self.model)
+        if present is not None and (config is not None or method is not None):
+            raise ValueError("config, method: this model is already refocused, with its own")
+        card = present.card if present else find_method(method or RF_CLIP)
+        protocol = protocol or card.protocol
+        self.windows = Windows.by_protocol(protocol, self.tower, window, stride, short_side, long_side)
+        if batch is not None and batch < 1:
+            raise ValueError(f"batch={batch}: expected at least 1, or None")
+        self.batch, self.memory_limit = batch, memory_limit
+        self.logit_scale = protocol.logit_scale if logit_scale is None else logit_scale
+        self._handle = None if present else refocus(self.model, config, method=card.name, backend=backend)
+        self._method = present or installed(self.model)
+
+    @property
+    def backend(self) -> str:
+        """The backend asked for."""
+        return self._method.backend
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return self._method.name
+
+    @property
+    def config(self) -> RefocusConfig | None:
+        """The settings in use; None if the method has none."""
+        return self._method.config
+
+    def close(self) -> None:
+        """Restore a model that this segmenter refocused."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def __enter__(self) -> Segmenter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __call__(
+        self,
+        image: ImageLike,
+        classes: Classes,
+        *,
+        threshold: float | None = None,
+        probabilities: bool = False,
+        pamr: bool = False,
+    ) -> Segmentation:
+        """Segment one picture.
+
+        Args:
+            image: as `rfclip.images.to_rgb` takes it.
+            classes: as `rfclip.segment.classes.parse_classes` takes them.
+            threshold: pixels whose largest class probability is below it get the class called "background" or, if there
+                is none, the label `Segmentation.nothing`.
+            probabilities: also return every class's probability.
+            pamr: refine the cosines along the picture's edges before they are resized to the picture, step 9 of the
+                method.
+
+        Raises:
+            ValueError: the image, the classes or the threshold is not as described.
+            RuntimeError: the segmenter is closed.
+        """
+        named = parse_classes(classes)
+        return self.segment(to_rgb(image), named, threshold=threshold, probabilities=probabilities, pamr=pamr)
+
+    @torch.inference_mode()
+    def segment(
+        self,
+        rgb: Image.Image,
+        named: ClassNames,
+        *,
+        threshold: float | None = None,
+        probabilities: bool = False,
+        pamr: bool = False,
+    ) -> Segmentation:
+        """The same for an upright RGB picture and the names of each class, taken literally.
+
+        A name may stand in several classes: those have the same score for it, and the first of them wins.
+        """
+        if installed(self.model) is not self._method:
+            raise RuntimeError("this segmenter is closed, or its model was restored: make another Segmenter")
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"threshold={threshold!r}: expected a probability, from 0 to 1")
+        text = self.text_embeddings(tuple(name for names in named for name in names))
+        logits = self.window_logits(rgb, text, pamr=pamr)
+        labels, dense = self._labels(logits, rgb.size[::-1], named, threshold, probabilities)
+        return Segmentation(rgb, labels, tuple(names[0] for names in named), dense)
+
+    @torch.inference_mode()
+    def text_embeddings(self, names: tuple[str, ...]) -> Tensor:
+        """One normalized embedding per name, [K, C] float32: the normalized mean of its prompts' normalized embeddings.
+
+        Each name is encoded on its own, so that its embedding does not depend on the others, and kept in memory, and on
+        disk under a key of the text tower, its weights and the prompts' tokens. The weights are read once: make another
+        segmenter after changing them.
+        """
+        return self._text(names)
+
+    def digest(self) -> str:
+        """A hash of the model's weights and structure."""
+        return digest(self.model)
+
+    @torch.inference_mode()
+    def window_logits(self, rgb: Image.Image, text: Tensor, *, pamr: bool = False) -> Tensor:
+        """Cosines of every pixel of the resized picture with every name, averaged over windows: [K, h, w] float32.
+
+        With `pamr` they are refined along the edges of the resized picture.
+        """
+        tower, windows, method = self.tower, self.windows, self._method
+        x, text = windows.picture(rgb, tower), text.to(tower.weight.device)
+        corners = windows.corners(*x.shape[1:])
+        patches, logits = windows.patches(tower, x, corners), []
+        batch = self.batch or max(1, self.memory_limit // windows.bytes_each(tower, len(text)))
+        for start in range(0, len(corners), batch):
+            part = slice(start, start + batch)
+            images = windows.cut(x, corners[part]) if method.card.sees_images else None
+            features = F.normalize(method.dense(torch.stack(patches[part]), images).float(), dim=1)
+            logits.append((text @ features.flatten(2)).unflatten(-1, features.shape[2:]))
+        averaged = method.ops.average_windows(torch.cat(logits), corners, windows.window, tuple(x.shape[1:]))
+        return method.ops.pamr(x[None], averaged[None])[0] if pamr else averaged
+
+    def _labels(
+        self,
+        logits: Tensor,
+        size: tuple[int, int],
+        named: ClassNames,
+        threshold: float | None,
+        keep: bool,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Labels [H, W] from logits [K, h, w] and, on request, probabilities [C, H, W], one band of rows at a time."""
+        ops, (height, width) = self._method.ops, size
+        first_names = [names[0] for names in named]
+        dtype = np.dtype(np.uint8 if len(named) < 256 else np.uint16)
+        below = first_names.index("background") if "background" in first_names else np.iinfo(dtype).max
+        class_of_name = torch.tensor([c for c, names in enumerate(named) for _ in names], device=logits.device)
+        found = ops.upsample_argmax(logits, size, self.logit_scale, class_of_name, threshold).cpu().numpy()
+        labels = np.where(found < 0, below, found).astype(dtype)
+        if not keep:
+            return labels, None
+        dense = np.empty((len(named), *size), np.float32)
+        band = max(1, self.memory_limit // (4 * 4 * len(logits) * width))
+        for top in range(0, height, band):
+            rows = range(top, min(top + band, height))
+            shares = ops.class_probabilities(logits, size, self.logit_scale, class_of_name, len(named), rows)
+            dense[:, top : rows.stop] = shares.cpu().numpy()
+        return labels, dense
+
+
+def _clip_tokenizer(name: str, model: nn.Module, tower: Tower) -> Callable[[list[str]], Tensor]:
+    """The tokenizer of a model with CLIP's vocabulary."""
+    size, length = tower.vocabulary(model)
+    if size != 49408:
+        raise ValueError(
+            f"{name} knows {size or 'no'} tokens, and CLIP's tokenizer has 49408: pass one that fits, such as "
+            "tokenizer=open_clip.get_tokenizer(name)"
+        )
+    return open_clip.SimpleTokenizer(context_length=length)

@@ -1,0 +1,217 @@
+"""A uniform view of CLIP's vision transformers: the parts that RF-CLIP takes apart.
+
+Nothing here changes or copies a weight. Tokens are always [B, T, d], even where a library has them sequence first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from torch import Tensor, nn
+
+SUPPORTED = (
+    "rfclip works with open_clip's own vision transformers (ViT-B-16, ViT-L-14 and the like, with a class token, "
+    "standard attention and no attentional pooling) and with transformers' CLIPModel and CLIPVisionModelWithProjection"
+)
+
+
+class Block:
+    """One residual attention block: x + out(attention), then x + mlp(ln_2(x)).
+
+    Attributes:
+        heads: H.
+        ln_1, ln_2: the norms before attention and MLP.
+        out, mlp: the modules that end the two branches, in order.
+    """
+
+    def __init__(
+        self, heads: int, ln_1: nn.Module, out: list[nn.Module], ln_2: nn.Module, mlp: list[nn.Module]
+    ) -> None:
+        self.heads, self.ln_1, self.out, self.ln_2, self.mlp = heads, ln_1, out, ln_2, mlp
+
+    def query_key_value(self, x: Tensor, *, query: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
+        """q (None if not wanted), k and v of x [B, T, d], each a [B, H, T, D] view of a projection."""
+        q, k, v = (
+            None if u is None else u.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for u in self._projections(self.ln_1(x), query)
+        )
+        return q, k, v
+
+    def _projections(self, y: Tensor, query: bool) -> Iterable[Tensor | None]:
+        """q (None if not wanted), k and v of the normalized stream, each [B, T, d]."""
+        raise NotImplementedError
+
+    def project(self, heads: Tensor) -> Tensor:
+        """The attention branch's output [B, T, d] for what its heads gathered [B, H, T, D]."""
+        return _through(self.out, heads.transpose(1, 2).flatten(2))
+
+    def finish(self, x: Tensor, heads: Tensor) -> Tensor:
+        """The block's output [B, T, d] from its input x and what its heads gathered [B, H, T, D]."""
+        x = x + self.project(heads)
+        return x + _through(self.mlp, self.ln_2(x))
+
+
+class Tower:
+    """The image tower of a CLIP. A subclass is a family: it reads models of one library and loads them by name.
+
+    Attributes:
+        prefix: tokens in front of the patches: CLS and, in other towers than CLIP's, registers or nothing.
+        module: turns images into the tower's output; its `forward` is what `rfclip.refocus` replaces.
+        conv: the patch convolution.
+        blocks, ln_pre, ln_post: as in the paper.
+        image_size, patch_size, grid_size: (height, width) in pixels, pixels and patches, as trained.
+        image_mean, image_std: the statistics, per colour, that its images are normalized by.
+        image_parts: names of the model's children that its text embeddings do not depend on.
+    """
+
+    image_parts: ClassVar[tuple[str, ...]]
+    prefix: int
+    module: nn.Module
+    conv: nn.Module
+    ln_pre: nn.Module
+    ln_post: nn.Module
+    blocks: list[Block]
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    grid_size: tuple[int, int]
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+
+    def __init__(self, model: nn.Module) -> None:
+        """Take a model apart.
+
+        Raises:
+            ValueError: RF-CLIP is not defined on its tower.
+        """
+        raise NotImplementedError
+
+    # The family
+
+    @classmethod
+    def reads(cls, model: nn.Module) -> bool:
+        """Whether a model is of this family."""
+        raise NotImplementedError
+
+    @classmethod
+    def takes(cls, name: str) -> bool:
+        """Whether a model's name belongs to this family."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_name(cls, name: str, pretrained: str | None) -> None:
+        """Raise ValueError if a model or its weights cannot be used, before anything is built or downloaded."""
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, name: str, pretrained: str | None, device: str | torch.device, precision: str) -> nn.Module:
+        """Load a model by name.
+
+        Raises:
+            ValueError: its weights are missing or are not safetensors.
+            ConnectionError: they could not be downloaded.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def tokenizer(cls, name: str) -> Callable[[list[str]], Tensor] | None:
+        """The tokenizer of a model; None if it has CLIP's vocabulary."""
+        raise NotImplementedError
+
+    # The tower
+
+    def _normalize_as(self, owner: nn.Module) -> None:
+        """Take mean and standard deviation from a module that may have them, else OpenAI's."""
+        self.image_mean = tuple(getattr(owner, "image_mean", OPENAI_DATASET_MEAN))
+        self.image_std = tuple(getattr(owner, "image_std", OPENAI_DATASET_STD))
+
+    @property
+    def width(self) -> int:
+        """d, the dimensions of the residual stream."""
+        return self.conv.out_channels
+
+    @property
+    def weight(self) -> Tensor:
+        """A weight, which tells device and dtype."""
+        return self.conv.weight
+
+    def check_eval(self) -> None:
+        """Raise RuntimeError in training mode."""
+        if self.module.training:
+            raise RuntimeError("the model is in training mode; RF-CLIP is for inference: call model.eval() first")
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """The patch grid (gh, gw) of images [B, 3, gh * patch, gw * patch]; ValueError for any other shape."""
+        patch_height, patch_width = self.patch_size
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or 0 in images.shape:
+            raise ValueError(f"images: got {images.dtype} {tuple(images.shape)}, expected float [B, 3, height, width]")
+        height, width = images.shape[2:]
+        if height % patch_height or width % patch_width:
+            raise ValueError(
+                f"images of {height} x {width}: height and width must be multiples of the patch, "
+                f"{patch_height} x {patch_width}; resize or pad them"
+            )
+        return height // patch_height, width // patch_width
+
+    def patches(self, images: Tensor) -> Tensor:
+        """The patch convolution [B, d, gh, gw] of images [B, 3, height, width]; ValueError as `grid`."""
+        self.grid(images)
+        return self.conv(images.to(self.weight.dtype))
+
+    def embed(self, patches: Tensor) -> Tensor:
+        """The residual stream that enters the first block, [B, prefix + N, d], of convolved patches [B, d, gh, gw].
+
+        On any grid but the trained one, position embeddings are resized bicubically (this project's choice).
+        """
+        height, width = patches.shape[2:]
+        x = patches.flatten(2).transpose(1, 2)
+        prefix, position = self._embeddings()
+        if (height, width) != self.grid_size:
+            trained = position[self.prefix :].unflatten(0, self.grid_size).permute(2, 0, 1)[None]
+            trained = trained.to(torch.promote_types(position.dtype, torch.float32))
+            resized = F.interpolate(trained, size=(height, width), mode="bicubic", align_corners=False)
+            position = torch.cat([position[: self.prefix], resized[0].flatten(1).T.to(position.dtype)])
+        prefix = prefix.to(x.dtype).expand(x.shape[0], -1, -1)
+        return self.ln_pre(torch.cat([prefix, x], dim=1) + position.to(x.dtype))
+
+    def _embeddings(self) -> tuple[Tensor, Tensor]:
+        """The embeddings of the prefix [prefix, d], and the position embeddings [prefix + N, d] of the trained grid."""
+        raise NotImplementedError
+
+    def readout(self, tokens: Tensor) -> Tensor:
+        """Text-aligned embeddings [..., C] of tokens [..., d] from the last block: proj(ln_post(tokens))."""
+        raise NotImplementedError
+
+    def images(self, *args: object, **kwargs: object) -> Tensor:
+        """The images [B, 3, height, width] among the arguments of the module's `forward`."""
+        raise NotImplementedError
+
+    def pool(self, x: Tensor) -> object:
+        """What the module's own forward returns for the last block's output x [B, T, d]."""
+        raise NotImplementedError
+
+    def encode_image(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Image embeddings [B, C] from the tower's model, not normalized."""
+        raise NotImplementedError
+
+    def encode_text(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        """Text embeddings [K, C] of tokens [K, n] from the tower's model, not normalized."""
+        raise NotImplementedError
+
+    def vocabulary(self, model: nn.Module) -> tuple[int | None, int | None]:
+        """Size of the text tower's vocabulary and length of its context; None if the model does not say."""
+        raise NotImplementedError
+
+
+def _through(modules: list[nn.Module], x: Tensor) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,134 @@
+"""Hugging Face's CLIP."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from rfclip.towers.base import SUPPORTED, Block, Tower, first_line
+
+HUGGING_FACE = "transformers:"  # prefix of the names of its models
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class HuggingFaceBlock(Block):
+    """A `CLIPEncoderLayer`, which projects query, key and value separately."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.attention = layer.self_attn
+        out, mlp = [layer.self_attn.out_proj], [layer.mlp]
+        super().__init__(layer.self_attn.num_heads, layer.layer_norm1, out, layer.layer_norm2, mlp)
+
+    def _projections(self, y: Tensor, query: bool) -> Iterable[Tensor | None]:
+        attention = self.attention
+        return attention.q_proj(y) if query else None, attention.k_proj(y), attention.v_proj(y)
+
+
+class HuggingFaceTower(Tower):
+    """The `vision_model` and `visual_projection` of a transformers CLIPModel or CLIPVisionModelWithProjection.
+
+    Images are normalized as for OpenAI's models unless the model has `image_mean` and `image_std`, which
+    `rfclip.load_model` sets.
+    """
+
+    image_parts = ("vision_model", "visual_projection")
+    prefix = 1
+
+    @classmethod
+    def reads(cls, model: nn.Module) -> bool:
+        library = sys.modules.get("transformers.models.clip.modeling_clip")  # imported if there is a model of it
+        return library is not None and isinstance(model, library.CLIPModel | library.CLIPVisionModelWithProjection)
+
+    @classmethod
+    def takes(cls, name: str) -> bool:
+        return name.startswith(HUGGING_FACE)
+
+    @classmethod
+    def check_name(cls, name: str, pretrained: str | None) -> None:
+        if importlib.util.find_spec("transformers") is None:
+            raise ValueError(f'{name} needs transformers: pip install "rfclip[transformers]"')
+        if pretrained is not None:
+            raise ValueError(f"pretrained={pretrained!r}: {name} comes with its own weights")
+
+    @classmethod
+    def load(cls, name: str, pretrained: str | None, device: str | torch.device, precision: str) -> nn.Module:
+        import transformers
+
+        if precision not in DTYPES:
+            raise ValueError(f"precision={precision!r}: expected one of {', '.join(DTYPES)}")
+        source = name.removeprefix(HUGGING_FACE)
+        try:
+            kind = transformers.CLIPConfig.get_config_dict(source)[0].get("model_type")
+            if kind != "clip":
+                raise ValueError(f"{name} is a model of type {kind!r}; {SUPPORTED}")
+            processor = transformers.CLIPImageProcessor.from_pretrained(source)
+            model, loading = transformers.CLIPModel.from_pretrained(
+                source, dtype=DTYPES[precision], use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if Path(source).is_dir():
+                raise ValueError(f"{source} does not hold a CLIPModel: {first_line(error)}") from error
+            raise ConnectionError(
+                f"{source!r} could not be downloaded from the Hugging Face hub: {first_line(error)}\n"
+                "This needs a network once; later runs use the copy on disk."
+            ) from error
+        if loading["missing_keys"]:
+            raise ValueError(f"{source} lacks weights of a CLIPModel: {', '.join(sorted(loading['missing_keys']))}")
+        model.image_mean, model.image_std = tuple(processor.image_mean), tuple(processor.image_std)
+        return model.to(device)
+
+    @classmethod
+    def tokenizer(cls, name: str) -> None:
+        return None
+
+    def __init__(self, model: nn.Module) -> None:
+        vision, config = model.vision_model, model.vision_model.config
+        self.module, self.proj = vision, model.visual_projection
+        self.conv = vision.embeddings.patch_embedding
+        self.ln_pre, self.ln_post = vision.pre_layrnorm, vision.post_layernorm
+        self.blocks = [HuggingFaceBlock(layer) for layer in vision.encoder.layers]
+        self.image_size, self.patch_size = (config.image_size,) * 2, (config.patch_size,) * 2
+        self.grid_size = (config.image_size // config.patch_size,) * 2
+        self._normalize_as(model)
+
+    def _embeddings(self) -> tuple[Tensor, Tensor]:
+        embeddings = self.module.embeddings
+        return embeddings.class_embedding[None], embeddings.position_embedding.weight
+
+    def readout(self, tokens: Tensor) -> Tensor:
+        return self.proj(self.ln_post(tokens))
+
+    def images(self, pixel_values: Tensor, interpolate_pos_encoding: bool = True, **kwargs: object) -> Tensor:
+        """Position embeddings are always resized to the grid, whatever `interpolate_pos_encoding` says.
+
+        Raises:
+            ValueError: an argument asks for more than the pooled output and the last hidden state.
+        """
+        asked = [name for name, value in kwargs.items() if value and name != "return_dict"]
+        if asked or kwargs.get("return_dict") is False:
+            raise ValueError(
+                f"{', '.join(asked) or 'return_dict=False'}: a refocused tower returns its pooled output and its last "
+                "hidden state; undo the refocusing (handle.remove()) for more"
+            )
+        return pixel_values
+
+    def pool(self, x: Tensor) -> object:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=self.ln_post(x[:, 0]))
+
+    def encode_image(self, model: nn.Module, images: Tensor) -> Tensor:
+        return self.proj(model.vision_model(images, interpolate_pos_encoding=True).pooler_output)
+
+    def encode_text(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        return model.get_text_features(tokens).pooler_output
+
+    def vocabulary(self, model: nn.Module) -> tuple[int | None, int | None]:
+        text = getattr(model.config, "text_config", None)
+        return getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None)

@@ -1,0 +1,158 @@
+"""open_clip's own vision transformers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from rfclip.config import TINY
+from rfclip.towers.base import SUPPORTED, Block, Tower, first_line
+
+SOURCES = ("hf-hub:", "local-dir:")  # prefixes of names that are not in open_clip's list
+
+
+class OpenCLIPBlock(Block):
+    """Blocks with `nn.MultiheadAttention`, batch first or not, and with open_clip's own `Attention`."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.attention = block.attn
+        # LayerScale and the norm in open_clip's custom blocks belong to the branch; in CLIP both are identities.
+        norms = [block.ln_attn] if hasattr(block, "ln_attn") else []
+        out, mlp = [block.attn.out_proj, *norms, block.ls_1], [block.mlp, block.ls_2]
+        super().__init__(block.attn.num_heads, block.ln_1, out, block.ln_2, mlp)
+
+    def _projections(self, y: Tensor, query: bool) -> Iterable[Tensor | None]:
+        attention, unwanted = self.attention, 0 if query else y.shape[-1]
+        bias = None if attention.in_proj_bias is None else attention.in_proj_bias[unwanted:]
+        *q, k, v = F.linear(y, attention.in_proj_weight[unwanted:], bias).split(y.shape[-1], dim=-1)
+        return q[0] if query else None, k, v
+
+
+class OpenCLIPTower(Tower):
+    """The `.visual` of an open_clip model. This family takes every name that no other does."""
+
+    image_parts = ("visual",)
+    prefix = 1
+
+    @classmethod
+    def reads(cls, model: nn.Module) -> bool:
+        return getattr(model, "visual", None) is not None
+
+    @classmethod
+    def takes(cls, name: str) -> bool:
+        return True
+
+    @classmethod
+    def check_name(cls, name: str, pretrained: str | None) -> None:
+        if name.startswith("local-dir:") and not Path(name.removeprefix("local-dir:")).is_dir():
+            raise ValueError(f"{name}: there is no such folder")
+        if name.startswith(SOURCES):
+            return
+        if name not in open_clip.list_models():
+            raise ValueError(f"unknown model {name!r}; `rfclip models` lists the known ones")
+        if not can_refocus(name):
+            raise ValueError(f"{name} cannot be refocused; {SUPPORTED}")
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if pretrained is None:
+            raise ValueError(f"{name} needs pretrained weights: one of {', '.join(tags) or 'none is known'}, or a path")
+        if pretrained.lower() in tags:
+            return
+        path = Path(pretrained)
+        if not path.is_file():
+            raise ValueError(f"pretrained={pretrained!r} is neither a file nor weights of {name}: {', '.join(tags)}")
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path}: weights must be safetensors, since a pickle can run code; convert them first")
+
+    @classmethod
+    def load(cls, name: str, pretrained: str | None, device: str | torch.device, precision: str) -> nn.Module:
+        try:
+            quick_gelu = (open_clip.get_pretrained_cfg(name, pretrained or "") or {}).get("quick_gelu")
+            with warnings.catch_warnings():
+                # open_clip warns if a checkpoint wants QuickGELU and the name does not say so: force it instead.
+                warnings.filterwarnings("ignore", message="QuickGELU mismatch")
+                return open_clip.create_model(
+                    name, pretrained, device=device, precision=precision, force_quick_gelu=bool(quick_gelu)
+                )
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            downloaded = name.startswith("hf-hub:") or open_clip.is_pretrained_cfg(name, pretrained or "")
+            if not downloaded:
+                source = name if name.startswith("local-dir:") else pretrained
+                raise ValueError(f"{source} does not hold the weights of {name}: {first_line(error)}") from error
+            raise ConnectionError(
+                f"the weights of {name!r} ({pretrained!r}) could not be downloaded: {first_line(error)}\n"
+                "This needs a network once; later runs use the copy on disk. Without one, pass --pretrained the path "
+                f"of weights saved as safetensors, or use the bundled model, {TINY} (the default)."
+            ) from error
+
+    @classmethod
+    def tokenizer(cls, name: str) -> Callable[[list[str]], Tensor] | None:
+        return open_clip.get_tokenizer(name)
+
+    def __init__(self, model: nn.Module) -> None:
+        visual = getattr(model, "visual", None)
+        if visual is None:
+            raise ValueError(f"got a {type(model).__name__}; {SUPPORTED}")
+        if not isinstance(visual, VisionTransformer):
+            raise ValueError(f"got an image tower of class {type(visual).__name__}; {SUPPORTED}")
+        if visual.attn_pool is not None or visual.pool_type not in ("tok", "avg"):
+            raise ValueError(f"this image tower pools its tokens by attention or not at all; {SUPPORTED}")
+        for block in visual.transformer.resblocks:
+            _check_block(block)
+        self.module, self.conv = visual, visual.conv1
+        self.ln_pre, self.ln_post = visual.ln_pre, visual.ln_post
+        self.blocks = [OpenCLIPBlock(block) for block in visual.transformer.resblocks]
+        self.image_size, self.patch_size = tuple(visual.image_size), tuple(visual.patch_size)
+        self.grid_size = tuple(visual.grid_size)
+        self._normalize_as(visual)
+
+    def _embeddings(self) -> tuple[Tensor, Tensor]:
+        return self.module.class_embedding[None], self.module.positional_embedding
+
+    def readout(self, tokens: Tensor) -> Tensor:
+        tokens, proj = self.ln_post(tokens), self.module.proj
+        return tokens if proj is None else tokens @ proj
+
+    def images(self, x: Tensor) -> Tensor:
+        return x
+
+    def pool(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        pooled, tokens = self.module._pool(x)
+        if self.module.proj is not None:
+            pooled = pooled @ self.module.proj
+        return (pooled, tokens) if self.module.output_tokens else pooled
+
+    def encode_image(self, model: nn.Module, images: Tensor) -> Tensor:
+        return model.encode_image(images)
+
+    def encode_text(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        return model.encode_text(tokens)
+
+    def vocabulary(self, model: nn.Module) -> tuple[int | None, int | None]:
+        return getattr(model, "vocab_size", None), getattr(model, "context_length", None)
+
+
+def can_refocus(name: str) -> bool:
+    """Whether open_clip's config of that name describes an image tower that `rfclip.refocus` accepts."""
+    vision = open_clip.get_model_config(name)["vision_cfg"]
+    standard = isinstance(vision.get("layers", 12), int) and not vision.get("timm_model_name")
+    return standard and not vision.get("attentional_pool") and vision.get("pool_type", "tok") in ("tok", "avg")
+
+
+def _check_block(block: nn.Module) -> None:
+    attn = getattr(block, "attn", None)
+    if getattr(attn, "in_proj_weight", None) is None or not hasattr(block, "ls_1"):
+        raise ValueError(
+            f"this tower has blocks of class {type(block).__name__}, without a packed projection; {SUPPORTED}"
+        )
+    special = [name for name in ("logit_scale", "head_scale", "bias_k") if getattr(attn, name, None) is not None]
+    special += [n for n in ("ln_q", "ln_k", "ln_inner") if not isinstance(getattr(attn, n, nn.Identity()), nn.Identity)]
+    if special:
+        raise ValueError(f"this tower's attention has {', '.join(special)}, which RF-CLIP does not define; {SUPPORTED}")

@@ -1,0 +1,311 @@
+"""Every operation with example inputs, and the kernel that runs it: one entry for each.
+
+Tests, `make report` and `make bench` call an operation with the inputs of its entry, on tensors of a tower's sizes:
+random ones on a CPU or a GPU, or tensors without data.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Inputs = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of an image tower at one size of image, and how tensors of these sizes are made.
+
+    Attributes:
+        B, H, D, L: images, heads, head dimension, layers.
+        grid: (gh, gw).
+        prefix: tokens in front of the patches.
+        dtype: of activations; scores are float32, or float64 if activations are.
+        device: where tensors live.
+        seed: of random values; None leaves tensors uninitialized, which tensors without data need.
+        names: class names K.
+        patch: pixels per patch.
+        iterations: of PAMR.
+    """
+
+    B: int = 1
+    H: int = 12
+    D: int = 64
+    L: int = 12
+    grid: tuple[int, int] = (14, 14)
+    prefix: int = 1
+    dtype: torch.dtype = torch.float16
+    device: str = "cpu"
+    seed: int | None = 0
+    names: int = 171
+    patch: int = 16
+    iterations: int = 10
+
+    @property
+    def N(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def T(self) -> int:
+        return self.prefix + self.N
+
+    @property
+    def d(self) -> int:
+        return self.H * self.D
+
+    @property
+    def dims(self) -> list[int]:
+        """Up to eight distraction dimensions."""
+        return list(range(min(4, self.d - 1), self.d, math.ceil(self.d / 8)))
+
+    @property
+    def score_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @cached_property
+    def _generator(self) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(self.seed or 0)
+
+    def tensor(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Normally distributed values, or none."""
+        dtype = dtype or self.dtype
+        if self.seed is None:
+            return torch.empty(sizes, dtype=dtype, device=self.device)
+        return torch.randn(sizes, generator=self._generator, device=self.device, dtype=torch.float32).to(dtype)
+
+    def scores(self, *sizes: int) -> Tensor:
+        return self.tensor(*sizes, dtype=self.score_dtype)
+
+    def heads(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, each [B, H, T, D], as views of the packed projection."""
+        q, k, v = self.tensor(self.B, self.T, 3, self.H, self.D).permute(2, 0, 3, 1, 4).unbind()
+        return q, k, v
+
+    def patches(self) -> Tensor:
+        """Patch tokens [B, N, d], as a view of all tokens; every tenth is over-active."""
+        x = self.tensor(self.B, self.T, self.d)[:, self.prefix :]
+        if self.seed is not None:
+            x[:, ::10, self.dims[0]] += 40
+        return x
+
+    def mask(self, every: int) -> Tensor:
+        """bool [B, N], True at every so many of the patches, from another one in each image."""
+        if self.seed is None:
+            return torch.empty((self.B, self.N), dtype=torch.bool, device=self.device)
+        patch = torch.arange(self.N, device=self.device) + torch.arange(self.B, device=self.device)[:, None]
+        return patch % every == 0
+
+    def similarity(self) -> Tensor:
+        """[B, N, N], of patches in two groups."""
+        noise = self.scores(self.B, self.N, self.N)
+        if self.seed is None:
+            return noise
+        group = torch.arange(self.N, device=self.device) < math.ceil(self.N / 3)
+        return (2.0 * (group[:, None] == group) + noise / 2).softmax(dim=-1)
+
+    def classes(self) -> Tensor:
+        """The class of each name, int64 [K], three names to a class."""
+        if self.seed is None:
+            return torch.empty(self.names, dtype=torch.int64, device=self.device)
+        return torch.arange(self.names, device=self.device) // 3
+
+
+@dataclass(frozen=True)
+class Products:
+    """What a Triton kernel multiplies and reads, for the report; the arguments `a` are those of its launch.
+
+    Attributes:
+        tiles: products of [BM, BD] with [BD, BN] in one program, one number for each possible count of target keys if
+            it depends on that; None if the kernel multiplies no matrices.
+        vectors: products of [BM, BD] with a single key [BD].
+        updated: tensors that are read and written.
+        sparse: tensors of which only a few places are touched, which count as nothing.
+    """
+
+    tiles: Callable[[dict], Iterable[int]] | None = None
+    vectors: Callable[[dict], int] = lambda a: 0
+    updated: tuple[str, ...] = ()
+    sparse: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """An operation that multiplies matrices, compared with `count` plain flash attentions of `rows` queries.
+
+    The least work per head is a product of [rows, D] with [D, T] and, if `products` is 2, one of [rows, N] with [N, D].
+    """
+
+    products: int
+    count: Callable[[Sizes], int] = lambda s: 1
+    rows: Callable[[Sizes], int] = lambda s: s.N
+    goal: bool = False  # held to the goals of the report
+    head_dims: bool = True  # compiled for every head dimension
+
+
+@dataclass(frozen=True)
+class Example:
+    """An operation with example inputs.
+
+    Attributes:
+        operation: a method of `Operations`.
+        inputs: its arguments by name.
+        variant: tells apart the examples of one operation; "" for the plain one.
+        module: where `launch_<operation>` and its kernels are; None where PyTorch runs the operation.
+        sweep: for operations that multiply matrices.
+        kernels: what their Triton kernels multiply and read, by name, unless that is nothing special.
+        batched: whether the first axis of every tensor (the second of `keys`) is B.
+    """
+
+    operation: str
+    inputs: Callable[[Sizes], Inputs]
+    variant: str = ""
+    module: str | None = None
+    sweep: Sweep | None = None
+    kernels: dict[str, Products] = field(default_factory=dict, hash=False)
+    batched: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.operation}, {self.variant}" if self.variant else self.operation
+
+
+def _scored(s: Sizes) -> Inputs:
+    return {"x": s.patches(), "dims": s.dims}
+
+
+def _masked(s: Sizes) -> Inputs:
+    return {"x": s.patches(), "mask": s.mask(10), "dims": s.dims}
+
+
+def _filtered(s: Sizes) -> Inputs:
+    return {"x": s.patches(), "mask": s.mask(10), "grid": s.grid}
+
+
+def _refocused(s: Sizes) -> Inputs:
+    q, k, v = s.heads()
+    return {"q": q, "k": k, "v": v, "distraction": s.mask(10), "target": s.mask(3), "beta": 0.7, "prefix": s.prefix}
+
+
+def _self(s: Sizes) -> Inputs:
+    _, k, v = s.heads()
+    return {"u": k, "v": v, "prefix": s.prefix}
+
+
+def _windows(s: Sizes) -> Inputs:
+    """Four square windows that overlap by half."""
+    gh = min(s.grid)
+    side = gh * s.patch
+    corners = [(top, left) for top in (0, side // 2) for left in (0, side // 2)]
+    far = side + side // 2
+    return {"logits": s.tensor(4, s.names, gh, gh), "corners": corners, "side": side, "size": (far, far)}
+
+
+def _pixels(s: Sizes) -> Inputs:
+    """Logits for a picture of twice the size of what the tower saw."""
+    h, w = (side * s.patch for side in s.grid)
+    logits = s.scores(s.names, h, w)
+    return {"logits": logits, "size": (2 * h, 2 * w), "logit_scale": 40.0, "class_of_name": s.classes()}
+
+
+def _pamr(s: Sizes) -> Inputs:
+    h, w = (side * s.patch for side in s.grid)
+    return {"image": s.tensor(s.B, 3, h, w), "mask": s.tensor(s.B, 21, h, w), "iterations": s.iterations}
+
+
+def _two_runs(a: dict) -> list[int]:
+    N = a["T"] - a["PREFIX"]
+    return [2 * (-(-n // a["BN"]) + -(-(N - n) // a["BN"])) for n in range(N + 1)]
+
+
+def _patches(a: dict) -> int:
+    return a["T"] - a["PREFIX"]
+
+
+_ATTENTION = Sweep(products=2, rows=lambda s: s.T, goal=True)
+_REFOCUSED = {"refocused_attention_kernel": Products(_two_runs, lambda a: a["PREFIX"])}
+_SWEPT = {
+    "self_attention_kernel": Products(
+        lambda a: [2 * a["L"] * -(-_patches(a) // a["BN"])], lambda a: a["L"] * a["PREFIX"]
+    )
+}
+_LOGSUMEXP = {"row_logsumexp_kernel": Products(lambda a: [-(-_patches(a) // a["BN"])], lambda a: a["PREFIX"])}
+_SIMILARITY = _LOGSUMEXP | {"key_similarity_kernel": Products(lambda a: [a["H"]], updated=("running_ptr",))}
+_RECEIVED = _LOGSUMEXP | {"received_attention_kernel": Products(lambda a: [a["H"] * -(-_patches(a) // a["BM"])])}
+_REPAIRED = {"redistribute_kernel": Products(sparse=("x_ptr",))}
+
+EXAMPLES = (
+    Example("dimension_weights", lambda s: {"x": s.patches()}),
+    Example("distraction_scores", _scored, module="distraction"),
+    Example("distraction_mask", lambda s: _scored(s) | {"threshold": 5 / s.d}, module="distraction"),
+    Example(
+        "distraction_mask",
+        lambda s: _scored(s) | {"threshold": 5 / s.d, "shifted": False},
+        "not shifted",
+        module="distraction",
+    ),
+    Example(
+        "received_attention",
+        lambda s: dict(zip("qk", s.heads()[:2], strict=True)) | {"prefix": s.prefix},
+        module="similarity",
+        sweep=Sweep(products=1),
+        kernels=_RECEIVED,
+    ),
+    Example(
+        "redistribute_embeddings", lambda s: _masked(s) | {"grid": s.grid}, module="distraction", kernels=_REPAIRED
+    ),
+    Example(
+        "redistribute_embeddings",
+        lambda s: _masked(s) | {"grid": s.grid, "size": 7},
+        "7 x 7",
+        module="distraction",
+        kernels=_REPAIRED,
+    ),
+    Example("clamp_embeddings", lambda s: _masked(s) | {"threshold": 5 / s.d}),
+    Example("filter_embeddings", _filtered),
+    Example("filter_embeddings", lambda s: _filtered(s) | {"statistic": "median"}, "median"),
+    Example(
+        "key_similarity",
+        lambda s: {"k": s.heads()[1], "prefix": s.prefix},
+        "first block",
+        module="similarity",
+        sweep=Sweep(products=1),
+        kernels=_SIMILARITY,
+    ),
+    Example(
+        "key_similarity",
+        lambda s: {"k": s.heads()[1], "running": s.similarity(), "count": 1, "prefix": s.prefix, "inplace": True},
+        "later block",
+        module="similarity",
+        sweep=Sweep(products=1, head_dims=False),
+        kernels=_SIMILARITY,
+    ),
+    Example("fiedler_vector", lambda s: {"similarity": s.similarity(), "start": s.scores(s.B, s.N)}, module="cut"),
+    Example("defocus_mask", lambda s: {"fiedler": s.scores(s.B, s.N)}, module="cut"),
+    Example("defocus_mask", lambda s: {"fiedler": s.scores(s.B, s.N), "threshold": "otsu"}, "Otsu", module="cut"),
+    Example("refocused_attention", _refocused, module="attention", sweep=_ATTENTION, kernels=_REFOCUSED),
+    Example("self_attention", _self, module="attention", sweep=_ATTENTION, kernels=_SWEPT),
+    Example(
+        "self_attention",
+        lambda s: _self(s) | {"bias": s.scores(2 * s.grid[0] - 1, 2 * s.grid[1] - 1)},
+        "bias",
+        module="attention",
+        sweep=_ATTENTION,
+        kernels=_SWEPT,
+        batched=False,
+    ),
+    Example(
+        "proxy_attention",
+        lambda s: {"keys": s.tensor(s.L, s.B, s.H, s.T, s.D), "v": s.heads()[2], "prefix": s.prefix},
+        module="attention",
+        sweep=Sweep(products=2, count=lambda s: s.L, goal=True),
+        kernels=_SWEPT,
+    ),
+    Example("average_windows", _windows, module="upsample", batched=False),
+    Example("class_probabilities", lambda s: _pixels(s) | {"classes": -(-s.names // 3)}, batched=False),
+    Example("upsample_argmax", lambda s: _pixels(s) | {"threshold": 0.1}, module="upsample", batched=False),
+    Example("pamr", _pamr, module="refinement"),
+)
+KERNELS = {example.operation: example for example in EXAMPLES if example.module}

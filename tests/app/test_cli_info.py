@@ -1,0 +1,99 @@
+"""What the command says about itself: help, version, models and backends; import times; `rfclip serve` refused."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from commands import refused, run
+from typer.testing import CliRunner
+
+import rfclip
+import rfclip.methods
+from rfclip.cli import app
+
+pytestmark = pytest.mark.usefixtures("folder")
+
+
+@pytest.mark.parametrize("columns", ["60", "80", "300"])
+def test_models(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    result = run("models")
+    assert result.exit_code == 0
+    listed = {line.split("│")[1].strip() for line in result.stdout.splitlines() if line.startswith("│")}
+    assert {"rfclip-tiny", "ViT-B-16", "ViT-L-14"} <= listed
+    assert not [name for name in listed if re.match(r"RN\d|convnext|ViT-B-16-SigLIP|coca|EVA", name)]
+    assert "…" not in result.stdout  # nothing is cut off
+    if columns != "60":
+        assert "commonpool_l_laion_s1b_b8k" in result.stdout
+
+
+def test_version():
+    done = subprocess.run([sys.executable, "-m", "rfclip", "--version"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (f"rfclip {rfclip.__version__}\n", "")
+
+
+def test_help_is_quick():
+    code = """
+import sys
+from typer.testing import CliRunner
+from rfclip.cli import app
+for command in ([], ["segment"], ["calibrate"], ["models"], ["evaluate"]):
+    result = CliRunner().invoke(app, [*command, "--help"])
+    assert result.exit_code == 0 and "Usage" in result.stdout
+print({"torch", "open_clip", "numpy", "PIL"} & sys.modules.keys())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_importing_is_quick():
+    code = """
+import time
+import open_clip
+began = time.perf_counter()
+import rfclip
+rfclip.Segmenter, rfclip.refocus
+print(time.perf_counter() - began)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.3
+
+
+def test_no_command():
+    result = run()
+    assert "Usage" in result.output
+    for command in ("segment", "calibrate", "models", "evaluate"):
+        assert command in result.output
+
+
+def test_info_says_what_runs_and_why():
+    runner = CliRunner()
+    shown = runner.invoke(app, ["info"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    for part in (
+        "torch",
+        torch.__version__.split("+")[0],
+        "triton",
+        "open_clip_torch",
+        "backend on cpu",
+        "clamp_embeddings",
+        "eager: ",
+    ):
+        assert part in shown.output
+    refused = runner.invoke(app, ["info", "--backend", "triton"])
+    assert refused.exit_code == 2
+    assert "the model is on cpu" in " ".join(refused.output.split())
+    assert runner.invoke(app, ["info", "--device", "toaster"]).exit_code == 2
+
+
+def test_serve_without_gradio(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    refused(run("serve"), 'pip install "rfclip[serve]"')
+
+
+def test_serve_refuses_before_it_listens(tmp_path):
+    refused(run("serve", "--model", "RN50"), "RN50")
+    refused(run("serve", "--device", "cuda:9"), "cuda:9")
+    refused(run("serve", "--config", tmp_path / "none.json"), "none.json")

@@ -1,0 +1,374 @@
+"""`rfclip segment`, end to end on real files and bad ones."""
+
+import json
+import re
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from commands import NAMES, check_result, files_below, refused, run, segment, state
+from miniatures import scene
+from PIL import Image
+
+import rfclip
+import rfclip.methods
+from rfclip import RefocusConfig
+from rfclip.scenes import CLASSES
+
+pytestmark = pytest.mark.usefixtures("folder")
+
+
+def results(*stems):
+    return {f"{stem}{suffix}" for stem in stems for suffix in (".mask.png", ".overlay.png", ".json")}
+
+
+@pytest.fixture
+def pictures(folder):
+    """a.png, b.jpg and deep/c.PNG in the folder pictures, among files that are not pictures."""
+    at = folder / "pictures"
+    (at / "deep").mkdir(parents=True)
+    scene(1).save(at / "a.png")
+    scene(2, 64, 40).save(at / "b.jpg")
+    scene(3).save(at / "deep" / "c.PNG")
+    (at / "notes.txt").write_text("no picture")
+    (at / "deep" / "figures.json").write_text("{}")
+    return at
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    return rfclip.Segmenter(cache=False)
+
+
+# What comes out -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["picture.png", "picture.jpg", "picture.v2.png", "ein Bild [1].png"])
+def test_one_file(segmenter, name):
+    scene(1).save(name)
+    result = segment(name, "--out", "results/new")
+    assert result.exit_code == 0
+    assert "1 segmented into" in result.stderr
+    stem = f"results/new/{name[:-4]}"
+    labels, record = check_result(stem, scene(1), [[name] for name in NAMES])
+    assert np.array_equal(labels, segmenter(name, NAMES).labels)
+    assert (record["image"], record["model"], record["pretrained"]) == (name, "rfclip-tiny", None)
+    assert RefocusConfig.from_json(json.dumps(record["config"])) == segmenter.config
+    assert record["threshold"] is None
+
+
+def test_a_turned_picture_comes_out_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    scene(1, 40, 64).save("turned.jpg", exif=exif)
+    assert segment("turned.jpg").exit_code == 0
+    check_result("rfclip-out/turned", Image.new("RGB", (40, 64)), [[name] for name in NAMES])
+
+
+def test_the_overlay_shows_the_masks_colours():
+    Image.new("RGB", (64, 56), "gray").save("picture.png")
+    assert segment("picture.png", classes="sky").exit_code == 0
+    colour = np.array(Image.open("rfclip-out/picture.mask.png").getpalette()[:3])
+    row = np.asarray(Image.open("rfclip-out/picture.overlay.png"))[28].astype(int)
+    seen = row[len(row) // 2]
+    assert np.all(np.sign(seen - 128) == np.sign(colour - 128))
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        (["pictures"], ["a", "b", "deep/c"]),
+        (["pictures/"], ["a", "b", "deep/c"]),
+        (["pictures/*.png"], ["a"]),
+        (["pictures/**/*.[pP][nN][gG]"], ["a", "c"]),
+        (["pictures/a.png", "pictures/b.jpg"], ["a", "b"]),
+        (["pictures/b.jpg", "pictures/deep"], ["b", "c"]),
+        (["pictures", "pictures/a.png", "pictures/?.png"], ["a", "b", "deep/c"]),
+    ],
+    ids=["folder", "slash", "glob", "recursive-glob", "files", "mixed", "given-twice"],
+)
+def test_what_is_segmented(pictures, given, expected):
+    result = segment(*given, classes="cat, dog")
+    assert result.exit_code == 0, result.output
+    assert files_below(pictures.parent / "rfclip-out") == results(*expected)
+    assert f"{len(expected)} segmented" in result.stderr
+
+
+@pytest.mark.parametrize("given", ["pictures", "pictures/*.*g"], ids=["folder", "glob"])
+def test_results_are_not_segmented_again(pictures, given):
+    for out in ("pictures", "pictures/deep"):
+        segment("pictures/a.png", "--out", out)
+    result = segment(given, "--out", "again")
+    assert result.exit_code == 0, result.output
+    expected = results("a", "b", "deep/c") if given == "pictures" else results("a", "b")
+    assert files_below(pictures.parent / "again") == expected
+
+
+@pytest.mark.parametrize(
+    "classes, expected",
+    [
+        ("cat, kitten; dog", [["cat", "kitten"], ["dog"]]),
+        (" cat ,dog", [["cat"], ["dog"]]),
+        ("cat", [["cat"]]),
+        ("names.txt", [["cat", "kitten"], ["dog"], ["green grass"]]),
+    ],
+    ids=["synonyms", "spaces", "one", "file"],
+)
+def test_classes(folder, classes, expected):
+    (folder / "names.txt").write_text("cat, kitten\n\ndog\n  green   grass\n", "utf-8")
+    scene(1).save("picture.png")
+    assert segment("picture.png", classes=classes).exit_code == 0
+    check_result("rfclip-out/picture", scene(1), expected)
+
+
+def test_threshold(segmenter):
+    scene(1).save("picture.png")
+    want = segmenter("picture.png", NAMES, probabilities=True)
+    largest = want.probabilities.max(axis=0)
+    threshold = float(np.median(largest))
+    assert segment("picture.png", "--threshold", repr(threshold)).exit_code == 0
+    labels, record = check_result("rfclip-out/picture", scene(1), [[name] for name in NAMES])
+    assert np.array_equal(labels, np.where(largest < threshold, 255, want.labels))
+    assert 0 < np.mean(labels == 255) < 1
+    assert (record["threshold"], record["nothing"]) == (threshold, 255)
+
+
+def test_config_from_a_file(segmenter):
+    config = RefocusConfig((), proxy="kk")
+    Path("config.json").write_text(config.to_json())
+    scene(1).save("picture.png")
+    assert segment("picture.png", "--config", "config.json", "--backend", "reference").exit_code == 0
+    labels, record = check_result("rfclip-out/picture", scene(1), [[name] for name in NAMES])
+    assert RefocusConfig.from_json(json.dumps(record["config"])) == config
+    with rfclip.Segmenter(config=config, cache=False) as want:
+        assert np.array_equal(labels, want("picture.png", NAMES).labels)
+
+
+def test_the_most_classes(monkeypatch, segmenter):
+    width = segmenter.model.visual.output_dim
+    random = torch.nn.functional.normalize(torch.randn(255, width))  # encoding that many names would take long
+    monkeypatch.setattr(rfclip.Segmenter, "text_embeddings", lambda *_: random)
+    scene(1, 16, 16).save("picture.png")
+    names = [f"thing {number}" for number in range(255)]
+    assert segment("picture.png", classes=", ".join(names)).exit_code == 0
+    check_result("rfclip-out/picture", scene(1, 16, 16), [[name] for name in names])
+
+
+def test_unknown_names_warn_once(pictures):
+    result = segment("pictures", classes="cat, unicorn")
+    assert result.exit_code == 0
+    assert result.stdout == ""
+    assert result.stderr.count("warning:") == 1
+    assert "never trained on 'unicorn'" in result.stderr
+    assert ", ".join(CLASSES) in result.stderr
+    assert "warning" not in segment("pictures", "--overwrite").stderr
+
+
+def test_segment_by_another_method(folder):
+    scene(1).save("picture.png")
+    assert segment("picture.png", "--method", "naclip").exit_code == 0
+    record = json.loads(Path("rfclip-out/picture.json").read_text())
+    assert (record["method"], record["config"]) == ("naclip", None)
+    with rfclip.Segmenter(method="naclip") as segmenter:
+        expected = segmenter("picture.png", "cat, grass, sky").labels
+    assert np.array_equal(np.asarray(Image.open("rfclip-out/picture.mask.png")), expected)
+    refused(segment("picture.png", "--method", "lseg"), "method='lseg'", "naclip")
+    assert all(name in run("methods").stdout for name in rfclip.methods.METHODS)
+
+
+# What goes wrong ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_files_among_good_ones(pictures):
+    (pictures / "empty.png").touch()
+    (pictures / "text.jpg").write_text("no picture")
+    whole = (pictures / "a.png").read_bytes()
+    (pictures / "cut.png").write_bytes(whole[: len(whole) // 2])
+    result = segment("pictures", "missing.png", "no*.tiff")
+    assert result.exit_code == 1
+    assert files_below(pictures.parent / "rfclip-out") == results("a", "b", "deep/c")
+    assert "3 segmented into rfclip-out; 5 failed" in result.stderr
+    for name in ("empty.png", "text.jpg", "cut.png"):
+        assert re.search(rf"^failed: pictures/{name}: cannot be read as an image: .", result.stderr, re.MULTILINE)
+    for name in ("missing.png", "no*.tiff"):
+        assert f"failed: {name}: no such file" in result.stderr
+
+
+@pytest.mark.parametrize("given", ["missing.png", "*.png", "empty"])
+def test_nothing_found(folder, given):
+    (folder / "empty").mkdir()
+    result = segment(given)
+    assert result.exit_code == 1
+    assert f"failed: {given}: no" in result.stderr
+
+
+def test_existing_results_stay(pictures):
+    out = pictures.parent / "rfclip-out"
+    assert segment("pictures/a.png").exit_code == 0
+    before = state(out)
+    result = segment("pictures", classes="dog, water")
+    assert result.exit_code == 0
+    assert "2 segmented into rfclip-out; 1 left as they were" in result.stderr
+    assert "--overwrite" in result.stderr
+    assert {path: value for path, value in state(out).items() if path in before} == before
+    assert segment("pictures", "--overwrite", classes="dog, water").exit_code == 0
+    check_result("rfclip-out/a", scene(1), [["dog"], ["water"]])
+    assert files_below(out) == results("a", "b", "deep/c")
+
+
+@pytest.mark.parametrize("kept", sorted(results("picture")))
+def test_any_existing_file_stays_and_is_told(folder, kept):
+    """Somebody else's file, or one of three that a killed command left behind."""
+    scene(1).save("picture.png")
+    (folder / "rfclip-out").mkdir()
+    (folder / "rfclip-out" / kept).write_text("mine")
+    result = segment("picture.png")
+    assert result.exit_code == 1
+    assert f"failed: picture.png: {kept} in rfclip-out is another picture's results, or incomplete" in result.stderr
+    assert {path.name: value[0] for path, value in state(folder / "rfclip-out").items()} == {kept: b"mine"}
+    assert segment("picture.png", "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize("step", ["mask", "overlay"])
+def test_saving_that_fails_midway(pictures, monkeypatch, step):
+    save = getattr(rfclip.Segmentation, step)
+
+    def full_for_portraits(segmentation):
+        if segmentation.image.height > segmentation.image.width:  # b.jpg
+            raise OSError("no space left on device")
+        return save(segmentation)
+
+    out = pictures.parent / "rfclip-out"
+    with monkeypatch.context() as patch:
+        patch.setattr(rfclip.Segmentation, step, full_for_portraits)
+        result = segment("pictures")
+        assert result.exit_code == 1
+        assert "failed: pictures/b.jpg: no space left on device" in result.stderr
+        assert files_below(out) == results("a", "deep/c")
+    assert "1 segmented into rfclip-out; 2 left as they were" in segment("pictures").stderr
+    before = state(out)
+    assert before.keys() == {out / name for name in results("a", "b", "deep/c")}
+    monkeypatch.setattr(rfclip.Segmentation, step, full_for_portraits)
+    assert segment("pictures/b.jpg", "--overwrite").exit_code == 1
+    assert state(out) == before
+
+
+def test_pictures_that_differ_in_their_suffix(pictures):
+    scene(4).save(pictures / "a.jpg")
+    assert segment("pictures").exit_code == 0
+    assert files_below(pictures.parent / "rfclip-out") == results("a.png", "a.jpg", "b", "deep/c")
+    for name, number in (("a.png", 1), ("a.jpg", 4)):
+        _, record = check_result(f"rfclip-out/{name}", scene(number), [[name] for name in NAMES])
+        assert record["image"] == f"pictures/{name}"
+
+
+def test_results_of_another_picture_are_not_taken_for_this_one(folder):
+    scene(1).save("a.png")
+    scene(2).convert("RGB").save("a.jpg")
+    assert segment("a.png").exit_code == 0
+    before = state(folder / "rfclip-out")
+    second = segment("a.jpg")
+    assert second.exit_code == 1
+    assert "another picture's results" in second.stderr
+    (folder / "b").mkdir()
+    scene(3).save("b/a.png")
+    third = segment("b/a.png")
+    assert third.exit_code == 1
+    assert "another picture's results" in third.stderr
+    assert state(folder / "rfclip-out") == before
+    assert segment("a.jpg", "--overwrite").exit_code == 0
+
+
+def test_a_picture_given_twice_is_segmented_once(folder):
+    scene(1).save("a.png")
+    assert "1 segmented" in segment("a.png", folder / "a.png", "./a.png").stderr
+
+
+def test_square_brackets_are_no_markup(folder):
+    scene(1).save("a[b].png")
+    assert segment("a[b].png", "--out", "x[/b]y").exit_code == 0
+    assert (folder / "x[/b]y" / "a[b].json").is_file()
+    assert run("segment", "a[b].png", "--classes", "cat", "--model", "[/x]").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "given", [["one/a.png", "two/a.png"], ["one", "two"], ["*/a.png"]], ids=["files", "folders", "glob"]
+)
+def test_equal_names_from_two_folders(folder, given):
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        scene(1).save(folder / name / "a.png")
+    refused(segment(*given), "a.png", "one at a time")
+    assert not (folder / "rfclip-out").exists()
+
+
+ERRORS = {
+    "no-class": (["--classes", ""], ["classes", "at least one"]),
+    "empty-name": (["--classes", "cat,,dog"], ["classes", "no empty names"]),
+    "name-twice": (["--classes", "cat, dog; cat"], ["'cat'", "more than once"]),
+    "too-many-classes": (["--classes", ",".join(map(str, range(256)))], ["got 256", "at most 255"]),
+    "classes-in-binary": (["--classes", "picture.png"], ["classes file picture.png"]),
+    "threshold-above": (["--threshold", "1.5"], ["--threshold 1.5", "from 0 to 1"]),
+    "threshold-below": (["--threshold=-0.1"], ["--threshold -0.1", "from 0 to 1"]),
+    "threshold-nan": (["--threshold", "nan"], ["--threshold nan", "from 0 to 1"]),
+    "backend": (["--backend", "magic"], ["backend='magic'", "auto, eager, reference, triton"]),
+    "precision": (["--precision", "fp8"], ["--precision fp8", "fp32, bf16 or fp16"]),
+    "device": (["--device", "toaster"], ["--device toaster", "--device cpu"]),
+    "device-without-data": (["--device", "meta"], ["--device meta", "--device cpu"]),
+    "config-missing": (["--config", "missing.json"], ["missing.json"]),
+    "config-malformed": (["--config", "malformed.json"], ["malformed.json", "must be JSON"]),
+    "config-unknown-key": (["--config", "unknown.json"], ["unknown.json", "taw", "known:", "tau_attn"]),
+    "config-binary": (["--config", "picture.png"], ["--config picture.png"]),
+    "config-of-another-model": (["--config", "wide.json"], ["distraction_dims [5000]"]),
+    "out-is-a-file": (["--out", "picture.png"], ["picture.png"]),
+    "model": (["--model", "ViT-Z-99", "--pretrained", "openai"], ["'ViT-Z-99'", "rfclip models"]),
+    "tag": (["--model", "ViT-B-16", "--pretrained", "mine"], ["'mine'", "openai, "]),
+    "no-tag": (["--model", "ViT-B-16"], ["needs pretrained weights", "openai, "]),
+    "pickle": (["--model", "ViT-B-16", "--pretrained", "weights.pt"], ["weights.pt", "safetensors"]),
+    "tiny-with-a-tag": (["--pretrained", "openai"], ["'openai'", "rfclip-tiny"]),
+    "tiny-with-a-file": (["--pretrained", "weights.pt"], ["weights.pt", "rfclip-tiny"]),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_wrong_arguments(folder, case):
+    arguments, words = ERRORS[case]
+    scene(1).save("picture.png")
+    (folder / "malformed.json").write_text('{"distraction_dims": [1')
+    (folder / "unknown.json").write_text('{"distraction_dims": [], "taw": 5}')
+    (folder / "wide.json").write_text('{"distraction_dims": [5000]}')
+    torch.save({}, "weights.pt")
+    before = state(folder)
+    refused(run("segment", "picture.png", "--classes", "cat", *arguments), *words)
+    assert state(folder) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", [["segment", "picture.png", "--classes", "cat"], ["calibrate", "picture.png"]])
+def test_no_gpu(command):
+    scene(1).save("picture.png")
+    refused(run(*command, "--device", "cuda"), "--device cuda: not available here", "--device cpu")
+
+
+@pytest.mark.parametrize("arguments", [[], ["picture.png"], ["--classes", "cat"]], ids=["both", "classes", "images"])
+def test_missing_arguments(arguments):
+    result = run("segment", *arguments)
+    assert result.exit_code == 2
+    assert "Missing" in result.stderr
+
+
+@pytest.mark.parametrize("error", [URLError("no route"), OSError("offline"), RuntimeError("offline")], ids=repr)
+@pytest.mark.parametrize("command", [["segment", "--classes", "cat"], ["calibrate"]], ids=["segment", "calibrate"])
+def test_no_network(monkeypatch, command, error):
+    def download(*_, **__):
+        raise error
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", download)
+    scene(1).save("picture.png")
+    name, *options = command
+    result = run(name, "picture.png", *options, "--model", "ViT-B-16-quickgelu", "--pretrained", "openai")
+    words = ["'ViT-B-16-quickgelu'", "could not be downloaded", "network", "--pretrained", "safetensors", "rfclip-tiny"]
+    refused(result, *words)

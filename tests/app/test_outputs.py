@@ -1,0 +1,83 @@
+"""Files of masks in Parquet."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from miniatures import JOB, same
+
+from rfclip.outputs import Writer, encode, plan_shards, read_masks, write_shard
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (7, 5)], ids=str)
+def test_runs_of_labels(tmp_path, shape):
+    """Against a loop, and through a file; labels that change often, seldom and never."""
+    pytest.importorskip("pyarrow")
+    rng = np.random.default_rng(0)
+    images = {}
+    for number, classes in enumerate((1, 2, 255)):
+        labels = rng.integers(0, classes, shape).astype(np.uint8)
+        labels[labels == classes // 2] = 255
+        runs = []
+        for value in labels.ravel().tolist():
+            if runs and runs[-1][0] == value:
+                runs[-1][1] += 1
+            else:
+                runs.append([value, 1])
+        found = encode(labels)
+        assert [list(pair) for pair in zip(found["values"].tolist(), found["lengths"].tolist(), strict=True)] == runs
+        row = {
+            "image": f"{number}.png",
+            "path": f"/{number}.png",
+            "height": shape[0],
+            "width": shape[1],
+            "seconds": 0.5,
+        } | found
+        images[row["image"]] = labels
+        write_shard(tmp_path / f"masks-{number}.parquet", [row], {"nothing": 255})
+    same(read_masks(tmp_path), images)
+
+
+def test_shards_that_are_there(tmp_path, pictures, segmenter, masks):
+    """They are continued; other settings are refused; on demand all are replaced, however the work is split."""
+    pytest.importorskip("pyarrow")
+    described = JOB.described(segmenter)
+    writer = Writer(JOB, described, segmenter)
+    tasks, *_ = plan_shards(pictures[:10], tmp_path, described, False)
+    assert [len(task["pictures"]) for task in tasks] == [8, 2]
+    assert writer(tasks[0]) == {"done": 8, "failed": []}
+    tasks, skipped, stale = plan_shards(pictures, tmp_path, described, False)
+    assert ([len(task["pictures"]) for task in tasks], skipped, stale) == ([8, 2], 8, [])
+    for task in tasks:
+        writer(task)
+    same(read_masks(tmp_path), masks)
+    assert plan_shards(pictures, tmp_path, described, False) == ([], 18, [])
+    with pytest.raises(ValueError, match="other threshold, pamr: another --out, or --overwrite"):
+        plan_shards(pictures, tmp_path, described | {"pamr": True, "threshold": 0.5}, False)
+    before = sorted(tmp_path.iterdir())
+    (task,), skipped, stale = plan_shards(pictures[:8], tmp_path, described | {"pamr": True}, True)
+    assert skipped == 0 and sorted([*stale, Path(task["shard"])]) == before  # the rewritten one may stay
+    many = [(Path(f"{number}.png"), Path(f"{number}")) for number in range(10_000)]
+    sizes = [len(task["pictures"]) for task in plan_shards(many, tmp_path, described, False)[0]]
+    assert sum(sizes) == 10_000 and max(sizes) == 64
+
+
+@pytest.mark.parametrize("content", ["text", "other"])
+def test_a_file_that_is_no_shard(tmp_path, content):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "masks-0.parquet"
+    if content == "text":
+        path.write_text("no Parquet")
+    else:
+        parquet.write_table(pyarrow.table({"a": [1]}), path)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="masks-0.parquet is not a file of masks"):
+            plan_shards([], tmp_path, {}, overwrite)
+    assert path.exists()
+
+
+def test_without_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r'--format parquet needs pyarrow: pip install "rfclip\[ray\]"'):
+        list(read_masks(tmp_path))

@@ -1,0 +1,345 @@
+"""`rfclip serve` in a real browser: what a visitor does, and what goes wrong."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import rfclip
+from rfclip.models import tiny_folder
+
+gradio = pytest.importorskip("gradio", reason='no Gradio: pip install "rfclip[serve]"')
+playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
+expect = playwright.expect
+expect.set_options(timeout=60_000)  # milliseconds: the first answer waits for the model
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+SCENE = tiny_folder() / "scene.png"
+NAMES = "dog, cactus, octopus, sailboat, grass, sky"
+SCREENSHOT = Path(__file__).parents[2] / "build" / "serve.png"
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def started(port, folder):
+    """The command, once it serves; its temporary files, caches and working directory are below the folder."""
+    places = {name: folder / name for name in ("tmp", "home", "work")}
+    for place in places.values():
+        place.mkdir()
+    environment = os.environ | {"TMPDIR": str(places["tmp"]), "HOME": str(places["home"]), "HF_HUB_OFFLINE": "1"}
+    environment |= {"XDG_CACHE_HOME": str(places["home"]), "MPLCONFIGDIR": str(places["tmp"])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rfclip", "serve", "--port", str(port)],
+        cwd=places["work"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if f"Open http://127.0.0.1:{port}/" in line:
+            return process
+    pytest.fail("".join(said))
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serve")
+    port = free_port()
+    process = started(port, folder)
+    yield f"http://127.0.0.1:{port}/"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0, process.stderr.read()
+    left = [path for name in ("tmp", "home", "work") for path in (folder / name).rglob("*") if path.is_file()]
+    assert [path for path in left if "fontlist" not in path.name] == []
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    page = visit(browser, address)
+    yield page
+    page.context.close()
+
+
+def visit(browser, address):
+    page = browser.new_context(viewport={"width": 1400, "height": 1000}).new_page()
+    page.goto(address)
+    expect(page.get_by_role("button", name="Segment")).to_be_enabled()
+    return page
+
+
+def upload(page, path):
+    page.set_input_files("#file input[type=file]", path)
+    expect(page.locator("#preview img")).to_be_visible()
+
+
+def ask(page, classes):
+    page.get_by_label("Class names").fill(classes)
+    page.get_by_role("button", name="Segment").click()
+
+
+def legend(page):
+    expect(page.locator("#legend li").first).to_be_visible()
+    expect(page.locator("#overlay img")).to_be_visible()
+    return page.locator("#legend li").all_inner_texts()
+
+
+def refused(page, *words):
+    """The page says what is wrong, and reveals nothing about the machine that serves it."""
+    said = page.get_by_test_id("toast-body").filter(has_text=words[0])
+    expect(said).to_be_visible()
+    text = said.inner_text()
+    for word in words:
+        assert word in text
+    assert "/gradio/" not in text and "Traceback" not in text
+    expect(page.locator("#legend li")).to_have_count(0)
+
+
+def shares(classes, **options):
+    segmentation = rfclip.Segmenter(cache=False, **options)(SCENE, classes)
+    rows = sorted(segmentation.shares.items(), key=lambda row: -row[1])
+    return segmentation, [f"{name} {100 * share:.1f} %" for name, share in rows]
+
+
+def picture_of(page, name):
+    """The bytes of a picture shown on the page."""
+    shown = page.locator(f"#{name} img")
+    expect(shown).to_be_visible()
+    return page.request.get(shown.get_attribute("src")).body()
+
+
+def test_upload_and_read_the_legend(page):
+    """Legend, overlay, mask and JSON are what the segmenter makes of the same picture."""
+    upload(page, SCENE)
+    ask(page, f"{NAMES}, ")
+    segmentation, rows = shares(NAMES)
+    assert legend(page) == rows
+    expect(page.locator("#summary")).to_contain_text(re.compile(r"320 x 320 pixels: \d+\.\d\d s with rf-clip"))
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Mask").click()
+    assert download.value.suggested_filename == "scene.mask.png"
+    assert np.array_equal(np.asarray(Image.open(download.value.path())), segmentation.labels)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="JSON").click()
+    record = json.loads(Path(download.value.path()).read_text())
+    assert download.value.suggested_filename == "scene.json"
+    assert record["image"] == "scene.png" and record["model"] == "rfclip-tiny" and record["method"] == "rf-clip"
+    assert {entry["name"]: entry["share"] for entry in record["classes"]} == segmentation.shares
+
+
+def test_click_a_point(page):
+    """A click draws what that place attends to; another place, something else. The screenshot is kept."""
+    upload(page, SCENE)
+    simulated = page.get_by_label("number input for Simulate distraction")
+    simulated.fill("0.1")
+    simulated.press("Enter")
+    expect(page.get_by_label("range slider for Simulate distraction")).to_have_value("0.1")
+    ask(page, NAMES)
+    legend(page)
+    expect(page.locator("#summary")).to_contain_text("RF-CLIP finds 20 distraction tokens in 1 of 6 blocks")
+    assert len(picture_of(page, "maps")) > 10_000
+    box = page.locator("#overlay img").bounding_box()
+    seen = set()
+    for right, down in ((0.85, 0.2), (0.1, 0.9)):
+        before = page.locator("#attention img").get_attribute("src") if seen else None
+        page.locator("#overlay img").click(position={"x": right * box["width"], "y": down * box["height"]})
+        if before is not None:
+            expect(page.locator("#attention img")).not_to_have_attribute("src", before)
+        seen.add(hashlib.sha256(picture_of(page, "attention")).hexdigest())
+    assert len(seen) == 2
+    SCREENSHOT.parent.mkdir(exist_ok=True)
+    page.screenshot(path=SCREENSHOT, full_page=True)
+
+
+def test_pick_a_scene_and_another_method(page):
+    page.locator("#scenes .thumbnail-item").first.click()
+    expect(page.get_by_label("Class names")).to_have_value(re.compile("dog, cactus"))
+    expect(page.locator("#preview img")).to_be_visible()
+    page.get_by_label("Method").click()
+    page.get_by_role("option", name="maskclip", exact=True).click()
+    ask(page, NAMES)
+    assert legend(page) == shares(NAMES, method="maskclip")[1]
+
+
+def test_synonyms_and_no_markup(page):
+    """Synonyms are one class, and a name that is HTML is text."""
+    upload(page, SCENE)
+    name = "<b id=bold>dog</b>"
+    ask(page, f"cactus, octopus; {name}; /etc/passwd")
+    rows = legend(page)
+    assert {row.rpartition(" ")[0].rpartition(" ")[0] for row in rows} == {"cactus", name, "/etc/passwd"}
+    assert page.locator("#bold").count() == 0
+
+
+def test_a_bad_file(page, tmp_path):
+    broken = tmp_path / "notes.png"
+    broken.write_text("not a picture")
+    page.set_input_files("#file input[type=file]", broken)
+    refused(page, "notes.png cannot be read as an image")
+
+
+def test_too_many_pixels(page, tmp_path):
+    Image.new("1", (6000, 5000)).save(tmp_path / "huge.png")
+    page.set_input_files("#file input[type=file]", tmp_path / "huge.png")
+    refused(page, "6000 x 5000 pixels", "25000000")
+
+
+def test_a_strip(page, tmp_path):
+    Image.new("RGB", (5000, 20)).save(tmp_path / "strip.png")
+    page.set_input_files("#file input[type=file]", tmp_path / "strip.png")
+    refused(page, "a strip of 5000 x 20 pixels: at most 16 times")
+
+
+def test_too_many_bytes(page, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (2700, 2700, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png", compress_level=0)
+    page.set_input_files("#file input[type=file]", tmp_path / "large.png")
+    refused(page, "exceed the maximum allowed size of 20", "large.png")
+
+
+def test_no_picture(page):
+    ask(page, NAMES)
+    refused(page, "no picture: upload one")
+
+
+@pytest.mark.parametrize(
+    "classes, said", [("  ", "no class names"), (" ;,", "no class names"), ("dog, dog", "given more than once")]
+)
+def test_class_lists(page, classes, said):
+    upload(page, SCENE)
+    ask(page, classes)
+    refused(page, said)
+
+
+def test_a_model_that_cannot_be_had(page):
+    """Offline, the other models say how to get them; the page goes on with the one in the package."""
+    upload(page, SCENE)
+    page.get_by_label("Model").click()
+    page.get_by_role("option", name="ViT-B-16, openai").click()
+    ask(page, NAMES)
+    refused(page, "could not be downloaded")
+    page.get_by_label("Model").click()
+    page.get_by_role("option", name="rfclip-tiny").click()
+    page.get_by_role("button", name="Segment").click()
+    assert legend(page) == shares(NAMES)[1]
+
+
+def test_folders_of_the_server_are_not_shown(tmp_path):
+    from rfclip.serve import Checkpoint
+
+    weights = tmp_path / "weights.safetensors"
+    weights.touch()
+    assert str(Checkpoint("ViT-B-16", str(weights))) == "ViT-B-16, weights.safetensors"
+    assert Checkpoint(f"transformers:{tmp_path}", None).shown == (f"transformers:{tmp_path.name}", None)
+    assert str(Checkpoint("transformers:openai/clip-vit-base-patch16", None)).endswith(":openai/clip-vit-base-patch16")
+    assert str(Checkpoint("ViT-B-16", "openai")) == "ViT-B-16, openai"
+
+
+def test_two_visitors_at_once(page, browser, address):
+    """Each gets the answer to their own question, and a click in one page looks at the picture of that page."""
+    other = visit(browser, address)
+    questions = {page: "dog, grass, sky", other: "cactus, sailboat, sky, grass"}
+    for visitor in questions:
+        upload(visitor, SCENE)
+    for visitor, classes in questions.items():
+        ask(visitor, classes)
+    for visitor, classes in questions.items():
+        assert legend(visitor) == shares(classes)[1]
+    other.context.close()
+
+
+def test_requests_that_pass_the_line_by():
+    """Requests sent straight to the server wait for their turn as well."""
+    from rfclip.serve import _in_words
+
+    inside, most = 0, 0
+
+    def work(_):
+        nonlocal inside, most
+        with _in_words():
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.02)
+            inside -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(16)))
+    assert most == 1
+
+
+def test_a_picture_that_is_gone(tmp_path):
+    from rfclip.serve import _preview
+
+    with pytest.raises(gradio.Error, match="^'?gone.png is no longer kept here"):
+        _preview(str(tmp_path / "gone.png"))
+
+
+def test_the_settings_start_from_the_config(tmp_path):
+    from rfclip.serve import Checkpoint, Page
+
+    config = rfclip.RefocusConfig((5, 37), tau=1.5, beta=0.2, layers=(3, 4))
+    blocks = Page([Checkpoint("rfclip-tiny", None, config)], tmp_path).blocks().blocks.values()
+    values = {getattr(block, "label", None): getattr(block, "value", None) for block in blocks}
+    for label, value in (("tau", 1.5), ("beta", 0.2), ("Layers", "3, 4")):
+        assert [found for name, found in values.items() if name and name.startswith(label)] == [value]
+
+
+def test_only_this_machine(address):
+    """The server listens on loopback and nowhere else."""
+    port = int(address.rstrip("/").rpartition(":")[2])
+    listening = [
+        line.split()[1]
+        for table in ("/proc/net/tcp", "/proc/net/tcp6")
+        for line in Path(table).read_text().splitlines()[1:]
+        if line.split()[3] == "0A" and line.split()[1].endswith(f":{port:04X}")
+    ]
+    assert listening == [f"0100007F:{port:04X}"]
+
+
+def test_no_file_of_this_machine(page, address):
+    for path in ("/etc/passwd", Path(rfclip.__file__), "/proc/self/environ"):
+        assert page.request.get(f"{address}gradio_api/file={path}").status in (403, 404)
+
+
+def test_an_ipv6_host():
+    done = subprocess.run(
+        [sys.executable, "-m", "rfclip", "serve", "--host", "::1"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: --host ::1"), done.stderr
+
+
+def test_a_port_that_is_taken(address, tmp_path):
+    port = address.rstrip("/").rpartition(":")[2]
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "rfclip", "serve", "--port", port], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and port in done.stderr, done.stderr
+    assert time.monotonic() - began < 60

@@ -1,0 +1,36 @@
+"""Comparisons and random inputs for the whole suite."""
+
+import math
+
+import torch
+
+
+def relative_error(got, want):
+    """The root mean square of `got - want` relative to that of `want`, in float64."""
+    got, want = got.detach().double(), want.detach().double()
+    error, size = (values.square().mean().sqrt().item() for values in (got - want, want))
+    if size == 0:
+        return 0.0 if error == 0 else math.inf
+    return error / size
+
+
+def assert_close(got, want, tolerance, dtype=None):
+    """The shape of `want`, the dtype asked for, no NaN or infinity, and a relative error of at most `tolerance`."""
+    assert got.shape == want.shape
+    assert dtype is None or got.dtype == dtype
+    assert got.isfinite().all()
+    error = relative_error(got, want)
+    assert error <= tolerance, f"relative RMS error {error:.3g}, at most {tolerance:.3g} allowed"
+
+
+def float64(nested):
+    return torch.tensor(nested, dtype=torch.float64)
+
+
+def randn(*shape, seed, dtype=torch.float64):
+    """Normal samples, always drawn in float64 and then rounded to `dtype`."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def rand(*shape, seed):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

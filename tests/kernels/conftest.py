@@ -1,0 +1,83 @@
+"""What every test in this folder runs under: Triton's interpreter, poisoned outputs and checked addresses.
+
+Triton reads TRITON_INTERPRET when it is imported, so these tests need a process of their own, as in `make test`:
+TRITON_INTERPRET=1 pytest tests/kernels. Buffers that a kernel writes are poisoned with NaN and have guard bands on
+either side. Every address that a kernel reads or writes is checked against the tensors of its launch. (The tests
+themselves embed the inputs in NaN, so that a value read from outside shows in the result.)
+"""
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import GUARD
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreted():
+    assert os.environ.get("TRITON_INTERPRET") == "1", "run as TRITON_INTERPRET=1 pytest tests/kernels"
+
+
+@pytest.fixture(autouse=True)
+def guarded(monkeypatch):
+    """Poison what `new_empty` returns, and check afterwards that nothing was written next to it."""
+    buffers = []
+    original = torch.Tensor.new_empty
+
+    def new_empty(tensor, shape, *, dtype=None, **options):
+        if options:  # the interpreter's own, not a kernel's output
+            return original(tensor, shape, dtype=dtype, **options)
+        dtype = dtype or tensor.dtype
+        count = math.prod(shape) * dtype.itemsize
+        buffer = torch.full((count + 2 * GUARD,), 0xFF, dtype=torch.uint8)  # NaN in every float dtype
+        buffers.append(buffer)
+        return buffer[GUARD : GUARD + count].view(dtype).view(shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    yield buffers
+    for buffer in buffers:
+        assert (buffer[:GUARD] == 0xFF).all()
+        assert (buffer[-GUARD:] == 0xFF).all()
+
+
+@pytest.fixture(autouse=True)
+def bounded(monkeypatch):
+    """Refuse every load and store outside the tensors of the kernel's launch, its masks and indices included."""
+    extents = []
+    to_host = GridExecutor._init_args_hst
+
+    def remember(executor, arguments, keywords):
+        arguments, keywords = to_host(executor, arguments, keywords)
+        tensors = [value for value in (*arguments, *keywords.values()) if isinstance(value, torch.Tensor)]
+        extents[:] = [
+            (
+                t.data_ptr(),
+                t.data_ptr() + t.itemsize * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))),
+            )
+            for t in tensors
+            if t.numel()
+        ]
+        return arguments, keywords
+
+    def checked(name):
+        original = getattr(InterpreterBuilder, name)
+
+        def access(builder, pointers, *rest):
+            mask = rest[0] if name == "create_masked_load" else rest[1]
+            used = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
+            used = used[np.broadcast_to(mask.data, used.shape).astype(bool)]
+            size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+            inside = np.zeros(used.shape, dtype=bool)
+            for low, high in extents:
+                inside |= (used >= low) & (used + size <= high)
+            assert inside.all(), f"{name} outside every tensor"
+            return original(builder, pointers, *rest)
+
+        monkeypatch.setattr(InterpreterBuilder, name, access)
+
+    monkeypatch.setattr(GridExecutor, "_init_args_hst", remember)
+    checked("create_masked_load")
+    checked("create_masked_store")

@@ -1,0 +1,99 @@
+"""The kernels of the graph cut in Triton's interpreter, against the float64 reference."""
+
+import math
+
+import pytest
+import torch
+from helpers import assert_close
+from kernel_cases import dtypes, inside_nan, randn
+
+from rfclip import reference
+from rfclip_kernels import cut
+
+
+def clusters(B, grid, dtype=torch.float32):
+    """The similarity matrix [B, N, N] of keys in two groups of unequal size."""
+    N = math.prod(grid)
+    keys = randn(B, 1, N + 1, 16, seed=0, spread=0.6)
+    keys[:, :, : 1 + N // 3, 0] += 3
+    keys[:, :, 1 + N // 3 :, 1] += 3
+    return reference.key_similarity(keys).to(dtype)
+
+
+def eigenvalues(S):
+    """The eigenvalues [B, N] of Deg^-1/2 W Deg^-1/2, in ascending order."""
+    W = (S.double() + S.double().mT) / 2
+    root = W.sum(dim=-1).rsqrt()
+    return torch.linalg.eigvalsh(root[:, :, None] * W * root[:, None, :])
+
+
+def check_vectors(got, similarity, tolerance):
+    """Compare the vectors of a batch image by image."""
+    want = reference.fiedler_vector(similarity.double())
+    assert got.shape == want.shape
+    for one, other in zip(got, want, strict=True):
+        assert_close(one, other, tolerance, torch.float32)
+
+
+GRIDS = [((1, 2), torch.bfloat16), ((3, 3), torch.float16), ((5, 7), torch.float16), ((1, 32), torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("grid", "dtype"), [*GRIDS, ((10, 13), torch.float32), ((15, 20), torch.float32)], ids=str)
+def test_fiedler_vector(grid, dtype):
+    S = clusters(2, grid, dtype)
+    values = eigenvalues(S)
+    assert len(S[0]) < 3 or (values[:, -2] - values[:, -3] > 0.15).all()  # apart enough to be resolved
+    check_vectors(cut.fiedler_vector(inside_nan(S)), S, 2e-5)
+
+
+def test_a_near_start_ends_nearer():
+    keys = randn(1, 1, 101, 16, seed=0, spread=0.7)
+    S, before = (reference.key_similarity(k) for k in (keys, keys + 0.05 * randn(1, 1, 101, 16, seed=1)))
+    start = reference.fiedler_vector(before)
+    with pytest.raises(AssertionError):
+        check_vectors(start, S, 0.05)
+    check_vectors(cut.fiedler_vector(S), S, 2e-5)
+    check_vectors(cut.fiedler_vector(S, start), S, 2e-6)
+    several = start.expand(3, -1).T.contiguous().T
+    check_vectors(cut.fiedler_vector(S.expand(3, -1, -1), several), S.expand(3, -1, -1), 2e-6)
+
+
+def test_what_fifteen_steps_cannot_resolve():
+    """Two eigenvalues less than 0.0015 apart: a cold start ends at another vector, a start at the right one stays."""
+    S = reference.key_similarity(randn(1, 1, 101, 16, seed=0, spread=0.9))
+    values = eigenvalues(S)[0]
+    assert 0.0001 < values[-2] - values[-3] < 0.0015
+    with pytest.raises(AssertionError):
+        check_vectors(cut.fiedler_vector(S), S, 0.1)
+    check_vectors(cut.fiedler_vector(S, reference.fiedler_vector(S)), S, 1e-4)
+
+
+def test_fiedler_vector_of_a_single_patch_and_of_tokens_like_no_other():
+    assert cut.fiedler_vector(torch.ones(2, 1, 1)).tolist() == [[0.0], [0.0]]
+    S = clusters(2, (3, 4))
+    S[:, 5], S[:, :, 5] = 0, 0
+    got = cut.fiedler_vector(S)
+    check_vectors(got, S, 1e-5)
+    assert (got[:, 5] == 0).all()
+    degree = ((S + S.mT) / 2).sum(dim=-1)
+    torch.testing.assert_close((degree * got**2).sum(dim=-1), torch.ones(2))
+    assert (got.gather(1, got.abs().argmax(dim=1, keepdim=True)) > 0).all()
+
+
+def test_separate_groups():
+    """With no similarity between two groups, the second eigenvalue is 1 as well, and its vector separates them."""
+    S = torch.block_diag(torch.ones(5, 5), torch.ones(9, 9))[None]
+    check_vectors(cut.fiedler_vector(S), S, 1e-5)
+
+
+@dtypes
+@pytest.mark.parametrize("threshold", ["mean", "otsu"])
+@pytest.mark.parametrize("N", [1, 2, 17, 300])
+def test_defocus_mask(N, threshold, dtype):
+    y = randn(3, N, seed=13, dtype=dtype)
+    y[0] = torch.where(torch.arange(N) % 3 == 0, y[0] + 2, y[0] * 0.1)
+    want = reference.defocus_mask(y.double(), threshold=threshold)
+    assert N == 1 or want.any(dim=1).all()
+    assert torch.equal(cut.defocus_mask(inside_nan(y), threshold=threshold), want)
+    equal = cut.defocus_mask(torch.full((1, N), 0.25, dtype=dtype), threshold=threshold)
+    assert not equal.any()

@@ -1,0 +1,53 @@
+"""The kernels that find and repair distraction tokens, in Triton's interpreter, against the float64 reference."""
+
+import math
+
+import pytest
+import torch
+from kernel_cases import check, dtypes, inside_nan, masks, randn
+
+from rfclip import reference
+from rfclip_kernels import distraction
+
+
+@dtypes
+@pytest.mark.parametrize("shifted", [True, False], ids=["shifted", "raw"])
+@pytest.mark.parametrize(("B", "N", "d"), [(1, 1, 3), (2, 17, 128), (3, 40, 200)])
+def test_distraction(dtype, shifted, B, N, d):
+    x = randn(B, N, d, seed=1) + 2
+    x[:, ::3, 1] += 60
+    x = x.to(dtype)
+    want = reference.distraction_scores(x.double(), [1, 2], shifted=shifted)
+    got = distraction.distraction_scores(inside_nan(x), [1, 2], shifted=shifted)
+    check(got, want, torch.float32)
+    clear = (want - 5 / d).abs() > 1e-5
+    assert clear.all()
+    assert torch.equal(distraction.distraction_mask(inside_nan(x), [1, 2], shifted=shifted), want > 5 / d)
+    assert torch.equal(distraction.distraction_mask(x, [1, 2], 0.01, shifted=shifted), want > 0.01)
+
+
+def test_scores_of_a_large_mean_and_of_equal_values():
+    x = randn(1, 20, 256, seed=2) + 1000
+    check(distraction.distraction_scores(x, [3]), reference.distraction_scores(x.double(), [3]), torch.float32)
+    assert distraction.distraction_scores(torch.full((1, 2, 5), 7.0), [0]).tolist() == [[0.0, 0.0]]
+    assert distraction.distraction_scores(x, []).count_nonzero() == 0
+    assert not distraction.distraction_mask(x, [], -1.0).any()
+
+
+@dtypes
+@pytest.mark.parametrize("grid", [(1, 1), (1, 9), (5, 7)], ids=str)
+@pytest.mark.parametrize("size", [3, 5, 7])
+@pytest.mark.parametrize("pattern", ["some", "no distraction", "all distraction", "one and the rest"])
+def test_redistribution(dtype, grid, size, pattern):
+    N = math.prod(grid)
+    x, mask = randn(2, N, 20, seed=3, dtype=dtype), masks(2, N, pattern)[0]
+    want = reference.redistribute_embeddings(x.double(), mask, [0, 7], grid, size=size)
+    got = distraction.redistribute_embeddings(inside_nan(x), mask, [0, 7], grid, size=size)
+    check(got, want, dtype)
+    view = inside_nan(x)
+    assert distraction.redistribute_embeddings(view, mask, [0, 7], grid, size=size, inplace=True) is view
+    assert torch.equal(view, got)
+    assert view._base.isnan().sum() == view._base.numel() - view.numel()
+    untouched = torch.ones(x.shape, dtype=torch.bool)
+    untouched[..., [0, 7]] = ~mask[..., None]
+    assert torch.equal(got[untouched], x[untouched])

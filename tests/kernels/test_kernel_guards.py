@@ -1,0 +1,89 @@
+"""What the kernels refuse, empty batches, and the guards under which every kernel test runs."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from kernel_cases import GUARD, randn
+from triton.runtime.errors import InterpreterError
+
+from rfclip_kernels import attention, cut, distraction, refinement, similarity, upsample
+
+
+@triton.jit
+def copy_kernel(x_ptr, out_ptr, N, BN: tl.constexpr):
+    o_n = tl.arange(0, BN)
+    tl.store(out_ptr + o_n, tl.load(x_ptr + o_n, mask=o_n < N), mask=o_n < N)
+
+
+@pytest.mark.parametrize("lengths", [(5, 4), (4, 5)], ids=["read", "written"])
+def test_an_access_outside_of_the_tensors_is_caught(lengths):
+    x, out = (torch.zeros(8, dtype=torch.int32)[8 - length :] for length in lengths)
+    copy_kernel[(1,)](x, out, 4, BN=8)
+    with pytest.raises(InterpreterError, match="outside every tensor"):
+        copy_kernel[(1,)](x, out, 5, BN=8)
+
+
+def test_the_guards_catch_a_stray_write(guarded):
+    torch.zeros(1).new_empty((3,))
+    guarded[0][GUARD - 1] = 0
+    with pytest.raises(AssertionError):
+        assert (guarded[0][:GUARD] == 0xFF).all()
+    guarded.clear()
+
+
+def test_what_the_kernels_refuse():
+    q, mask = randn(1, 1, 3, 32, seed=0), torch.zeros(1, 2, dtype=torch.bool)
+    x = randn(1, 2, 8, seed=0)
+    calls = [
+        lambda t: attention.refocused_attention(t(q), q.to(t(q).dtype), q.to(t(q).dtype), mask, mask, 0.7),
+        lambda t: attention.proxy_attention(t(q)[None], q.to(t(q).dtype)),
+        lambda t: attention.self_attention(t(q), q.to(t(q).dtype)),
+        lambda t: similarity.key_similarity(t(q)),
+        lambda t: similarity.received_attention(t(q), q.to(t(q).dtype)),
+        lambda t: distraction.distraction_scores(t(x), [1]),
+        lambda t: distraction.distraction_mask(t(x), [1]),
+        lambda t: distraction.redistribute_embeddings(t(x), mask, [1], (1, 2)),
+        lambda t: cut.fiedler_vector(t(q)[0, :, :3, :3]),
+        lambda t: cut.defocus_mask(t(q)[0, 0]),
+        lambda t: upsample.average_windows(t(q), [(0, 0)], 2, (2, 2)),
+        lambda t: upsample.upsample_argmax(t(x), (2, 2), 1.0, torch.zeros(1, dtype=torch.int64)),
+        lambda t: refinement.pamr(t(q), q, 1),
+        lambda t: refinement.pamr(q, t(q), 1),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="is float64: the Triton kernels take.*use the reference"):
+            call(torch.Tensor.double)
+        with pytest.raises(ValueError, match="requires a gradient.*rfclip.reference"):
+            call(lambda t: t.clone().requires_grad_())
+        with torch.no_grad():
+            call(lambda t: t.clone().requires_grad_())
+        with pytest.raises(ValueError, match="must be a floating-point"):
+            call(torch.Tensor.int)
+
+
+def test_heads_too_wide_are_refused():
+    q, mask = randn(1, 1, 3, 160, seed=0), torch.zeros(1, 2, dtype=torch.bool)
+    for call in (
+        lambda: attention.refocused_attention(q, q, q, mask, mask, 0.7),
+        lambda: attention.self_attention(q, q),
+        lambda: attention.proxy_attention(q[None], q),
+        lambda: similarity.key_similarity(q),
+        lambda: similarity.received_attention(q, q),
+    ):
+        with pytest.raises(ValueError, match="at most 128 dimensions, got 160"):
+            call()
+
+
+def test_an_empty_batch():
+    q, mask, x = torch.zeros(0, 2, 5, 32), torch.zeros(0, 4, dtype=torch.bool), torch.zeros(0, 4, 8)
+    assert attention.refocused_attention(q, q, q, mask, mask, 0.7).shape == (0, 2, 5, 32)
+    assert attention.proxy_attention(q[None], q).shape == (0, 2, 4, 32)
+    assert attention.self_attention(q, q).shape == (0, 2, 5, 32)
+    assert similarity.key_similarity(q).shape == (0, 4, 4)
+    assert cut.fiedler_vector(q[:, 0, :4, :4]).shape == (0, 4)
+    assert cut.defocus_mask(q[:, 0, :, 0]).shape == (0, 5)
+    assert similarity.received_attention(q, q).shape == (0, 4)
+    assert distraction.distraction_mask(x, [1]).shape == (0, 4)
+    assert distraction.redistribute_embeddings(x, mask, [1], (2, 2)).shape == (0, 4, 8)
+    assert refinement.pamr(q, q, 2).shape == (0, 2, 5, 32)

@@ -1,0 +1,146 @@
+"""Whole image towers on the Triton kernels, in Triton's interpreter, against the reference."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import relative_error
+from open_clip.transformer import VisionTransformer
+from small_models import DIMS, pictures, small_clip, to_hugging_face
+from torchvision.transforms.v2 import functional as TF
+
+import rfclip
+from rfclip.config import CHOICES
+from rfclip.evaluate import INJECTED_DIMS, inject_distraction
+from rfclip.images import to_rgb
+from rfclip.methods import METHODS
+from rfclip.models import tiny_folder
+from rfclip.tower import read_tower
+
+CONFIGS = {  # every value of every choice is in one of them
+    "paper": {},
+    "received attention too": {"tau_attn": 1.0},
+    "target cls": {"target": "cls"},
+    "target rest, beta 1": {"target": "rest", "beta": 1.0},
+    "target non-distraction alone, proxy qk": {"target": "non-distraction", "embedding": "none", "proxy": "qk"},
+    "otsu": {"cut_threshold": "otsu"},
+    "similarity qq, window 5": {"similarity": "qq", "neighbourhood": 5},
+    "similarity vv, window 7, proxy vv": {"similarity": "vv", "neighbourhood": 7, "proxy": "vv"},
+    "similarity kk, proxy kk": {"similarity": "kk", "proxy": "kk"},
+    "two layers": {"layers": (1, 3)},
+    "proxy qq, raw": {"proxy": "qq", "shifted": False},
+    "proxy none, median": {"proxy": "none", "embedding": "median"},
+    "clamp": {"embedding": "clamp"},
+    "mean of random tokens": {"embedding": "mean", "tokens": "random", "beta": 0.0},
+}
+
+
+def test_the_configs_cover_every_choice():
+    for name, values in CHOICES.items():
+        default = getattr(rfclip.RefocusConfig(()), name)
+        assert {changes.get(name, default) for changes in CONFIGS.values()} == set(values)
+
+
+def features(model, images, config, backend, read=rfclip.dense_features):
+    """The dense features (or whatever `read` returns), and the distraction masks of all blocks."""
+    masks = []
+    with rfclip.refocus(model, config, backend=backend), torch.inference_mode():
+        forward = read_tower(model).module.forward
+        locate = forward._locate
+        forward._locate = lambda *arguments: masks.append(locate(*arguments)) or masks[-1]
+        return read(model, images), masks
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_small_tower(case):
+    config = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0, **CONFIGS[case])
+    images = pictures(count=2, height=32, width=40, dtype=torch.float32)
+    got, masks = features(small_clip(dtype=torch.float32), images, config, "triton")
+    want, want_masks = features(small_clip(), images.double(), config, "reference")
+    assert 0 < torch.stack(masks).float().mean() < 1
+    for mask, want_mask in zip(masks, want_masks, strict=True):
+        assert torch.equal(mask, want_mask)
+    assert relative_error(got, want) <= 1e-5
+    plain, _ = features(small_clip(), images.double(), rfclip.RefocusConfig(distraction_dims=()), "reference")
+    assert relative_error(want, plain) > 0.01
+
+
+@pytest.mark.parametrize("method", ["sclip", "naclip", "gem", "sc-clip", "released"])
+def test_other_methods(method):
+    """Between them, these call every kernel that the methods share, each in its own way."""
+    config = rfclip.RefocusConfig(distraction_dims=DIMS) if METHODS[method].configured else None
+    images = pictures(count=2, height=16, width=24)
+    found = []
+    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference")):
+        model = small_clip(layers=METHODS[method].blocks, dtype=dtype)
+        with rfclip.refocus(model, config, method=method, backend=backend), torch.inference_mode():
+            found.append(rfclip.dense_features(model, images.to(dtype)))
+    assert relative_error(*found) <= 1e-5
+
+
+def test_hugging_faces_tower():
+    """It projects query, key and value separately, so that they have another memory layout."""
+    config, images = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0), pictures(count=2)
+    got, _ = features(to_hugging_face(small_clip(dtype=torch.float32)), images.float(), config, "triton")
+    want, _ = features(small_clip(), images, config, "reference")
+    assert relative_error(got, want) <= 1e-5
+
+
+def test_the_cls_embedding():
+    config, images = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0), pictures(count=2)
+    got, want = (
+        features(small_clip(dtype=dtype), images.to(dtype), config, backend, lambda model, x: model.encode_image(x))[0]
+        for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference"))
+    )
+    assert relative_error(got, want) <= 1e-5
+    assert relative_error(small_clip().encode_image(images), want) > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_precision(dtype):
+    """In half precision, the tower on the kernels is about as close to float64 as on the reference."""
+    config, images = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0), pictures(count=2)
+    want, _ = features(small_clip(), images, config, "reference")
+    triton, reference = (
+        features(small_clip(dtype=dtype), images.to(dtype), config, name)[0] for name in ("triton", "reference")
+    )
+    assert triton.dtype == dtype
+    assert relative_error(triton, want) <= 1.5 * relative_error(reference, want)
+
+
+def test_a_block_of_vit_b_16():
+    """Width 768, 12 heads and the 196 patches of a picture; the second block makes the effect of the first visible."""
+    torch.manual_seed(0)
+    visual = VisionTransformer(224, 16, 768, 2, 12, 4.0, output_dim=64).eval()
+    with torch.no_grad():
+        visual.positional_embedding[1::7, 4] += 15
+    model = torch.nn.Module()
+    model.visual = visual
+    config = rfclip.RefocusConfig.preset("ViT-B-16", "openai")
+    picture = TF.to_dtype(TF.pil_to_tensor(to_rgb(tiny_folder() / "scene.png")), torch.float32, scale=True)
+    images = 4 * TF.resize(picture[None], [224, 224]) - 2
+    got, masks = features(model, images, config, "triton")
+    assert 0 < masks[0].float().mean() < 1
+    want, want_masks = features(model.double(), images.double(), config, "reference")
+    assert torch.equal(masks[0], want_masks[0])
+    assert relative_error(got, want) <= 1e-5
+
+
+@pytest.mark.parametrize(("share", "short_side"), [(0.0, None), (0.1, 112)], ids=["as it is", "injected distraction"])
+def test_the_shipped_scene(share, short_side):
+    """As `rfclip segment` does it, in four windows; and in a single one, with something to refocus."""
+    model = rfclip.load_model("rfclip-tiny")
+    config = rfclip.RefocusConfig(distraction_dims=INJECTED_DIMS) if share else model.refocus_config
+    classes, found = "dog, cactus, octopus, sailboat, grass, sky", {}
+    for backend in ("triton", "reference"):
+        with (
+            inject_distraction(model, share),
+            rfclip.Segmenter(model, config=config, backend=backend, short_side=short_side) as segmenter,
+        ):
+            found[backend] = segmenter(tiny_folder() / "scene.png", classes, probabilities=True)
+    want = found["reference"]
+    np.testing.assert_allclose(found["triton"].probabilities, want.probabilities, atol=1e-4)
+    best, second = np.sort(want.probabilities, axis=0)[[-1, -2]]
+    clear = best - second > 1e-3
+    assert clear.mean() > 0.99
+    assert np.array_equal(found["triton"].labels[clear], want.labels[clear])
+    assert len(np.unique(want.labels)) >= 5

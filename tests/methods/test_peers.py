@@ -1,0 +1,174 @@
+"""Every method against its formula, in float64."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from helpers import relative_error
+from oracles.methods import FORMULAS, Plain, formula, proxyclip, released_stream
+from small_models import DIMS, pictures, small_clip
+from timm.models.vision_transformer import VisionTransformer
+
+import rfclip
+from rfclip import methods
+from rfclip.methods import METHODS
+from rfclip.tower import read_tower
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+CONFIG = rfclip.RefocusConfig(distraction_dims=DIMS)
+SIZES = [(56, 56), (40, 40), (24, 80), (8, 8), (8, 24)]  # the first is native
+
+
+@pytest.fixture(autouse=True)
+def dino(monkeypatch):
+    """A small random DINO in place of the one that would have to be downloaded."""
+    made = small_dino(4)
+    monkeypatch.setattr(methods, "load_dino", lambda: made)
+    return made
+
+
+def small_dino(patch):
+    torch.manual_seed(3)
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
+    return VisionTransformer(img_size=8 * patch, patch_size=patch, **sizes, dynamic_img_size=True).eval().double()
+
+
+def tower(dtype=torch.float64, layers=12):
+    model = small_clip(layers=layers, image_size=56, dtype=dtype)
+    model.visual.image_mean, model.visual.image_std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+    return model
+
+
+def features(name, model, images, backend="auto"):
+    config = CONFIG if METHODS[name].configured else None
+    with rfclip.refocus(model, config, method=name, backend=backend):
+        return rfclip.dense_features(model, images)
+
+
+def test_every_method_has_a_formula():
+    assert {*FORMULAS, "rf-clip", "proxyclip"} == set(METHODS)
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", FORMULAS)
+def test_the_formula(name, size, backend):
+    """Up to rounding in float64; in float32, the cosine of every patch is above 0.9999."""
+    images = pictures(count=2, height=size[0], width=size[1])
+    want = formula(name, tower(), images)
+    assert relative_error(features(name, tower(), images, backend), want) < 1e-10
+    single = features(name, tower(torch.float32), images[:1].float(), backend)
+    assert single.dtype == torch.float32
+    assert F.cosine_similarity(single.double(), want[:1], dim=1).min() > 0.9999
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_proxyclip(size, dino):
+    images = pictures(count=2, height=size[0], width=size[1])
+    got = features("proxyclip", tower(), images)
+    assert got.shape[2:] == (size[0] // 4, size[1] // 4)
+    assert relative_error(got, proxyclip(tower(), images, dino)) < 1e-10
+
+
+def test_proxyclip_on_sides_that_are_no_multiples():
+    """Pictures are resized to the nearest multiple of DINO's patch; a blank one gives no NaN."""
+    forward = methods.ProxyCLIP(read_tower(tower()), None, "auto", small_dino(5))
+    images = torch.zeros(1, 3, 16, 24, dtype=torch.float64)
+    found = forward.dense(forward.tower.patches(images), images)
+    assert found.shape == (1, 20, 3, 5)
+    assert found.isfinite().all()
+    with pytest.raises(ValueError, match="images=None"):
+        forward.dense(forward.tower.patches(images))
+
+
+def test_proxyclip_in_windows():
+    """The segmenter passes it the pictures, and takes its logits on the grid of its DINO."""
+    model = rfclip.load_model()
+    with rfclip.Segmenter(model, method="proxyclip") as segmenter:
+        assert (segmenter.window, segmenter.short_side, segmenter.stride) == (168, 168, 56)
+        found = segmenter(np.zeros((80, 90, 3), np.uint8), "cat, grass", probabilities=True)
+    assert found.labels.shape == (80, 90)
+    np.testing.assert_allclose(found.probabilities.sum(axis=0), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rf-clip", "released", "kk"])
+def test_training_mode_is_refused(name):
+    model, images = tower(), pictures(height=56, width=56)
+    with rfclip.refocus(model, CONFIG if METHODS[name].configured else None, method=name):
+        model.train()
+        for read in (model.encode_image, lambda images: rfclip.dense_features(model, images)):
+            with pytest.raises(RuntimeError, match="training mode"):
+                read(images)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_batch_equals_its_images_one_by_one(name):
+    images = pictures(count=3, height=40, width=56)
+    images[2] = 0  # statistics of a blank image would differ from the others'
+    model = tower()
+    config = CONFIG if METHODS[name].configured else None
+    with rfclip.refocus(model, config, method=name):
+        whole = rfclip.dense_features(model, images), model.encode_image(images)
+        singles = [(rfclip.dense_features(model, image[None]), model.encode_image(image[None])) for image in images]
+    for got, want in zip(whole, map(torch.cat, zip(*singles, strict=True)), strict=True):
+        assert got.isfinite().all()
+        assert relative_error(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_image_embedding(name):
+    """Only RF-CLIP and the released code change it."""
+    model, images = tower(), pictures(height=56, width=56)
+    plain = model.encode_image(images)
+    with rfclip.refocus(model, CONFIG if METHODS[name].configured else None, method=name):
+        got = model.encode_image(images)
+    if METHODS[name].configured:
+        assert relative_error(got, plain) > 1e-3
+    else:
+        assert relative_error(got, plain) < 1e-12
+
+
+def test_the_image_embedding_of_the_released_code():
+    model, images = tower(), pictures(count=1, height=56, width=56)
+    p = Plain(model, images[0])
+    p.F[1:] = []
+    with rfclip.refocus(model, CONFIG, method="released"):
+        got = model.encode_image(images)
+    x = released_stream(p)[-1]
+    want = model.visual.ln_post(torch.from_numpy(x[:1])) @ model.visual.proj
+    assert relative_error(got, want) < 1e-12
+
+
+def test_methods_are_told_apart():
+    model, images = tower(), pictures(height=56, width=56)
+    found = {name: features(name, model, images) for name in METHODS if name != "proxyclip"}
+    for name, one in found.items():
+        for other, two in found.items():
+            assert name == other or relative_error(one, two) > 1e-3, (name, other)
+
+
+def test_refusals():
+    model = tower(layers=5)
+    for name, blocks in (("gem", 6), ("clip-surgery", 6), ("sc-clip", 11)):
+        with pytest.raises(ValueError, match=f"method '{name}' needs {blocks} blocks, and this tower has 5"):
+            rfclip.refocus(model, method=name)
+    with pytest.raises(ValueError, match="method='lseg': expected one of clip, maskclip"):
+        rfclip.refocus(model, method="lseg")
+    with pytest.raises(ValueError, match="method 'kk' has nothing to configure"):
+        rfclip.refocus(model, CONFIG, method="kk")
+    with pytest.raises(ValueError, match="config=None"):
+        rfclip.refocus(model, method="released")
+    assert "forward" not in vars(model.visual)
+
+
+def test_dino_that_cannot_be_downloaded(monkeypatch):
+    monkeypatch.undo()
+
+    def offline(*arguments, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ConnectionError, match="DINO ViT-B/8 could not be downloaded .no route to host."):
+        rfclip.refocus(tower(), method="proxyclip")

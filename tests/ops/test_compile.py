@@ -1,0 +1,143 @@
+"""The refocused tower on the Triton kernels as PyTorch's tools see it: traced, exported, compiled, and never waiting.
+
+No GPU is needed: the model and its input are CUDA tensors without data. The reference runs, on the CPU.
+"""
+
+import pytest
+import torch
+from open_clip.model import CLIP
+from small_models import DIMS, pictures, small_clip
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import rfclip
+import rfclip_kernels
+
+PAPER = {"rfclip.distraction_scores", "rfclip.redistribute_embeddings_", "rfclip.key_similarity_"}
+PAPER |= {"rfclip.fiedler_vector", "rfclip.defocus_mask", "rfclip.refocused_attention", "rfclip.self_attention"}
+CONFIGS = {
+    "paper": ({}, PAPER),
+    "received": ({"tau_attn": 1.0}, PAPER | {"rfclip.received_attention"}),
+    "otsu": ({"cut_threshold": "otsu", "similarity": "vv", "layers": (2,)}, PAPER),
+    "clamp": ({"embedding": "clamp"}, PAPER - {"rfclip.redistribute_embeddings_"}),
+    "rest": ({"target": "rest"}, PAPER - {"rfclip.key_similarity_", "rfclip.fiedler_vector", "rfclip.defocus_mask"}),
+}
+every_config = pytest.mark.parametrize("case", CONFIGS)
+
+
+class Dense(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return rfclip.dense_features(self.model, images)
+
+
+class NeverWaits(TorchDispatchMode):
+    """Refuse every transfer between device and host, which no CUDA graph could capture."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        places = [
+            {leaf.device.type for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.dim()}
+            for tree in ((args, kwargs), out)
+        ]
+        assert "cpu" not in places[0] | places[1], f"{function} on {places}"
+        return out
+
+
+@pytest.fixture
+def tower(monkeypatch):
+    """A model and images as CUDA tensors without data, and the mode to run them in."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    vision = {"image_size": 32, "patch_size": 8, "width": 48, "head_width": 16, "layers": 4, "mlp_ratio": 2.0}
+    text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
+    with FakeTensorMode() as mode, torch.device("cuda"):
+        model, images = CLIP(20, vision, text).eval(), torch.empty(2, 3, 32, 40)
+    return model, images, mode
+
+
+def operators(graph):
+    names = {str(node.target) for node in graph.nodes}
+    return {name.removesuffix(".default") for name in names if name.startswith("rfclip.")}
+
+
+@every_config
+def test_nothing_waits_for_the_device(tower, case):
+    model, images, mode = tower
+    config = rfclip.RefocusConfig(distraction_dims=DIMS, **CONFIGS[case][0])
+    with rfclip.refocus(model, config, backend="triton"), mode, torch.no_grad(), NeverWaits():
+        assert rfclip.dense_features(model, images).shape == (2, 20, 4, 5)
+        assert model.encode_image(images).shape == (2, 20)
+
+
+def test_what_waiting_looks_like(tower):
+    _, images, mode = tower
+    with mode, NeverWaits():
+        for call in (lambda: images.sum().item(), lambda: images[images > 0], lambda: images.nonzero()):
+            with pytest.raises((DataDependentOutputException, RuntimeError)):
+                call()
+        for call in (images.cpu, lambda: images[0, 0, [1, 2]], lambda: torch.ones(3).cuda()):
+            with pytest.raises(AssertionError, match="cpu"):
+                call()
+
+
+def test_two_devices_are_refused(tower):
+    *_, mode = tower
+    with mode:
+        q = torch.empty(1, 2, 5, 16, device="cuda")
+        mask = torch.zeros(1, 4, dtype=torch.bool, device="cuda")
+        with pytest.raises(ValueError, match="target is on cuda:1 and q on cuda:0: expected one device"):
+            rfclip_kernels.refocused_attention(q, q, q, mask, mask.to("cuda:1"), 0.7)
+        with pytest.raises(ValueError, match="mask is on cpu and x on cuda:0"):
+            rfclip_kernels.redistribute_embeddings(q[0], mask[:, :1].cpu().expand(2, 5), [1], (1, 5))
+
+
+@every_config
+def test_export(tower, case):
+    model, images, mode = tower
+    changes, expected = CONFIGS[case]
+    config = rfclip.RefocusConfig(distraction_dims=DIMS, **changes)
+    with rfclip.refocus(model, config, backend="triton"), mode, torch.no_grad():
+        exported = torch.export.export(Dense(model), (images,))
+    assert operators(exported.graph) == expected
+
+
+@every_config
+@pytest.mark.parametrize("function", ["dense_features", "encode_image"])
+def test_compile_in_one_graph(tower, case, function):
+    model, images, mode = tower
+    changes, expected = CONFIGS[case]
+    module = Dense(model) if function == "dense_features" else model.visual
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.graph)
+        return graph
+
+    config = rfclip.RefocusConfig(distraction_dims=DIMS, **changes)
+    with rfclip.refocus(model, config, backend="triton"), mode, torch.no_grad():
+        torch.compile(module, fullgraph=True, backend=keep)(images)
+    assert len(graphs) == 1
+    assert operators(graphs[0]) == expected - ({"rfclip.self_attention"} if function == "encode_image" else set())
+
+
+def test_compile_down_to_single_operators(tower):
+    model, images, mode = tower
+    config = rfclip.RefocusConfig(distraction_dims=DIMS)
+    with rfclip.refocus(model, config, backend="triton"), mode, torch.no_grad():
+        compiled = torch.compile(Dense(model), fullgraph=True, backend="aot_eager")
+        assert compiled(images).shape == (2, 20, 4, 5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_the_other_backends_compile_and_export(backend):
+    model, images = small_clip(), pictures(count=1)
+    config = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0, tau_attn=1.0, layers=(2,))
+    with rfclip.refocus(model, config, backend=backend), torch.no_grad():
+        want = rfclip.dense_features(model, images)
+        compiled = torch.compile(Dense(model), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(images), want)
+        torch.testing.assert_close(torch.export.export(Dense(model), (images,)).module()(images), want)

@@ -1,0 +1,105 @@
+"""Which backend runs where, and what happens where Triton or a GPU is missing."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rfclip_kernels
+from rfclip import reference
+from rfclip.backends import borrowed, choose, functions
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # what importing a missing package amounts to
+import torch
+import rfclip, rfclip_kernels
+from rfclip import reference
+from rfclip.backends import choose
+
+assert choose("auto", torch.device("cpu"), torch.float32).backend == "eager"
+model = rfclip.load_model("rfclip-tiny")
+with rfclip.refocus(model):
+    assert rfclip.dense_features(model, torch.zeros(1, 3, 112, 112)).shape == (1, 128, 14, 14)
+for device in ("cpu", "cuda"):
+    try:
+        choose("triton", torch.device(device), torch.float16)
+    except ValueError as error:
+        assert "Triton is not installed" in str(error), error
+    else:
+        raise AssertionError("not refused")
+try:
+    rfclip_kernels.refocused_attention
+except ModuleNotFoundError as error:
+    assert error.name == "triton", error
+else:
+    raise AssertionError("not refused")
+print("done")
+"""
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that PyTorch takes to be there; the fixture is a function that sets its compute capability."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "GPU of this test")
+
+    def capability(major, minor):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
+
+    capability(8, 0)
+    return capability
+
+
+def test_without_triton():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_importing_loads_no_kernel():
+    code = "import sys, rfclip.plugin; print(*(name for name in sys.modules if name.startswith('rfclip_kernels')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["rfclip_kernels", "rfclip_kernels.checks", "rfclip_kernels.krylov"]
+
+
+def test_auto(gpu):
+    assert choose("auto", GPU, torch.float16).backend == "triton"
+    for device, dtype, reason in ((CPU, torch.float32, "is on cpu"), (GPU, torch.float64, "float64")):
+        choice = choose("auto", device, dtype)
+        assert choice.backend == "eager"
+        assert reason in choice.reason
+    gpu(7, 5)
+    choice = choose("auto", GPU, torch.float16)
+    assert choice.backend == "eager"
+    assert "under 8.0" in choice.reason
+
+
+def test_a_named_backend_is_never_replaced(gpu):
+    assert choose("triton", GPU, torch.bfloat16).backend == "triton"
+    assert choose("reference", GPU, torch.bfloat16).backend == "reference"
+    for device, dtype in ((CPU, torch.float32), (GPU, torch.float64)):
+        with pytest.raises(ValueError, match='backend="triton": .*use backend="eager", or "auto"'):
+            choose("triton", device, dtype)
+
+
+def test_the_kernels_have_the_references_names_and_signatures():
+    ours = functions("triton")
+    for name in reference.__all__:
+        expected = inspect.signature(getattr(reference, name)).parameters
+        assert list(inspect.signature(getattr(ours, name)).parameters) == list(expected)
+    for name in rfclip_kernels.__all__:
+        assert getattr(ours, name) is getattr(rfclip_kernels, name)
+        assert getattr(ours, name).__module__.startswith("rfclip_kernels.")
+    assert borrowed("triton") == ["clamp_embeddings", "class_probabilities", "dimension_weights", "filter_embeddings"]
+    assert borrowed("reference") == [] and "pamr" not in borrowed("eager")
+    assert functions("reference").key_similarity is reference.key_similarity
+
+
+def test_the_kernels_refuse_the_cpu():
+    with pytest.raises(ValueError, match="x is on cpu: the Triton kernels run on CUDA.*TRITON_INTERPRET=1"):
+        rfclip_kernels.distraction_mask(torch.ones(1, 4, 8), [1])
+    with pytest.raises(ValueError, match="x is on cpu"):
+        rfclip_kernels.distraction_mask(torch.nn.Parameter(torch.ones(1, 4, 8), requires_grad=False), [1])

@@ -1,0 +1,150 @@
+"""The fast PyTorch backend on shapes of real towers, against the float64 reference.
+
+The other tests in this folder cover it on small shapes.
+"""
+
+import pytest
+import torch
+from helpers import assert_close, relative_error
+from small_models import DIMS, pictures, small_clip
+
+import rfclip
+from rfclip import eager, reference
+from rfclip.backends import functions
+
+SIZES = [(1, 12, 197, 64), (2, 3, 258, 80), (1, 2, 700, 32)]
+sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: "B{}-H{}-T{}-D{}".format(*s))
+
+
+def randn(*shape, seed):  # drawn in float32
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def check(got, want, tolerance=1e-5):
+    assert_close(got, want, tolerance)
+
+
+def packed(size, seed=0):
+    B, H, T, D = size
+    return randn(B, T, 3 * H * D, seed=seed).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4).unbind()
+
+
+@pytest.fixture(params=["flash", "tiles"])
+def path(request, monkeypatch):
+    """Both ways to compute refocused attention: merged groups, and the path for other devices and for compilers."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param == "tiles")
+
+
+@sizes
+@pytest.mark.parametrize("beta", [0.0, 0.7, 1.0])
+def test_refocused_attention(path, size, beta):
+    q, k, v = packed(size)
+    u = torch.rand(size[0], size[2] - 1, generator=torch.Generator().manual_seed(1))
+    for dis, target in ((u < 0.3, u > 0.6), (u < 0.3, u < 0), (u < 0, u > 0.6), (u < 0.05, u >= 0.05), (u < 2, u < 0)):
+        want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, target, beta)
+        check(eager.refocused_attention(q, k, v, dis, target, beta), want)
+
+
+def test_a_target_with_cls(path):
+    q, k, v = packed((2, 2, 50, 16))
+    dis = torch.rand(2, 49, generator=torch.Generator().manual_seed(1)) < 0.3
+    for target in (torch.zeros_like(dis), ~dis):
+        target = torch.nn.functional.pad(target, (1, 0), value=True)
+        want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, target, 0.7)
+        check(eager.refocused_attention(q, k, v, dis, target, 0.7), want)
+
+
+@sizes
+def test_attention_of_keys(size):
+    q, k, v = packed(size)
+    check(eager.received_attention(q, k), reference.received_attention(q.double(), k.double()))
+    check(eager.self_attention(k, v), reference.self_attention(k.double(), v.double()))
+    first, second = reference.key_similarity(q.double()), None
+    second = reference.key_similarity(k.double(), first, 1)
+    got = eager.key_similarity(q)
+    check(got, first)
+    check(eager.key_similarity(k, got, 1), second)
+
+
+@sizes
+def test_sums_of_heads_stand_for_keys(size):
+    q, k, v = packed(size)
+    keys = torch.stack([q, k, v])
+    want = reference.proxy_attention(keys.double(), v.double())
+    check(eager.proxy_attention(keys, v), want)
+    heads = torch.zeros(*size[:2], size[2] - 1, size[2] - 1)
+    running = eager.key_similarity(q, heads=heads)
+    eager.key_similarity(k, running, 1, inplace=True, heads=heads)
+    check(eager.proxy_attention(keys[2:], v, heads=heads, count=2), want)
+
+
+def clusters(B, N, noise):
+    keys = noise * randn(B, 1, N + 1, 16, seed=0)
+    keys[:, :, : 1 + N // 3, 0] += 3
+    keys[:, :, 1 + N // 3 :, 1] += 3
+    return reference.key_similarity(keys)
+
+
+@pytest.mark.parametrize("N", [2, 17, 196, 588])
+def test_fiedler_vector(N):
+    S = clusters(2, N, noise=0.4)
+    want = reference.fiedler_vector(S.double())
+    for start in (None, reference.fiedler_vector(clusters(2, N, noise=0.5))):
+        got = eager.fiedler_vector(S, start)
+        check(got, want, 2e-5)
+        assert torch.equal(reference.defocus_mask(got), reference.defocus_mask(want))
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tau_attn": 1.0}, {"layers": (2, 3)}, {"target": "rest"}, {"similarity": "vv"}, {"cut_threshold": "otsu"}],
+    ids=str,
+)
+def test_towers(monkeypatch, changes, budget):
+    config = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0, **changes)
+    images = pictures(height=40)
+    monkeypatch.setattr("rfclip.backends.HEADS_BUDGET", budget)
+    found = {}
+    for backend, dtype in (("reference", torch.float64), ("eager", torch.float32)):
+        model = small_clip(dtype=dtype)
+        with rfclip.refocus(model, config, backend=backend), torch.inference_mode():
+            assert model.visual.forward.ops.heads_budget == (budget if backend == "eager" else 0)
+            found[backend] = [rfclip.dense_features(model, images.to(dtype)), model.encode_image(images.to(dtype))]
+    for got, want in zip(found["eager"], found["reference"], strict=True):
+        check(got, want)
+
+
+def test_gradients_are_those_of_the_reference():
+    config, found = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0), {}
+    for backend in ("reference", "eager"):
+        model, images = small_clip(), pictures()
+        with rfclip.refocus(model, config, backend=backend):
+            rfclip.dense_features(model, images).square().sum().backward()
+        found[backend] = {name: p.grad for name, p in model.visual.named_parameters() if p.grad is not None}
+    assert found["eager"].keys() == found["reference"].keys()
+    for name, want in found["reference"].items():
+        torch.testing.assert_close(found["eager"][name], want, rtol=1e-6, atol=1e-6 * want.abs().max().item())
+
+
+def test_bf16_autocast():
+    """Under autocast, the tower on the fast backend is about as close to float64 as on the reference."""
+    config, images = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0), pictures()
+    model, errors = small_clip(dtype=torch.float32), {}
+    with rfclip.refocus(small := small_clip(), config, backend="reference"), torch.inference_mode():
+        want = rfclip.dense_features(small, images)
+    for backend in ("reference", "eager"):
+        with (
+            rfclip.refocus(model, config, backend=backend),
+            torch.inference_mode(),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            got = rfclip.dense_features(model, images.float())
+        errors[backend] = relative_error(got, want)
+    assert errors["eager"] <= 1.5 * errors["reference"] < 0.2
+
+
+def test_what_it_borrows():
+    ours = functions("eager")
+    for name in reference.__all__:
+        assert getattr(ours, name) is (getattr(eager, name) if name in eager.__all__ else getattr(reference, name))

@@ -1,0 +1,198 @@
+"""The report: what it records, counts and calls a fault, without compiling more than a few kernels."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rfclip_kernels import attention, report
+from rfclip_kernels.launches import OPS, SHAPES, Launch, Op, Shape, cost, record
+
+OP = {op.name: op for op in OPS}
+
+# What the kernels multiply when they run: every tl.dot of the interpreter, on tensors like those of the report.
+COUNT_DOTS = """
+import json
+from collections import Counter
+import torch
+from triton.runtime.interpreter import InterpreterBuilder
+from rfclip_kernels import attention, similarity
+
+done = Counter()
+create_dot = InterpreterBuilder.create_dot
+
+def counting(self, a, b, *rest):
+    done["operations"] += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+    return create_dot(self, a, b, *rest)
+
+InterpreterBuilder.create_dot = counting
+x = torch.randn(12, 1, 12, 37, 32, dtype=torch.float16)
+none = torch.zeros(1, 36, dtype=torch.bool)
+calls = {
+    f"refocused_attention {n}": lambda n=n: attention.refocused_attention(
+        x[0], x[1], x[2], none, torch.arange(36)[None] < n, 0.7
+    )
+    for n in (0, 4, 36)
+}
+calls["self_attention"] = lambda: attention.self_attention(x[0], x[1])
+calls["proxy_attention"] = lambda: attention.proxy_attention(x, x[0])
+calls["key_similarity, first block"] = lambda: similarity.key_similarity(x[0])
+calls["received_attention"] = lambda: similarity.received_attention(x[0], x[1])
+counts = {}
+for name, call in calls.items():
+    done.clear()
+    call()
+    counts[name] = done["operations"]
+print(json.dumps(counts))
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "shared", "warps", "tensor_memory", "expected"),
+    [
+        ("sm_80", 168, 0, 8, 0, 8 / 64),  # 21 units a warp, 3 warps a partition: one program of 8
+        ("sm_90", 64, 48 * 1024, 4, 0, 16 / 64),  # registers for 8 programs, 228 // 49 = 4 by shared memory
+        ("sm_86", 32, 0, 1, 0, 16 / 48),  # the most programs
+        ("sm_89", 40, 0, 4, 0, 1.0),  # 5 units: 12 warps a partition
+        ("sm_86", 32, 100 * 1024, 4, 0, 0.0),  # a program gets 99 KiB at most
+        ("sm_100", 32, 0, 4, 256, 8 / 64),  # half of the tensor memory each
+        ("gfx942", 128, 0, 4, 0, 16 / 32),  # 4 waves a SIMD
+        ("gfx942", 64, 40 * 1024, 8, 0, 8 / 32),
+        ("gfx942", 24, 0, 4, 0, 1.0),
+    ],
+)
+def test_occupancy(target, registers, shared, warps, tensor_memory, expected):
+    assert report.TARGETS[target].occupancy(registers, shared, warps, tensor_memory) == expected
+
+
+@pytest.mark.parametrize("hip", [False, True])
+def test_the_recorded_launch_is_the_one_that_runs(hip):
+    (launch,) = record(OP["refocused_attention"], Shape("ViT-B/16"), hip).launches
+    options = attention.launch_options(64, torch.float16, hip)
+    assert launch.kernel is attention.refocused_attention_kernel
+    assert launch.grid == (-(-197 // options["BM"]), 12)
+    expected = {"H": 12, "T": 197, "beta": 0.7, "D": 64, "stride_qt": 3 * 768, "PRECISION": attention.precision(hip)}
+    assert {name: launch.arguments[name] for name in expected | options} == expected | options
+    assert launch.arguments["order_ptr"].dtype == torch.int32
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_launches_go_to_the_gpu_of_the_tensors(op, monkeypatch):
+    current = []
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            current.append(self.device)
+
+        def __exit__(self, *exception):
+            current.pop()
+
+    def launched(*arguments, **keywords):
+        assert [device.type for device in current[-1:]] == ["cuda"]
+        return run(*arguments, **keywords)
+
+    run = Launch.__init__
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(Launch, "__init__", launched)
+    assert record(op, Shape("ViT-B/16")).launches
+
+
+def test_a_launch_is_specialized_as_triton_would():
+    (launch,) = record(OP["refocused_attention"], Shape("ViT-L/14")).launches
+    job = report.specialize(launch, "sm_90")
+    place = launch.kernel.arg_names.index
+    aligned = [["tt.divisibility", 16]]
+    assert job.signature["q_ptr"] == "*fp16" and job.signature["beta"] == "fp32" and job.signature["T"] == "i32"
+    assert job.attributes[(place("q_ptr"),)] == job.attributes[(place("stride_qt"),)] == aligned
+    assert not job.attributes.get((place("H"),))  # 16 heads, which the kernel asks not to be compiled in
+    assert job.constants[(place("stride_qd"),)] == 1
+
+
+def test_operations_are_those_of_the_interpreter():
+    run = [sys.executable, "-c", COUNT_DOTS]
+    done = subprocess.run(run, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, counted in json.loads(done.stdout).items():
+        op, *target = name.split() if name.startswith("refocused") else [name]
+        launches = record(OP[op], Shape("ViT-B/16", (96, 96), D=32)).launches
+        expected = sum(launch.operations for launch in launches)
+        vectors = sum(  # products with the key of CLS, which are not tl.dot
+            launch.facts.vectors(a := launch.arguments) * math.prod(launch.grid) * 2 * a["BM"] * a["BD"]
+            for launch in launches
+        )
+        assert vectors > 0
+        assert expected[int(target[0]) if target else 0] == counted + vectors, name
+
+
+def test_bytes_count_each_tensor_once_for_each_launch():
+    k, lse, similarity = 12 * 197 * 64 * 2, 12 * 197 * 4, 196 * 196 * 4
+    recording = record(OP["key_similarity, later block"], Shape("ViT-B/16"))
+    assert recording.least == k + 2 * similarity
+    assert recording.moved == (k + lse) + (k + lse + 2 * similarity)
+
+
+def test_operators_of_pytorch_count_and_views_do_not():
+    def steps(x):
+        return x[0].transpose(0, 1).float().add_(1).transpose(0, 1)
+
+    recording = record(Op("steps", steps, lambda s: (s.empty(1, 8, 4),)), Shape("ViT-B/16"))
+    assert recording.moved == (32 * 2 + 32 * 4) + 2 * 32 * 4
+    assert recording.least == 32 * 2 + 32 * 4
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.model}-{s.image}")
+@pytest.mark.parametrize("op", [op for op in OPS if op.goal], ids=lambda op: op.name)
+def test_goals(op, shape):
+    found = cost(op, shape)
+    assert not found.missed()
+    assert min(found.flash_worst / found.flash, found.least, found.moved) >= 1
+
+
+def test_faults_end_in_exit_code_1(monkeypatch, capsys):
+    def line(name, op, dtype, D, **changes):
+        launch = record(OP[op], Shape("ViT-B/16", dtype=dtype, D=D)).launches[0]
+        job = report.specialize(replace(launch, arguments=launch.arguments | changes), "sm_80")
+        return {report.Line(name, "-", D, "sm_80"): [job]}
+
+    sound = line("sound", "received_attention", torch.float16, 32)
+    uncounted = {
+        report.Line("uncounted", "-", 32, "sm_80"): [replace(job, counted=False) for job in [*sound.values()][0]]
+    }
+    bad = line("stripped", "received_attention", torch.float32, 32, PRECISION="ieee", BM=16, BN=16)
+    bad |= line("spilling", "refocused_attention", torch.float16, 128, num_warps=1)
+    bad |= line("failing", "received_attention", torch.float16, 32, BM=48)
+    monkeypatch.setattr(report, "OPS", [])
+    monkeypatch.setattr(report, "jobs", lambda: sound | uncounted | bad)
+    assert report.main([]) == 1
+    out, err = capsys.readouterr()
+    assert "| sound | - | 32 | sm_80 |" in out
+    faults = dict(fault.split(" | - | ") for fault in err.splitlines())
+    assert set(faults) == {"uncounted", "stripped", "spilling", "failing"}
+    assert "its operations are not counted" in faults["uncounted"]
+    assert "no tensor cores" in faults["stripped"]
+    assert "spills" in faults["spilling"]
+
+
+def test_summary_gives_a_line_for_each_kernel():
+    def outcomes(registers, occupancy):
+        return [report.Outcome(registers, tensor_cores=4, occupancy=occupancy) for registers in registers]
+
+    compiled = {
+        report.Line("sweep", "fp16", 64, "sm_80"): outcomes([100, 128], 0.25),
+        report.Line("sweep", "fp16", 64, "sm_90"): outcomes([168], 0.125),
+        report.Line("sweep", "fp16", 64, "gfx942"): outcomes([90], 0.5),
+        report.Line("cut", "fp32", "-", "sm_80"): [report.Outcome(40, spilled=8, occupancy=1.0)],
+    }
+    assert report.kernel_rows(compiled) == [
+        ("sweep", 4, "90-168", 0, "yes", "12%-25%", "50%"),
+        ("cut", 1, "40", 8, "-", "100%", "-"),
+    ]

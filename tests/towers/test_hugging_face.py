@@ -1,0 +1,315 @@
+"""Hugging Face's CLIPModel through the same calls: equal to an open_clip model of the same weights, and to itself."""
+
+import copy
+import io
+import json
+import pickle
+
+import helpers
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers import relative_error
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from small_models import DIMS, pictures, small_clip, to_hugging_face
+from typer.testing import CliRunner
+
+import rfclip
+from rfclip.cli import app
+from rfclip.config import PRESETS, RefocusConfig
+from rfclip.evaluate import evaluate_scenes, inject_distraction
+from rfclip.methods import METHODS
+from rfclip.models import load_model, tiny_folder
+
+CONFIG = RefocusConfig(DIMS, tau=3.0)
+SCENE = tiny_folder() / "scene.png"
+NAMES = "dog, cactus, octopus, sailboat, cat, bus, grass, sky"
+
+
+@pytest.fixture
+def pair():
+    """The same weights in both libraries, float64."""
+    model = small_clip()
+    return model, to_hugging_face(model)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The small CLIP of the package as transformers saves it, with a processor that has other means."""
+    folder = tmp_path_factory.mktemp("saved")
+    to_hugging_face(load_model()).save_pretrained(folder)
+    transformers.CLIPImageProcessor(image_mean=[0.4, 0.5, 0.6], image_std=[0.3, 0.25, 0.2]).save_pretrained(folder)
+    return folder
+
+
+def config_of(method):
+    return CONFIG if METHODS[method].configured else None
+
+
+def assert_close(got, want, tolerance=1e-10):
+    helpers.assert_close(got, want, tolerance)
+
+
+# On a model in memory -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("size", [(32, 32), (24, 40), (8, 8)], ids=str)
+def test_plain_features_are_transformers_own(size, act):
+    model, images = to_hugging_face(small_clip(), act), pictures(height=size[0], width=size[1])
+    tokens = model.vision_model(images, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
+    want = model.visual_projection(model.vision_model.post_layernorm(tokens)).mT.unflatten(
+        -1, (size[0] // 8, size[1] // 8)
+    )
+    assert_close(rfclip.dense_features(model, images), want)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)], ids=str)
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"proxyclip"}))  # its weights would have to be downloaded
+def test_every_method_equals_open_clips(method, size):
+    model = small_clip(layers=METHODS[method].blocks + 3)
+    images, found = pictures(height=size[0], width=size[1]), []
+    for one in (to_hugging_face(model), model):
+        with rfclip.refocus(one, config_of(method), method=method), torch.no_grad():
+            found.append(rfclip.dense_features(one, images))
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("method", ["rf-clip", "released", "clip"])
+def test_image_embeddings(pair, method):
+    """In every way to ask for them; those of plain CLIP do not change."""
+    plain, model = pair
+    images = pictures()
+    own = model.get_image_features(images).pooler_output
+    with rfclip.refocus(plain, config_of(method), method=method):
+        want = plain.encode_image(images)
+    assert_close(plain.encode_image(images), own)
+    tokens = torch.tensor([[1, 5, 31, 0, 0, 0, 0, 0]])
+    with rfclip.refocus(model, config_of(method), method=method):
+        assert_close(model.get_image_features(images).pooler_output, want)
+        assert_close(model.get_image_features(pixel_values=images).pooler_output, want)
+        whole = model(input_ids=tokens, pixel_values=images)
+        assert_close(whole.image_embeds, want / want.norm(dim=-1, keepdim=True))
+        seen = model.vision_model(images)
+        assert_close(model.visual_projection(seen.pooler_output), want)
+        assert seen.last_hidden_state.shape == (3, 17, 48)
+    assert (method == "clip") == torch.allclose(want, own)
+    assert_close(model.get_text_features(tokens).pooler_output, plain.encode_text(tokens))
+
+
+def test_it_is_undone(pair):
+    _, model = pair
+    images, state = pictures(), copy.deepcopy(model.state_dict())
+    before = model.get_image_features(images).pooler_output
+    with rfclip.refocus(model, CONFIG):
+        assert not torch.equal(model.get_image_features(images).pooler_output, before)
+        with pytest.raises(RuntimeError, match="refocused already"):
+            rfclip.refocus(model, CONFIG)
+        twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(model.get_image_features(images).pooler_output, before)
+    assert not torch.equal(twin.get_image_features(images).pooler_output, before)  # a copy stays refocused
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert "forward" not in vars(model.vision_model)
+
+
+@pytest.mark.parametrize("asked", [{"output_attentions": True}, {"output_hidden_states": True}, {"return_dict": False}])
+def test_what_a_refocused_tower_does_not_return(pair, asked):
+    _, model = pair
+    with rfclip.refocus(model, CONFIG), pytest.raises(ValueError, match=f"{next(iter(asked))}.*undo the refocusing"):
+        model.vision_model(pictures(), **asked)
+
+
+def test_a_tower_alone(pair):
+    """CLIPVisionModelWithProjection has no texts: everything but segmenting works."""
+    plain, whole = pair
+    config = transformers.CLIPVisionConfig(**whole.config.vision_config.to_dict() | {"projection_dim": 20})
+    model = transformers.CLIPVisionModelWithProjection(config).double().eval()
+    model.load_state_dict({k: v for k, v in whole.state_dict().items() if k.startswith("vis")})
+    images = pictures()
+    with rfclip.refocus(plain, CONFIG), rfclip.refocus(model, CONFIG):
+        assert_close(rfclip.dense_features(model, images), rfclip.dense_features(plain, images))
+        assert_close(model(images).image_embeds, plain.encode_image(images))
+    with pytest.raises(ValueError, match="CLIPVisionModelWithProjection knows no tokens"):
+        rfclip.Segmenter(model, config=CONFIG)
+
+
+def test_calibration(pair):
+    plain, model = pair
+    images = pictures(bright=1.0, colours=(0,))
+    got, want = rfclip.calibrate(model, images), rfclip.calibrate(plain, images)
+    assert got.dims == want.dims
+    assert set(got.dims) == set(DIMS)
+    torch.testing.assert_close(got.profile, want.profile)
+
+
+def test_half_precision(pair):
+    """About as close to float64 as open_clip's own model of that precision."""
+    images, errors = pictures(), []
+    with rfclip.refocus(pair[0], CONFIG):
+        want = rfclip.dense_features(pair[0], images)
+    for model in pair:
+        with rfclip.refocus(model.bfloat16(), CONFIG):
+            found = rfclip.dense_features(model, images)
+        assert found.dtype == torch.bfloat16
+        errors.append(relative_error(found, want))
+    assert errors[1] <= 1.5 * errors[0]
+
+
+def test_the_compiler_traces_it_in_one_graph(pair):
+    _, model = pair
+    with rfclip.refocus(model, CONFIG):
+        want = model.vision_model(pictures()).pooler_output
+        compiled = torch.compile(model.vision_model, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            assert_close(compiled(pictures()).pooler_output, want)
+
+
+@pytest.mark.parametrize("name", ["openai/clip-vit-base-patch16", "openai/clip-vit-large-patch14"])
+def test_openais_checkpoints_know_their_dimensions(name):
+    config = PRESETS[f"transformers:{name}", None]
+    vision = {"hidden_size": 1056, "num_attention_heads": 16, "num_hidden_layers": 1, "intermediate_size": 8}
+    text = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 8}
+    model = transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=text)).eval()
+    with pytest.raises(ValueError, match="config=None"):
+        rfclip.refocus(model)
+    model.name_or_path = name
+    with rfclip.refocus(model):
+        assert model.vision_model.forward.config == config
+
+
+def test_training_mode_is_refused(pair):
+    with pytest.raises(RuntimeError, match="training mode"):
+        rfclip.refocus(pair[1].train(), CONFIG)
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("kind", ["Siglip", "CLIPSeg", "CLIPVision"])
+def test_other_models_of_transformers_are_refused_by_name(kind):
+    if kind == "CLIPVision":
+        model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SMALL))
+    else:
+        config = getattr(transformers, f"{kind}Config")(vision_config=SMALL, text_config=SMALL)
+        model = getattr(transformers, f"{kind}Model")(config)
+    for call in (lambda: rfclip.refocus(model, CONFIG), lambda: rfclip.calibrate(model, pictures())):
+        with pytest.raises(ValueError, match=f"got a {kind}Model; .*CLIPModel and CLIPVisionModelWithProjection"):
+            call()
+
+
+# By name -------------------------------------------------------------------------------------------------------------
+
+
+def test_segmenting_equals_open_clips(folder):
+    """The same labels and text embeddings, under the normalization of the processor."""
+    plain = load_model()
+    plain.visual.image_mean, plain.visual.image_std = (0.4, 0.5, 0.6), (0.3, 0.25, 0.2)
+    with rfclip.Segmenter(plain) as segmenter:
+        want = segmenter(SCENE, NAMES, probabilities=True)
+        texts = segmenter.text_embeddings(("dog", "grass"))
+    with rfclip.Segmenter(f"transformers:{folder}", config=RefocusConfig(())) as segmenter:
+        found = segmenter(SCENE, NAMES, probabilities=True)
+        np.testing.assert_allclose(segmenter.text_embeddings(("dog", "grass")), texts, atol=1e-6)
+        assert segmenter.model.refocus_config is None
+    np.testing.assert_allclose(found.probabilities, want.probabilities, atol=1e-4)
+    assert (found.labels == want.labels).mean() > 0.999
+
+
+def test_text_embeddings_are_cached_apart_from_the_tower(folder, tmp_path):
+    """Another image tower reads the same cache, another text tower does not."""
+    model = load_model(f"transformers:{folder}")
+    files = []
+    for change in (None, model.visual_projection, model.text_projection):
+        if change is not None:
+            with torch.no_grad():
+                change.weight[0, 0] += 1
+        with rfclip.Segmenter(model, config=RefocusConfig(()), cache=tmp_path) as segmenter:
+            segmenter.text_embeddings(("dog",))
+        files.append(len(list(tmp_path.iterdir())))
+    assert files == [1, 1, 2]
+
+
+def test_scenes_and_injected_distraction(folder):
+    model = load_model(f"transformers:{folder}")
+    model.image_mean, model.image_std = load_model().visual.image_mean, load_model().visual.image_std
+    plain, choices = load_model(), {"kk-mean": {"method": "kk-mean"}}
+    (found,), (want,) = (evaluate_scenes(one, choices, count=4, inject=0.2) for one in (model, plain))
+    assert found.miou == pytest.approx(want.miou, abs=1e-3)
+    assert found.top1 == want.top1
+    images = torch.rand(2, 3, 112, 112)
+    before = rfclip.dense_features(model, images)
+    with inject_distraction(model, 0.2), inject_distraction(plain, 0.2):
+        found = rfclip.dense_features(model, images)
+        assert_close(found, rfclip.dense_features(plain, images), 1e-4)
+    assert relative_error(found, before) > 0.1
+
+
+def test_the_command(folder, tmp_path):
+    """calibrate writes the config, segment reads it."""
+    config, out = tmp_path / "config.json", tmp_path / "out"
+    model = ["--model", f"transformers:{folder}"]
+    done = CliRunner().invoke(app, ["calibrate", str(SCENE), *model, "--out", str(config)])
+    assert done.exit_code == 0, done.output
+    assert RefocusConfig.from_json(config.read_text()) == RefocusConfig(())
+    given = ["segment", str(SCENE), "--classes", NAMES, *model, "--out", str(out)]
+    done = CliRunner().invoke(app, [*given, "--config", str(config)])
+    assert done.exit_code == 0, done.output
+    assert json.loads((out / "scene.json").read_text())["model"] == f"transformers:{folder}"
+    assert Image.open(out / "scene.mask.png").mode == "P"
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 2
+    assert "rfclip calibrate" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "siglip"}'), ["'siglip'", "CLIPModel"]),
+        (lambda folder: (folder / "config.json").unlink(), ["of type None", "CLIPModel"]),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"nothing"), ["does not hold a CLIPModel"]),
+        (lambda folder: _pickle_instead(folder), ["does not hold a CLIPModel", "safetensors"]),
+        (lambda folder: _leave_out(folder, "visual_projection.weight"), ["lacks weights", "visual_projection"]),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), ["does not hold a CLIPModel", "preprocessor"]),
+    ],
+    ids=["siglip", "no-config", "damaged", "pickle", "missing-weight", "no-processor"],
+)
+def test_wrong_folders(tmp_path, folder, change, words):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in folder.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    change(broken)
+    with pytest.raises(ValueError) as error:
+        load_model(f"transformers:{broken}")
+    for word in words:
+        assert word in str(error.value)
+
+
+def _pickle_instead(folder):
+    buffer = io.BytesIO()
+    torch.save({}, buffer)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(buffer.getvalue())
+
+
+def _leave_out(folder, name):
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_other_refusals(folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="takes no others"):
+        load_model(f"transformers:{folder}", "openai")
+    with pytest.raises(ValueError, match="precision='fp8': expected one of fp32"):
+        load_model(f"transformers:{folder}", precision="fp8")
+    with pytest.raises(ConnectionError, match="needs a network once"):
+        load_model("transformers:nobody/there-is-none")
+
+
+def test_precision_by_name(folder):
+    assert load_model(f"transformers:{folder}", precision="bf16").visual_projection.weight.dtype == torch.bfloat16

@@ -1,0 +1,131 @@
+"""Models by name: loading them, and every model that open_clip lists, of which those that can be refocused are."""
+
+import open_clip
+import pytest
+import torch
+from open_clip.model import _build_vision_tower
+from safetensors.torch import save_model
+from torch import nn
+
+import rfclip
+from rfclip import RefocusConfig, Segmenter
+from rfclip.models import can_refocus, tiny_folder
+from rfclip.tower import read_tower
+
+NAMES = open_clip.list_models()
+ALONE = {}  # one name for each kind of tower, whatever its depth and the size of its pictures
+for _name in filter(can_refocus, NAMES):
+    _vision = open_clip.get_model_config(_name)["vision_cfg"]
+    ALONE.setdefault(str({**_vision, "layers": 1, "image_size": 0}), _name)
+
+
+def image_tower(name, **changes):
+    """A model that consists of the image tower of that name alone, with random weights."""
+    config, model = open_clip.get_model_config(name), nn.Module()
+    vision = config["vision_cfg"] | changes
+    model.visual = _build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_list_tells_what_can_be_refocused(name):
+    with torch.device("meta"):
+        model = image_tower(name)
+    if can_refocus(name):
+        assert len(read_tower(model).blocks) == open_clip.get_model_config(name)["vision_cfg"]["layers"]
+    else:
+        kinds = "TimmModel|ModifiedResNet|pools its tokens by attention"
+        with pytest.raises(ValueError, match=kinds):
+            read_tower(model)
+
+
+@pytest.mark.parametrize("source", ["openai", "laion2b", "laion400m", "datacomp", "dfn", "metaclip"])
+def test_the_checkpoints_of_standard_towers(source):
+    """Every checkpoint of these sources for a plain ViT belongs to a tower that can be refocused."""
+    found = [name for name, tag in open_clip.list_pretrained() if tag.startswith(source) and name.startswith("ViT-")]
+    assert found
+    assert [name for name in found if not can_refocus(name)] == []
+
+
+@pytest.mark.parametrize("name", ALONE.values())
+def test_it_is_calibrated_and_refocused(name):
+    """Two blocks of the tower on two by three patches: what calibration finds is what refocusing takes."""
+    torch.manual_seed(0)
+    patch = open_clip.get_model_config(name)["vision_cfg"]["patch_size"]
+    model = image_tower(name, layers=2, image_size=(2 * patch, 3 * patch))
+    images = torch.randn(2, 3, 2 * patch, 3 * patch)
+    with torch.no_grad():
+        model.visual.ln_pre = nn.LayerNorm(model.visual.conv1.out_channels)  # for planting, even where there is none
+        model.visual.ln_pre.bias[7] = 300
+        config = rfclip.calibrate(model, images).config()
+        assert config.distraction_dims == (7,)
+        model.visual.output_tokens = False
+        plain = model.visual(images)
+        patches = model.visual.forward_intermediates(images, indices=1)["image_intermediates"][0].movedim(1, -1)
+        want = model.visual.ln_post(patches) @ model.visual.proj
+        torch.testing.assert_close(rfclip.dense_features(model, images).movedim(1, -1), want, rtol=1e-4, atol=1e-4)
+        with rfclip.refocus(model, config):
+            assert rfclip.dense_features(model, images).isfinite().all()
+            assert not torch.equal(model.visual(images), plain)
+        assert torch.equal(model.visual(images), plain)
+
+
+# Loading by name ------------------------------------------------------------------------------------------------------
+
+
+def test_models_and_weights_that_do_not_exist(tmp_path):
+    with pytest.raises(ValueError, match="unknown model 'ViT-Z'.*rfclip models"):
+        rfclip.load_model("ViT-Z", "openai")
+    with pytest.raises(ValueError, match="'nonsense' is neither a file nor weights of ViT-B-16: openai,"):
+        rfclip.load_model("ViT-B-16", "nonsense")
+    with pytest.raises(ValueError, match="needs pretrained weights: one of openai,"):
+        rfclip.load_model("ViT-B-16")
+    with pytest.raises(ValueError, match="RN50 cannot be refocused; rfclip works with"):
+        rfclip.load_model("RN50", "openai")
+    with pytest.raises(ValueError, match="no such folder"):
+        rfclip.load_model(f"local-dir:{tmp_path}/nowhere")
+    with pytest.raises(ValueError, match="'dfn2b' are not known.*rfclip calibrate"):
+        Segmenter("ViT-B-16", "dfn2b")
+    with pytest.raises(ValueError, match="comes with its weights"):
+        rfclip.load_model("rfclip-tiny", "openai")
+    pickled = tmp_path / "weights.pt"
+    torch.save({}, pickled)
+    with pytest.raises(ValueError, match="must be safetensors"):
+        rfclip.load_model("ViT-B-16", str(pickled))
+
+
+def test_weights_that_are_not(tmp_path):
+    garbage = tmp_path / "garbage.safetensors"
+    garbage.write_bytes(b"not weights")
+    for path in (garbage, tiny_folder() / "open_clip_model.safetensors"):
+        with pytest.raises(ValueError, match="does not hold the weights of ViT-B-32"):
+            rfclip.load_model("ViT-B-32", str(path))
+    with pytest.raises(ValueError, match="does not hold the weights"):
+        rfclip.load_model(f"local-dir:{tmp_path}")
+
+
+def test_no_network(monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError("name or service not known")
+
+    monkeypatch.setattr("open_clip.factory.download_pretrained", fail)
+    with pytest.raises(
+        ConnectionError, match="(?s)could not be downloaded.*needs a network once.*safetensors.*rfclip-tiny"
+    ):
+        Segmenter("ViT-B-16-quickgelu", "openai")
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16", "ViT-B/16", "ViT-B-16-quickgelu"])
+def test_openai_weights_get_quickgelu_and_their_preset(monkeypatch, tmp_path, name):
+    """The real loading path but for the download, which is replaced by random weights of the right shapes."""
+    torch.manual_seed(0)
+    real = open_clip.create_model("ViT-B-16", None)
+    weights = tmp_path / "open_clip_model.safetensors"
+    save_model(real, weights)
+    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *arguments, **options: str(weights))
+    model = rfclip.load_model(name, "openai")
+    assert isinstance(model.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
+    assert torch.equal(model.visual.conv1.weight, real.visual.conv1.weight)
+    assert model.refocus_config == RefocusConfig.preset("ViT-B-16", "openai")
+    with rfclip.refocus(model), torch.inference_mode():
+        assert rfclip.dense_features(model, torch.zeros(1, 3, 224, 224)).shape == (1, 512, 14, 14)

@@ -1,0 +1,1 @@
+"""What the project uses on itself; none of it is in the wheel."""

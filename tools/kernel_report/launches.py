@@ -1,0 +1,169 @@
+"""What every operation launches, recorded from the operation itself, and counted: operations and bytes.
+
+Each example of `rfclip_kernels.registry` runs on tensors without data, and what it would launch is kept with its grid,
+arguments and options, so that what is compiled and counted cannot drift from what runs. Nothing here is measured.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._library.triton import set_wrap_triton_enabled
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+from triton import cdiv
+from triton.runtime.jit import JITFunction, MockTensor
+
+import rfclip_kernels
+from rfclip_kernels import attention
+from rfclip_kernels.registry import EXAMPLES, Example, Products, Sizes
+
+MOST_OPERATIONS = 1.02  # of plain flash attention's
+MOST_BYTES = 1.10  # of the least
+OPS = [example for example in EXAMPLES if example.module]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An image tower at one size of image, batch 1."""
+
+    model: str
+    size: tuple[int, int] = (224, 224)
+    dtype: torch.dtype = torch.float16
+    D: int = 64
+
+    @property
+    def image(self) -> str:
+        return f"{self.size[0]}x{self.size[1]}"
+
+    @property
+    def sizes(self) -> Sizes:
+        """On a CUDA device, without data."""
+        patch, (H, L) = int(self.model[-2:]), {"ViT-B/16": (12, 12), "ViT-L/14": (16, 24)}[self.model]
+        grid = self.size[0] // patch, self.size[1] // patch
+        return Sizes(H=H, D=self.D, L=L, grid=grid, dtype=self.dtype, device="cuda", seed=None, patch=patch)
+
+
+SHAPES = [Shape(model, size) for model in ("ViT-B/16", "ViT-L/14") for size in ((224, 224), (336, 448), (672, 896))]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as recorded; a tensor among the arguments became a `MockTensor` of its dtype and shape."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, object]
+    products: Products
+
+    @property
+    def operations(self) -> np.ndarray:
+        """Of the products, padding included, for each possible count of target keys."""
+        a = self.arguments
+        columns = np.array(self.products.tiles(a)) * a["BN"] + self.products.vectors(a)
+        return columns * math.prod(self.grid) * 2.0 * a["BM"] * a["BD"]
+
+
+@dataclass
+class Recording:
+    """What one call of an operation launched and moved, and the bytes of its inputs and outputs, each once."""
+
+    launches: list[Launch] = field(default_factory=list)
+    moved: int = 0
+    least: int = 0
+
+
+class CountingMode(FakeTensorMode):
+    """Tensors without data, on a GPU that need not exist; counts the bytes that PyTorch's own operators move."""
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self.cache_enabled = False  # otherwise a second call would not reach its launches
+        self.recording = recording
+        self.inside = False  # an operator, whose parts do not count again
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        counts = func.namespace == "aten" and not self.inside
+        self.inside |= counts
+        try:
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self.inside &= not counts
+        if counts and "empty" not in func.name():
+            read, written = _tensors((args, kwargs)), _tensors(out)
+            known = {tensor.untyped_storage()._cdata for tensor in read}
+            viewed = all(tensor.untyped_storage()._cdata in known for tensor in written)
+            if func._schema.is_mutable or not viewed:
+                self.recording.moved += _bytes(read) + _bytes(written)
+        return out
+
+
+def record(op: Example, shape: Shape, hip: bool = False, function: Callable | None = None) -> Recording:
+    """Call an operation, or another function of its inputs, on tensors without data, as on a CUDA or a ROCm device."""
+    recording, function = Recording(), function or getattr(rfclip_kernels, op.operation)
+
+    def run(kernel: JITFunction, *, grid: tuple[int, ...], warmup: bool, **arguments) -> None:
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        mocks = {name: MockTensor(value.dtype, value.shape) for name, value in tensors.items()}
+        products = op.kernels.get(kernel.__name__, Products())
+        launch = Launch(kernel, grid, arguments | mocks, products)
+        once = {id(value): value for name, value in tensors.items() if name not in products.sparse}
+        recording.moved += _bytes(once.values()) + _bytes(tensors[name] for name in products.updated)
+        recording.launches.append(launch)
+
+    with (
+        CountingMode(recording),
+        set_wrap_triton_enabled(False),
+        patch.object(JITFunction, "run", run),
+        patch.object(attention, "on_hip", lambda: hip),
+    ):
+        inputs = op.inputs(shape.sizes)
+        recording.moved = 0
+        outputs = function(**inputs)
+        recording.least = _bytes(_tensors(inputs)) + _bytes(_tensors(outputs))
+    return recording
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A call's operations and bytes relative to others; operations are None where no matrices are multiplied."""
+
+    moved: float  # bytes over the least
+    flash: float | None = None  # operations over plain flash attention's, the mean over counts of target keys
+    flash_worst: float | None = None
+    least: float | None = None  # operations over the least, which has no padding
+
+    def missed(self) -> list[str]:
+        """The goals of an attention sweep that are missed."""
+        goals = (
+            (self.flash, MOST_OPERATIONS, "flash attention's operations"),
+            (self.moved, MOST_BYTES, "the least bytes"),
+        )
+        return [f"{ratio:.4f} of {name}" for ratio, most, name in goals if ratio > most]
+
+
+def cost(op: Example, shape: Shape) -> Cost:
+    """What a call of an operation costs at one size."""
+    recording = record(op, shape)
+    moved = recording.moved / recording.least
+    matrix = [launch for launch in recording.launches if launch.products.tiles is not None]
+    if not matrix or op.sweep is None:
+        return Cost(moved)
+    sizes, sweep, a = shape.sizes, op.sweep, matrix[0].arguments
+    rows, heads = sweep.rows(sizes), sweep.count(sizes) * sizes.H
+    flash = heads * 2 * cdiv(rows, a["BM"]) * cdiv(sizes.T, a["BN"]) * 2 * a["BM"] * a["BN"] * a["BD"]
+    least = heads * 2 * rows * (sizes.T + (sweep.products - 1) * sizes.N) * sizes.D  # the prefix starts the sum
+    operations = sum(launch.operations for launch in matrix)
+    return Cost(moved, operations.mean() / flash, operations.max() / flash, operations.mean() / least)

@@ -1,0 +1,288 @@
+"""Compile every kernel for real GPUs, without one, and count what each launch computes and moves.
+
+python -m tools.kernel_report [--summary]
+
+Everything comes from the launches that `tools.kernel_report.launches` records, specialized as Triton would on the GPU.
+The report has three tables: a line for each kernel (all that --summary prints), a line for each compilation, and
+operations and bytes relative to the least possible.
+
+The exit code is 1 if a kernel fails to compile, spills, does not fit, or multiplies matrices without tensor cores, or
+if an attention sweep misses a goal: 1.02 times the operations of plain flash attention, 1.10 times the least bytes.
+"""
+
+import argparse
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.jit import MockTensor, create_function_from_signature
+
+from rfclip_kernels.registry import Example
+from tools.kernel_report.launches import OPS, SHAPES, Cost, Launch, Shape, cost, record
+
+HEAD_DIMS = (32, 64, 80, 96, 128)
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|v_mfma\w*)\b")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+KERNELS_TITLE = "Ranges over all compilations: head dimensions, dtypes, shapes and targets."
+KERNELS_HEADS = "kernel | compilations | registers | spilled bytes | tensor cores | occupancy, NVIDIA | occupancy, AMD"
+LINES_TITLE = """\
+The worst of each line's compilations. Occupancy is an estimate: resident warps over the most that an SM (CU) holds."""
+LINES_HEADS = (
+    "kernel | dtype | D | target | registers | spilled bytes | shared bytes | tensor-core instructions | occupancy"
+)
+COSTS_TITLE = """\
+Counted, not measured: fp16, batch 1, with the tiles of the CUDA launch. Operations are those of matrix products, with
+padding, relative to plain flash attention's with the same tiles (mean and worst over the number of target keys) and to
+the least, without padding. Bytes are those of every tensor that a launch or a PyTorch operator reads or writes, once
+each, relative to those of the inputs and outputs, once each."""
+COSTS_HEADS = "operator | model | image | over flash | worst | over the least | bytes over the least"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU architecture, and what one of its SMs (CUs) holds: `shared` in KiB, `registers` of 32 bits.
+
+    Registers are allocated to a warp in multiples of `unit`, from one of four partitions; each program takes `reserved`
+    bytes of shared memory.
+    """
+
+    gpu: GPUTarget
+    warps: int
+    programs: int
+    shared: int
+    registers: int = 65536
+    unit: int = 256
+    reserved: int = 1024
+
+    def occupancy(self, registers: int, shared: int, warps: int, tensor_memory: int = 0) -> float:
+        """Resident warps over the most possible, for programs of `warps` warps; 0 if not even one fits."""
+        per_warp = triton.cdiv(registers * self.gpu.warp_size, self.unit) * self.unit
+        by_registers = 4 * (self.registers // 4 // per_warp)
+        programs = min(self.programs, min(self.warps, by_registers) // warps)
+        if shared + self.reserved:
+            programs = min(programs, self.shared * 1024 // (shared + self.reserved))
+        if tensor_memory:  # columns of sm_100, of which there are 512
+            programs = min(programs, 512 // tensor_memory)
+        return programs * warps / self.warps
+
+
+# NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; the register unit and the
+# reserved shared memory are those of cuda_occupancy.h. gfx942: AMD Instinct MI300 ISA and LLVM's AMDGPU usage guide:
+# 4 SIMDs of 8 waves, each SIMD with 512 vector registers of 64 lanes, in units of 8 registers.
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), warps=64, programs=32, shared=164),
+    "sm_86": Target(GPUTarget("cuda", 86, 32), warps=48, programs=16, shared=100),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), warps=48, programs=24, shared=100),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), warps=64, programs=32, shared=228),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), warps=64, programs=32, shared=228),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 32, 32, 64, registers=4 * 512 * 64, unit=8 * 64, reserved=0),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compilation, described so that another process can do it."""
+
+    target: str
+    module: str
+    name: str
+    counted: bool  # whether the registry knows its matrix products
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], object]
+    attributes: dict[tuple[int, ...], list]
+    options: dict[str, int]
+
+
+def specialize(launch: Launch, target: str) -> Job:
+    """The launch as Triton's own launcher would specialize it, with tensors aligned to 16 bytes."""
+    kernel, backend = launch.kernel, make_backend(TARGETS[target].gpu)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(**launch.arguments)
+    _, *parts = kernel._pack_args(backend, options, bound, specialization, options)
+    return Job(target, kernel.__module__, kernel.__name__, launch.products.tiles is not None, *parts, options)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the compiler made of a job: `spilled` in bytes per thread, `shared` in bytes per program."""
+
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    tensor_cores: int = 0
+    occupancy: float = 0.0
+    faults: tuple[str, ...] = ()
+
+
+def compile_job(job: Job) -> Outcome:
+    """Compile, and look at the machine code."""
+    kernel = getattr(importlib.import_module(job.module), job.name)
+    try:
+        source = ASTSource(kernel, job.signature, job.constants, job.attributes)
+        compiled = triton.compile(source, target=TARGETS[job.target].gpu, options=job.options)
+        return _inspect(compiled, job)
+    except Exception as error:  # of any kind, from any compiler: reporting it is the point
+        return Outcome(faults=(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",))
+
+
+def _inspect(compiled: CompiledKernel, job: Job) -> Outcome:
+    """Read registers, spills and instructions out of the machine code."""
+    meta, multiplies = compiled.metadata, job.counted or "tt.dot" in compiled.asm["ttir"]
+    if "amdgcn" in compiled.asm:
+        code = compiled.asm["amdgcn"]
+        found = [int(re.search(rf"\.{key}:\s*(\d+)", code)[1]) for key in ("vgpr_count", "vgpr_spill_count")]
+        registers, spilled = found[0], 4 * found[1]
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = _tool("cuobjdump", "-res-usage", file.name)
+            code = _tool("nvdisasm", "--print-code", "--no-dataflow", file.name) if multiplies else ""
+        registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    tensor_cores, tensor_memory = len(TENSOR_CORES.findall(code)), getattr(meta, "tmem_size", None) or 0
+    occupancy = TARGETS[job.target].occupancy(registers, meta.shared, meta.num_warps, tensor_memory)
+    faults = {
+        f"spills {spilled} bytes": spilled > 0,
+        "no tensor cores": multiplies and not tensor_cores,
+        "its operations are not counted": multiplies and not job.counted,
+        "does not fit": occupancy == 0,
+    }
+    named = tuple(name for name, found in faults.items() if found)
+    return Outcome(registers, spilled, meta.shared, tensor_cores, occupancy, named)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    done = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the second table, for all compilations that agree in everything named here."""
+
+    kernel: str
+    dtype: str
+    D: object
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel} | {self.dtype} | {self.D} | {self.target}"
+
+
+def jobs() -> dict[Line, list[Job]]:
+    """Every distinct compilation: of all head dimensions and dtypes at one shape, and of all shapes in fp16."""
+    lines: dict[Line, dict[str, Job]] = defaultdict(dict)
+    widths = [Shape("ViT-B/16", dtype=dtype, D=D) for dtype in DTYPES for D in HEAD_DIMS]
+    calls = [
+        (op, shape) for op in OPS for shape in SHAPES + widths if shape.D == 64 or (op.sweep and op.sweep.head_dims)
+    ]
+    backends = {target.gpu.backend for target in TARGETS.values()}
+    recorded = {name: [record(*call, hip=name == "hip").launches for call in calls] for name in backends}
+    for name, target in TARGETS.items():
+        for launch in chain(*recorded[target.gpu.backend]):
+            first = next(value for value in launch.arguments.values() if isinstance(value, MockTensor))
+            D = "-" if launch.products.tiles is None else launch.arguments["D"]
+            job = specialize(launch, name)
+            line = Line(launch.kernel.__name__.removesuffix("_kernel"), DTYPES[first.dtype], D, name)
+            lines[line][repr(job)] = job
+    return {line: list(found.values()) for line, found in lines.items()}
+
+
+def compile_all(lines: dict[Line, list[Job]]) -> dict[Line, list[Outcome]]:
+    """Compile on all cores."""
+    todo = [job for found in lines.values() for job in found]
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(todo)), get_context("spawn")) as pool:
+        outcomes = pool.map(compile_job, todo, chunksize=4)
+        return {line: [next(outcomes) for _ in found] for line, found in lines.items()}
+
+
+def kernel_rows(compiled: dict[Line, list[Outcome]]) -> list[tuple]:
+    """The first table."""
+    rows = []
+    for kernel in dict.fromkeys(line.kernel for line in compiled):
+        found = [(line, one) for line, outcomes in compiled.items() if line.kernel == kernel for one in outcomes]
+        nvidia, amd = (
+            [one.occupancy for line, one in found if line.target.startswith("sm") == is_sm] for is_sm in (True, False)
+        )
+        tensor_cores = [one.tensor_cores > 0 for _, one in found]
+        rows.append(
+            (
+                kernel,
+                len(found),
+                _span([one.registers for _, one in found]),
+                max(one.spilled for _, one in found),
+                "yes" if all(tensor_cores) else "not all" if any(tensor_cores) else "-",
+                _span(nvidia, "{:.0%}"),
+                _span(amd, "{:.0%}"),
+            )
+        )
+    return rows
+
+
+def _span(values: list[float], form: str = "{}") -> str:
+    ends = dict.fromkeys(form.format(end(values)) for end in (min, max)) if values else ["-"]
+    return "-".join(ends)
+
+
+def line_rows(compiled: dict[Line, list[Outcome]]) -> list[tuple]:
+    """The second table: the worst of each line's compilations."""
+    rows = []
+    for line, found in compiled.items():
+        registers, spilled, shared = (
+            max(getattr(one, name) for one in found) for name in ("registers", "spilled", "shared")
+        )
+        tensor_cores, occupancy = (min(getattr(one, name) for one in found) for name in ("tensor_cores", "occupancy"))
+        rows.append((line, registers, spilled, shared, tensor_cores, f"{occupancy:.0%}"))
+    return rows
+
+
+def cost_rows(costs: dict[tuple[Example, Shape], Cost]) -> list[tuple]:
+    """The third table."""
+    rows = []
+    for (op, shape), found in costs.items():
+        ratios = (found.flash, found.flash_worst, found.least, found.moved)
+        shown = ("-" if ratio is None else f"{ratio:.3f}" for ratio in ratios)
+        rows.append((op.name, shape.model, shape.image, *shown))
+    return rows
+
+
+def table(title: str, heads: str, rows: Iterable[tuple]) -> str:
+    """A Markdown table below its title."""
+    lines = [f"| {heads} |", f"|{' --- |' * (heads.count('|') + 1)}"]
+    return "\n".join([f"{title}\n", *lines, *(f"| {' | '.join(map(str, row))} |" for row in rows), ""])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m tools.kernel_report", description=__doc__.splitlines()[0])
+    parser.add_argument("--summary", action="store_true", help="print only the first table, a line for each kernel")
+    summary = parser.parse_args(arguments).summary
+    compiled = compile_all(jobs())
+    costs = {(op, shape): cost(op, shape) for op in OPS for shape in SHAPES}
+    print(table(KERNELS_TITLE, KERNELS_HEADS, kernel_rows(compiled)))
+    if not summary:
+        print(table(LINES_TITLE, LINES_HEADS, line_rows(compiled)))
+        print(table(COSTS_TITLE, COSTS_HEADS, cost_rows(costs)))
+    faults = [f"{line}: {fault}" for line, found in compiled.items() for one in found for fault in one.faults]
+    for (op, shape), found in costs.items():
+        missed = found.missed() if op.sweep and op.sweep.goal else []
+        faults += [f"{op.name} | {shape.model} | {shape.image}: {goal}" for goal in missed]
+    clean = "No failed compile, no spill, tensor cores in every matrix kernel, goals met."
+    print("\n".join(faults) or clean, file=sys.stderr)
+    return 1 if faults else 0
