@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as TF
 import rfclip
 from bench.measure import Times, alternate, in_fresh_process, peak_bytes, slope
 from bench.towers import Case, Memory, config_for, pictures, planted, refocused, twin
-from rfclip.methods import PLAIN
+from rfclip.config import PLAIN
 
 SHORT_SIDE, WINDOW, STRIDE, SCALE = 336, 224, 112, 40.0  # the paper's, and `rfclip.Segmenter`'s for ViT-B/16
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")

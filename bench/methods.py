@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import timm
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 
 from bench.measure import DEVICE, DTYPE, alternate
 from bench.towers import MODEL, Case, TowerTime, config_for, pictures, plain, plain_name, planted, tower_operations
-from rfclip.methods import METHODS, Method, ProxyCLIP
-from rfclip.tower import read_tower
+from rfclip.methods import METHODS
+from rfclip.methods.base import Method
+from rfclip.towers import read_tower
 
 CASES = (Case((224, 224), rounds=11), Case((336, 448), rounds=5))
 QUICK_CASES = (Case((224, 224), rounds=2),)
@@ -29,10 +29,8 @@ def dino(small: bool) -> nn.Module:
 
 def build(name: str, model: nn.Module, backend: str, proxy: nn.Module) -> Method:
     """The method, on a model that stays as it is."""
-    kind = METHODS[name]
-    if kind is ProxyCLIP:
-        kind = partial(ProxyCLIP, dino=proxy)
-    return kind(read_tower(model), config_for(model) if METHODS[name].configured else None, backend)
+    card, options = METHODS[name], {"dino": proxy} if name == "proxyclip" else {}
+    return card(read_tower(model), config_for(model) if card.configured else None, backend, **options)
 
 
 def features(method: Method, images: Tensor) -> Callable[[], Tensor]:
@@ -62,8 +60,8 @@ def time_methods(name: str, quick: bool) -> Iterator[TowerTime]:
         found = alternate(runs, case.rounds)
         baseline = found[plain_name(model, case)].median
         for implementation, times in found.items():
-            kind = METHODS.get(implementation)
-            bound = kind and not kind.beyond and case.size == (224, 224) and name == MODEL and DEVICE == "cpu"
+            card = METHODS.get(implementation)
+            bound = card and not card.beyond and case.size == (224, 224) and name == MODEL and DEVICE == "cpu"
             yield TowerTime(
                 str(case),
                 tokens,
@@ -74,6 +72,6 @@ def time_methods(name: str, quick: bool) -> Iterator[TowerTime]:
                 times.median / baseline,
                 GOAL if bound else None,
                 errors.get(implementation),
-                kind.beyond if kind else "",
+                card.beyond if card else "",
                 operations=operations,
             )

@@ -1,8 +1,8 @@
-"""Projected, not measured: what the launches of the Triton kernels would take at least on GPUs that were not at hand.
+"""Projected, not measured: the least time that the launches of the Triton kernels can take on GPUs not available here.
 
-The time of an operator is the longer of its matrix operations at the peak rate and its bytes at the peak bandwidth.
-Both are counted from the launches that the operator makes, see `rfclip_kernels.launches`; other arithmetic, latencies
-and launches count nothing, so that every kernel will be slower than this.
+The time of an operation is the longer of its matrix operations at the peak rate and its bytes at the peak bandwidth.
+Both are counted from the launches that it makes, see `tools.kernel_report.launches`. Other arithmetic, latencies and
+launches count as nothing, so that every kernel will be slower than this.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rfclip_kernels.launches import OPS, SHAPES, Op, Shape, record
+from rfclip_kernels.registry import Example
+from tools.kernel_report.launches import OPS, SHAPES, Shape, record
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ class Projection:
     seconds: dict[str, float]
 
 
-def count(op: Op, shape: Shape) -> Work:
+def count(op: Example, shape: Shape) -> Work:
     """The work of one call; where it depends on how many keys are targets, the mean."""
     recording = record(op, shape)
-    matrix = (launch for launch in recording.launches if launch.facts.tiles is not None)
+    matrix = (launch for launch in recording.launches if launch.products.tiles is not None)
     return Work(sum(float(launch.operations.mean()) for launch in matrix), recording.moved)
 
 
@@ -67,21 +68,21 @@ def linear(rows: int, inputs: int, outputs: int) -> Work:
 
 def block(shape: Shape, whole: bool = True) -> list[Work]:
     """The linear layers of one block, or of the last one, from which dense features take only the attention's."""
-    T, d = shape.T, shape.H * shape.D
+    T, d = shape.sizes.T, shape.sizes.d
     attention = [linear(T, d, 3 * d), linear(T, d, d)]
     return attention + [linear(T, d, 4 * d), linear(T, 4 * d, d)] if whole else attention
 
 
 def plain_tower(shape: Shape) -> list[Work]:
     """The linear layers, and flash attention that reads q, k and v once and writes as much as one of them."""
-    tokens, d = shape.T, shape.H * shape.D
+    tokens, d = shape.sizes.T, shape.sizes.d
     attention = Work(4.0 * tokens**2 * d, 2.0 * 4 * tokens * d)
-    return shape.L * [*block(shape), attention]
+    return shape.sizes.L * [*block(shape), attention]
 
 
 def refocused_tower(shape: Shape, counted: dict[str, Work]) -> list[Work]:
     """The linear layers and the operators that `rfclip.dense_features` calls with the preset of the model."""
-    L = shape.L
+    L = shape.sizes.L
     calls = {
         "distraction_mask": L,
         "redistribute_embeddings": L,

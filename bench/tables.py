@@ -15,7 +15,7 @@ from bench.kernels import KernelTime
 from bench.roofline import GPUS, Projection, peak_of
 from bench.towers import Memory, Part, TowerTime
 from rfclip.files import write_whole
-from rfclip_kernels.report import table
+from tools.kernel_report.report import table
 
 WORSE = 1.10  # times an earlier ratio is a regression
 TRIED = """\

@@ -6,7 +6,9 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import numpy as np
 import open_clip
@@ -16,13 +18,15 @@ from torch import Tensor, nn
 
 import rfclip
 from bench.measure import DEVICE, DTYPE, DTYPE_NAME, alternate, captured, in_fresh_process, peak_bytes
-from rfclip.tower import read_tower
+from rfclip.ops.eager import KeyAverage
+from rfclip.plugin import installed
+from rfclip.towers import read_tower
 
 MODEL = "ViT-B-16"
 CONFIG = rfclip.RefocusConfig.preset("ViT-B-16", "openai")
 OWN_LAYERS = "the tower's own layers"
-PURE = ("distraction_mask", "fiedler_vector", "defocus_mask", "refocused_attention", "proxy_attention")
-IN_PLACE = ("redistribute_embeddings", "key_similarity")
+PURE = ("distraction_mask", "fiedler_vector", "defocus_mask", "refocused_attention", "KeyAverage.gather")
+OPERATIONS = ("distraction_mask", "fiedler_vector", "defocus_mask", "refocused_attention", "redistribute_embeddings")
 MARK = 11  # a dimension of the residual stream that only the planting below uses
 
 
@@ -211,15 +215,15 @@ def features_and_masks(model: nn.Module, images: Tensor, backend: str) -> tuple[
     """
     masks: list[Tensor] = []
     with rfclip.refocus(model, config_for(model), backend=backend):
-        ops = vars(model.visual)["forward"].ops
+        ops = installed(model).ops
         attend = ops.refocused_attention
 
-        def watched(q, k, v, distraction, target, *rest):
+        def watched(q, k, v, distraction, target, *rest, **options):
             masks.append(torch.stack([distraction, target]))
-            return attend(q, k, v, distraction, target, *rest)
+            return attend(q, k, v, distraction, target, *rest, **options)
 
-        ops.refocused_attention = watched
-        features = rfclip.dense_features(model, images)
+        with patch.object(ops, "refocused_attention", watched):
+            features = rfclip.dense_features(model, images)
     blocks = len(model.visual.transformer.resblocks) - 2  # nothing distracts before the second; the last only reads out
     assert len(masks) >= blocks, f"a block's mask is empty or full: {len(masks)} of {blocks} blocks were refocused"
     return features, torch.stack(masks[-blocks:])
@@ -297,32 +301,36 @@ def profile(name: str, case: Case) -> list[Part]:
     model, images = planted(name), pictures(case)
     run_plain, model = plain(model, images), twin(model)
     rfclip.refocus(model, config_for(model), backend="eager")
-    forward = model.visual.forward
+    method = installed(model)
     spent: dict[str, list[float]] = {}
     repeated: dict[str, list[float]] = {}
 
-    def watch(owner: object, function: str, label: str, pure: bool = False) -> None:
+    def watch(stack: ExitStack, owner: object, function: str, label: str) -> None:
         original = getattr(owner, function)
 
         def watched(*arguments, **named):
             began = time.perf_counter()
             found = original(*arguments, **named)
             spent.setdefault(label, []).append(time.perf_counter() - began)
-            if pure:
+            if label in PURE:
                 began = time.perf_counter()
                 original(*arguments, **named)
                 repeated.setdefault(label, []).append(time.perf_counter() - began)
             return found
 
-        setattr(owner, function, watched)
+        stack.enter_context(patch.object(owner, function, watched))
 
-    for function in ("patches", "embed", "readout"):
-        watch(forward.tower, function, OWN_LAYERS)
-    for block in forward.tower.blocks:
-        watch(block, "query_key_value", OWN_LAYERS)
-        watch(block, "project" if block is forward.tower.blocks[-1] else "finish", OWN_LAYERS)
-    for function in PURE + IN_PLACE:
-        watch(forward.ops, function, function, function in PURE)
+    def watch_all(stack: ExitStack) -> None:
+        for function in ("patches", "embed", "readout"):
+            watch(stack, method.tower, function, OWN_LAYERS)
+        for block in method.tower.blocks:
+            watch(stack, block, "query_key_value", OWN_LAYERS)
+            watch(stack, block, "project" if block is method.tower.blocks[-1] else "finish", OWN_LAYERS)
+        for function in OPERATIONS:
+            watch(stack, method.ops, function, function)
+        for function in ("add", "gather"):
+            watch(stack, KeyAverage, function, f"KeyAverage.{function}")
+
     rounds = []
 
     def run() -> None:
@@ -330,7 +338,9 @@ def profile(name: str, case: Case) -> list[Part]:
         rfclip.dense_features(model, images)
         rounds.append({label: (len(times), sum(times), sum(repeated.get(label, ()))) for label, times in spent.items()})
 
-    plain_seconds = alternate({"plain": run_plain, "eager": run}, case.rounds)["plain"].median
+    with ExitStack() as stack:
+        watch_all(stack)
+        plain_seconds = alternate({"plain": run_plain, "eager": run}, case.rounds)["plain"].median
     parts = []
     for label, (calls, *_) in rounds[0].items():
         seconds, warm = np.median([found[label][1:] for found in rounds[1:]], axis=0).tolist()

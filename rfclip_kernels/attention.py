@@ -200,6 +200,7 @@ def self_attention_kernel(
     m_m = (o_m < T)[:, None] & m_d[None, :]
     p_v = v_ptr + i_b * stride_vb + i_h * stride_vh + o_d * stride_vd
     p_u = u_ptr + i_b * stride_ub + i_h * stride_uh + o_d * stride_ud
+    b_first = tl.load(p_v, mask=m_d & (PREFIX > 0) & (DROP == 0), other=0.0).to(tl.float32)  # [BD]
     # The bias of patches m and n is at (row_m - row_n + gh - 1) (2 gw - 1) + column_m - column_n + gw - 1.
     i_m = o_m - PREFIX
     to_m = (i_m // gw + gh - 1) * (2 * gw - 1) + i_m % gw + gw - 1
@@ -207,12 +208,14 @@ def self_attention_kernel(
     b_out = tl.zeros([BM, BD], tl.float32)
     for _layer in range(0, L):
         b_q = tl.load(p_u[None, :] + o_m[:, None] * stride_ut, mask=m_m, other=0.0)  # [BM, BD]
-        b_max, b_sum = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
-        b_acc = tl.zeros([BM, BD], tl.float32)
-        for i in tl.static_range(PREFIX):
+        b_acc = tl.zeros([BM, BD], tl.float32) + b_first[None, :]
+        if PREFIX > 0:  # the first key needs no step, which would cost registers
+            b_max, b_sum = key_logits(b_q, p_u, m_d, scale), tl.full([BM], 1.0, tl.float32)
+        else:
+            b_max, b_sum = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
+        for i in tl.static_range(1, PREFIX):
             b_l = key_logits(b_q, p_u + i * stride_ut, m_d, scale)
-            m_v = m_d & (DROP == 0)
-            b_v_one = tl.load(p_v + i * stride_vt, mask=m_v, other=0.0).to(tl.float32)  # [BD]
+            b_v_one = tl.load(p_v + i * stride_vt, mask=m_d & (DROP == 0), other=0.0).to(tl.float32)  # [BD]
             b_max, b_sum, b_acc = add_key(b_l, b_v_one, True, b_max, b_sum, b_acc)
         for start in range(PREFIX, T, BN):
             o_n = start + tl.arange(0, BN)

@@ -88,7 +88,7 @@ class Sizes:
         """Patch tokens [B, N, d], as a view of all tokens; every tenth is over-active."""
         x = self.tensor(self.B, self.T, self.d)[:, self.prefix :]
         if self.seed is not None:
-            x[:, ::10, self.dims[0]] += 40
+            x[..., self.dims[0]] += 40 * self.mask(10)
         return x
 
     def mask(self, every: int) -> Tensor:
@@ -156,7 +156,7 @@ class Example:
         module: where `launch_<operation>` and its kernels are; None where PyTorch runs the operation.
         sweep: for operations that multiply matrices.
         kernels: what their Triton kernels multiply and read, by name, unless that is nothing special.
-        batched: whether the first axis of every tensor (the second of `keys`) is B.
+        batched: whether it works on a batch of images, rather than on one picture.
     """
 
     operation: str
@@ -294,7 +294,6 @@ EXAMPLES = (
         module="attention",
         sweep=_ATTENTION,
         kernels=_SWEPT,
-        batched=False,
     ),
     Example(
         "proxy_attention",

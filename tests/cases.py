@@ -11,9 +11,9 @@ import torch
 from helpers import assert_close, rand, randn
 from oracles.operations import brute_weights
 
-from rfclip.backends import functions
+from rfclip.ops.dispatch import backend
 
-IMPLEMENTATIONS = {name: functions(name) for name in ("reference", "eager")}
+IMPLEMENTATIONS = {name: backend(name) for name in ("reference", "eager")}
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 HALF = (torch.float16, torch.bfloat16)

@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import rfclip
-from rfclip.cli import app
+from rfclip.app.cli import app
 
 NAMES = ["cat", "grass", "sky"]
 

@@ -1,15 +1,16 @@
-"""Scenes, benchmarks in miniature and a job of segmenting, for tests that need data on disk."""
+"""Scenes, datasets in miniature and a job of segmenting, for tests that need data on disk."""
 
 import numpy as np
 import torchvision.datasets
 from PIL import Image
 
 from rfclip import RefocusConfig
-from rfclip.benchmarks import BENCHMARKS
-from rfclip.outputs import Job
-from rfclip.runs import Run, Scorer, Setup
-from rfclip.scenes import make_scene
-from rfclip.segmenter import Segmentation
+from rfclip.datasets import find_dataset
+from rfclip.scoring.report import finish
+from rfclip.scoring.run import Run, Scorer
+from rfclip.segment.job import Job
+from rfclip.segment.result import Segmentation
+from rfclip.tiny.scenes import make_scene
 
 SCENE = make_scene((4, 0), 200, objects=(3, 3), object_size=(70, 76))
 
@@ -18,7 +19,7 @@ def scene(number, height=56, width=64):
     return Image.fromarray(make_scene(number, 64, object_size=(24, 40)).image[:height, :width])
 
 
-# Benchmarks -----------------------------------------------------------------------------------------------------------
+# Datasets -------------------------------------------------------------------------------------------------------------
 
 SIZE = (16, 24)  # height and width
 
@@ -46,7 +47,7 @@ def halves(left, right):
 
 
 def make(root, name):
-    """Two pictures and their labels, in the layout of that benchmark; `test_miou_by_hand` works out their score."""
+    """Two pictures and their labels, in the layout of that dataset; `test_miou_by_hand` works out their score."""
     zero = 1 if name in ("voc20", "context59", "ade20k") else 0  # in their files, 0 is what does not count
     predicted = [halves(1, 2), halves(3, 3)]
     wanted = [halves(1, 3) + zero, halves(255 - zero, 3) + zero]
@@ -105,26 +106,41 @@ class Reader:
         return Segmentation(rgb, labels, tuple(names[0] for names in named))
 
 
-def setup(root, name):
-    return Setup(name, root, "rfclip-tiny", None, RefocusConfig(distraction_dims=()))
+class ReadingScorer(Scorer):
+    """A scorer without a model, whose segmenter is a `Reader`."""
+
+    def __init__(self, dataset, reader):
+        self.job, self.dataset, self.segmenter, self.threshold = RUN, dataset, reader, None
 
 
-def score(root, name, folder, segmenter=None, **options):
-    scorer = Scorer(setup(root, name), segmenter or Reader())
+RUN = Job(config=RefocusConfig(distraction_dims=()))
+
+
+def score(root, name, folder, reader=None, **options):
+    scorer = ReadingScorer(find_dataset(name).open(root=root), reader or Reader())
     with open_run(root, name, folder, **options) as run:
         for _ in run.keep(map(scorer, run.missing())):
             pass
-        return run.finish(scorer)
+        return finish(run, scorer)
 
 
 def open_run(root, name, folder, overwrite=False, **options):
-    return Run(folder, {"benchmark": name, **options}, BENCHMARKS[name].pairs(root), root, overwrite=overwrite)
+    items = find_dataset(name).open(root=root).items()
+    return Run(folder, {"dataset": name, **options}, items, overwrite=overwrite)
+
+
+def scores_of(scorer, folder):
+    """What a scorer finds on all items of its dataset."""
+    with scorer, Run(folder, scorer.settings(), scorer.dataset.items()) as run:
+        for _ in run.keep(map(scorer, run.missing())):
+            pass
+        return run.scores(len(scorer.dataset.classes))[0]
 
 
 # A job of segmenting --------------------------------------------------------------------------------------------------
 
 NAMES = [("dog", "cat"), ("grass",), ("sky",)]
-JOB = Job(NAMES, "rfclip-tiny", None, None, "rf-clip", "auto", "cpu", "fp32", None, False)
+JOB = Job()
 
 
 def same(found, masks):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from rfclip.scoring.metrics import confusion_matrix, mean_iou
 from rfclip.scoring.run import Scorer
 from rfclip.segment.result import palette
 
+PICTURES = 2
 COLUMNS = 5
 
 
@@ -23,21 +25,20 @@ def contact_sheet(dataset: Dataset, items: list[Item], scorers: Iterator[tuple[s
 
     Args:
         dataset: where the pictures come from.
-        items: those of its items that have a label for every pixel.
+        items: of the dataset; the first two with a label for every pixel are shown.
         scorers: by label, used one after another, so that each may refocus the same model.
 
     Each class of a picture has a colour; pixels taken for a class that is absent from the picture are black. Titles
     give the mIoU on that picture alone.
     """
-    pictures = [(np.asarray(rgb), np.asarray(labels)) for rgb, labels in map(dataset.read, items)]
+    labelled = ((rgb, labels) for rgb, labels in map(dataset.read, items) if isinstance(labels, np.ndarray))
+    pictures = list(islice(labelled, PICTURES))
     classes = len(dataset.classes)
-    found = {}
-    for label, scorer in scorers:
-        found[label] = [scorer.predict(dataset.read(item)[0]).labels for item in items]
+    found = {label: [scorer.predict(rgb).labels for rgb, _ in pictures] for label, scorer in scorers}
     rows = math.ceil((2 + len(found)) / COLUMNS)
-    figure = Figure(figsize=(2 * COLUMNS, 2.2 * rows * len(items)), layout="constrained")
-    for number, part in enumerate(np.atleast_1d(figure.subfigures(len(items)))):
-        pixels, labels = pictures[number]
+    figure = Figure(figsize=(2 * COLUMNS, 2.2 * rows * len(pictures)), layout="constrained")
+    for number, part in enumerate(np.atleast_1d(figure.subfigures(len(pictures)))):
+        pixels, labels = np.asarray(pictures[number][0]), pictures[number][1]
         present = _present(labels, classes)
         cells = {"picture": pixels, "labels": _coloured(labels, pixels, present, classes)}
         for label, predicted in found.items():

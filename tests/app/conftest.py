@@ -16,7 +16,8 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def segmenter():
-    return JOB.segmenter()
+    with JOB.segmenter() as segmenter:
+        yield segmenter
 
 
 @pytest.fixture(scope="module")

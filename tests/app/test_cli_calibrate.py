@@ -12,7 +12,7 @@ from miniatures import scene
 import rfclip
 import rfclip.methods
 from rfclip import RefocusConfig
-from rfclip.models import tiny_folder
+from rfclip.towers.loading import tiny_folder
 
 pytestmark = pytest.mark.usefixtures("folder")
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import rfclip
 import rfclip.methods
-from rfclip.cli import app
+from rfclip.app.cli import app
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -38,7 +38,7 @@ def test_help_is_quick():
     code = """
 import sys
 from typer.testing import CliRunner
-from rfclip.cli import app
+from rfclip.app.cli import app
 for command in ([], ["segment"], ["calibrate"], ["models"], ["evaluate"]):
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0 and "Usage" in result.stdout

@@ -16,7 +16,7 @@ from PIL import Image
 import rfclip
 import rfclip.methods
 from rfclip import RefocusConfig
-from rfclip.scenes import CLASSES
+from rfclip.tiny.scenes import CLASSES
 
 pytestmark = pytest.mark.usefixtures("folder")
 

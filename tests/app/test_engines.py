@@ -17,10 +17,12 @@ from commands import run
 from miniatures import JOB, NAMES, halves, make, same, save_labels, save_picture
 from PIL import Image
 
-from rfclip import RefocusConfig, engines
-from rfclip.benchmarks import BENCHMARKS
-from rfclip.outputs import Job, Writer, plan_files, plan_shards, read_masks
-from rfclip.runs import Run, Scorer, Setup
+from rfclip.app import engines
+from rfclip.app.outputs import Writer, described, plan_files, plan_shards
+from rfclip.datasets import find_dataset
+from rfclip.outputs import read_masks
+from rfclip.scoring.run import Run, Scorer
+from rfclip.segment.job import Job
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +62,9 @@ def mortal(worker, marker, when):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_killed_worker_of_shards(tmp_path, pictures, segmenter, masks, ray, when):
-    worker = partial(mortal(Writer, tmp_path / "died", when), JOB, JOB.described(segmenter))
-    tasks, skipped, stale = plan_shards(pictures, tmp_path, JOB.described(segmenter), False)
+    record = described(JOB, segmenter, NAMES, None)
+    worker = partial(mortal(Writer, tmp_path / "died", when), JOB, NAMES, record)
+    tasks, skipped, stale = plan_shards(pictures, tmp_path, record, False)
     assert (len(tasks), skipped, stale) == (3, 0, [])
     with engines.start("ray", workers=1) as engine:
         results = list(engine.results(worker, worker, tasks))
@@ -71,7 +74,7 @@ def test_a_killed_worker_of_shards(tmp_path, pictures, segmenter, masks, ray, wh
 
 
 def test_a_killed_worker_of_files(tmp_path, pictures, masks, ray):
-    worker = partial(mortal(Writer, tmp_path / "died", "after"), JOB, {"classes": []})
+    worker = partial(mortal(Writer, tmp_path / "died", "after"), JOB, NAMES, {"classes": [], "threshold": None})
     tasks, skipped, failed = plan_files(pictures, tmp_path, False)
     assert (skipped, failed) == (0, [])
     with engines.start("ray", workers=2) as engine:
@@ -85,20 +88,31 @@ def test_a_killed_worker_of_files(tmp_path, pictures, masks, ray):
 
 @pytest.mark.filterwarnings("ignore:rfclip-tiny was never trained on")
 def test_a_killed_worker_of_an_evaluation(tmp_path, ray):
-    root = make(tmp_path / "data", "voc20")
-    setup = Setup("voc20", root, "rfclip-tiny", None, RefocusConfig(distraction_dims=()))
-    pairs = BENCHMARKS["voc20"].pairs(root)
-    scorer = Scorer(setup)
-    with Run(tmp_path / "here", {}, pairs, root) as run:
-        assert list(run.keep(map(scorer, run.missing()))) == [str(image.relative_to(root)) for image, _ in pairs]
-        whole = run.finish(scorer)
-    worker = partial(mortal(Scorer, tmp_path / "died", "after"), setup)
-    with Run(tmp_path / "there", {}, pairs, root) as run, engines.start("ray", workers=1) as engine:
+    dataset = find_dataset("voc20").open(root=make(tmp_path / "data", "voc20"))
+    items = dataset.items()
+    with Scorer(JOB, dataset) as scorer, Run(tmp_path / "here", {}, items) as run:
+        assert list(run.keep(map(scorer, run.missing()))) == [item["image"] for item in items]
+        whole, _ = run.scores(20)
+    worker = partial(mortal(Scorer, tmp_path / "died", "after"), JOB, dataset)
+    with Run(tmp_path / "there", {}, items) as run, engines.start("ray", workers=1) as engine:
         kept = list(run.keep(engine.results(worker, worker, run.missing())))
         assert (tmp_path / "died").exists()
-        assert len(kept) == len(set(kept)) == len(pairs)
-        assert len((tmp_path / "there/images.jsonl").read_text().splitlines()) == len(pairs)
-        assert np.array_equal(run.finish(scorer).confusion, whole.confusion)
+        assert len(kept) == len(set(kept)) == len(items)
+        assert len((tmp_path / "there/images.jsonl").read_text().splitlines()) == len(items)
+        assert np.array_equal(run.scores(20)[0].confusion, whole.confusion)
+
+
+def test_scenes_on_ray(tmp_path, ray):
+    """Procedural pictures travel as seeds, and simulated distraction as a setting."""
+    job, dataset = Job(method="kk", inject=0.1), find_dataset("scenes").open(count=2)
+    found = []
+    for name in ("local", "ray"):
+        with Run(tmp_path / name, {}, dataset.items()) as run, engines.start(name) as engine:
+            worker = partial(Scorer, job, dataset)
+            list(run.keep(engine.results(worker, worker, run.missing())))
+            found.append(run.scores(len(dataset.classes))[0])
+    assert np.array_equal(found[0].confusion, found[1].confusion)
+    assert found[0].hits == found[1].hits
 
 
 def test_a_task_that_kills_every_worker(ray):
@@ -106,7 +120,7 @@ def test_a_task_that_kills_every_worker(ray):
         def __call__(self, task):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with engines.start("ray", workers=2) as engine, pytest.raises(ValueError, match="Ray could not go on"):
+    with engines.start("ray", workers=2) as engine, pytest.raises(ValueError, match="Ray could not continue"):
         list(engine.results(Poison, Poison, [{}]))
 
 
@@ -120,10 +134,10 @@ def test_commands_on_ray(tmp_path, monkeypatch, pictures, masks, ray):
         result = run(*ask, *extra)
         assert result.exit_code == 1, result.output
         assert "failed: bad.png: cannot be read as an image" in result.stderr
-        assert "18 segmented" in result.stderr and "pictures a second" in result.stderr
+        assert "18 segmented" in result.stderr and "pictures per second" in result.stderr
         assert result.stderr.count("never trained on 'gnu'") == 1
         again = [word for word in ask if word != "bad.png"]
-        assert "0 segmented" in (result := run(*again, *extra)).stderr and "18 left as they were" in result.stderr
+        assert "0 segmented" in (result := run(*again, *extra)).stderr and "18 skipped" in result.stderr
     shown = dict(read_masks("shards"))
     same(((image, np.array(Image.open(f"files/{Path(image).stem}.mask.png"))) for image in map(str, masks)), shown)
     root = make(Path("data"), "voc20")
@@ -137,12 +151,12 @@ def test_commands_on_ray(tmp_path, monkeypatch, pictures, masks, ray):
 def test_errors_of_workers_come_back(tmp_path, ray):
     """Errors of a task, and of a worker that cannot start."""
     root = make(tmp_path / "data", "voc20")
-    labels = BENCHMARKS["voc20"].pairs(root)[0][1]
+    labels = find_dataset("voc20").open(root=root).pairs()[0][1]
     labels.write_bytes(b"no picture")
     result = run("evaluate", "voc20", "--root", root, "--out", tmp_path / "run", "--engine", "ray")
     assert result.exit_code == 2
     assert f"error: {labels}: cannot be read as labels" in result.stderr
-    worker = partial(Writer, Job(NAMES, "no-model", None, None, "rf-clip", "auto", "cpu", "fp32", None, False), {})
+    worker = partial(Writer, Job("no-model"), NAMES, {})
     with engines.start("ray") as engine, pytest.raises(ValueError, match="unknown model 'no-model'"):
         list(engine.results(worker, worker, [{"pictures": []}]))
 
@@ -215,7 +229,7 @@ def test_a_cluster_that_is_too_small():
         (("spark",), "--engine spark: expected local or ray"),
         (("local", 2), "--workers 2: .* with --engine ray"),
         (("ray", 0), "--workers 0: expected at least 1"),
-        (("ray", 1, "cuda:1"), "--device cuda:1: .* Ray says which"),
+        (("ray", 1, "cuda:1"), "--device cuda:1: .* Ray decides which"),
     ],
 )
 def test_wrong_engines(given, words):

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from miniatures import JOB, same
+from miniatures import JOB, NAMES, same
 
-from rfclip.outputs import Writer, encode, plan_shards, read_masks, write_shard
+from rfclip.app.outputs import Writer, described, encode, plan_shards, write_shard
+from rfclip.outputs import read_masks
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (7, 5)], ids=str)
@@ -42,24 +43,24 @@ def test_runs_of_labels(tmp_path, shape):
 def test_shards_that_are_there(tmp_path, pictures, segmenter, masks):
     """They are continued; other settings are refused; on demand all are replaced, however the work is split."""
     pytest.importorskip("pyarrow")
-    described = JOB.described(segmenter)
-    writer = Writer(JOB, described, segmenter)
-    tasks, *_ = plan_shards(pictures[:10], tmp_path, described, False)
+    record = described(JOB, segmenter, NAMES, None)
+    writer = Writer(JOB, NAMES, record, segmenter)
+    tasks, *_ = plan_shards(pictures[:10], tmp_path, record, False)
     assert [len(task["pictures"]) for task in tasks] == [8, 2]
     assert writer(tasks[0]) == {"done": 8, "failed": []}
-    tasks, skipped, stale = plan_shards(pictures, tmp_path, described, False)
+    tasks, skipped, stale = plan_shards(pictures, tmp_path, record, False)
     assert ([len(task["pictures"]) for task in tasks], skipped, stale) == ([8, 2], 8, [])
     for task in tasks:
         writer(task)
     same(read_masks(tmp_path), masks)
-    assert plan_shards(pictures, tmp_path, described, False) == ([], 18, [])
+    assert plan_shards(pictures, tmp_path, record, False) == ([], 18, [])
     with pytest.raises(ValueError, match="other threshold, pamr: another --out, or --overwrite"):
-        plan_shards(pictures, tmp_path, described | {"pamr": True, "threshold": 0.5}, False)
+        plan_shards(pictures, tmp_path, record | {"pamr": True, "threshold": 0.5}, False)
     before = sorted(tmp_path.iterdir())
-    (task,), skipped, stale = plan_shards(pictures[:8], tmp_path, described | {"pamr": True}, True)
+    (task,), skipped, stale = plan_shards(pictures[:8], tmp_path, record | {"pamr": True}, True)
     assert skipped == 0 and sorted([*stale, Path(task["shard"])]) == before  # the rewritten one may stay
     many = [(Path(f"{number}.png"), Path(f"{number}")) for number in range(10_000)]
-    sizes = [len(task["pictures"]) for task in plan_shards(many, tmp_path, described, False)[0]]
+    sizes = [len(task["pictures"]) for task in plan_shards(many, tmp_path, record, False)[0]]
     assert sum(sizes) == 10_000 and max(sizes) == 64
 
 
@@ -79,5 +80,5 @@ def test_a_file_that_is_no_shard(tmp_path, content):
 
 def test_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r'--format parquet needs pyarrow: pip install "rfclip\[ray\]"'):
+    with pytest.raises(ValueError, match=r'--format parquet needs pyarrow: pip install "rfclip\[parquet\]"'):
         list(read_masks(tmp_path))

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import rfclip
-from rfclip.models import tiny_folder
+from rfclip.towers.loading import tiny_folder
 
 gradio = pytest.importorskip("gradio", reason='no Gradio: pip install "rfclip[serve]"')
 playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
@@ -252,14 +252,14 @@ def test_a_model_that_cannot_be_had(page):
 
 
 def test_folders_of_the_server_are_not_shown(tmp_path):
-    from rfclip.serve import Checkpoint
+    from rfclip.segment.job import Job
 
     weights = tmp_path / "weights.safetensors"
     weights.touch()
-    assert str(Checkpoint("ViT-B-16", str(weights))) == "ViT-B-16, weights.safetensors"
-    assert Checkpoint(f"transformers:{tmp_path}", None).shown == (f"transformers:{tmp_path.name}", None)
-    assert str(Checkpoint("transformers:openai/clip-vit-base-patch16", None)).endswith(":openai/clip-vit-base-patch16")
-    assert str(Checkpoint("ViT-B-16", "openai")) == "ViT-B-16, openai"
+    assert str(Job("ViT-B-16", str(weights))) == "ViT-B-16, weights.safetensors"
+    assert Job(f"transformers:{tmp_path}", None).shown == (f"transformers:{tmp_path.name}", None)
+    assert str(Job("transformers:openai/clip-vit-base-patch16", None)).endswith(":openai/clip-vit-base-patch16")
+    assert str(Job("ViT-B-16", "openai")) == "ViT-B-16, openai"
 
 
 def test_two_visitors_at_once(page, browser, address):
@@ -277,13 +277,13 @@ def test_two_visitors_at_once(page, browser, address):
 
 def test_requests_that_pass_the_line_by():
     """Requests sent straight to the server wait for their turn as well."""
-    from rfclip.serve import _in_words
+    from rfclip.app.serve import ErrorsOnPage
 
     inside, most = 0, 0
 
     def work(_):
         nonlocal inside, most
-        with _in_words():
+        with ErrorsOnPage():
             inside += 1
             most = max(most, inside)
             time.sleep(0.02)
@@ -295,17 +295,18 @@ def test_requests_that_pass_the_line_by():
 
 
 def test_a_picture_that_is_gone(tmp_path):
-    from rfclip.serve import _preview
+    from rfclip.app.serve import _preview
 
     with pytest.raises(gradio.Error, match="^'?gone.png is no longer kept here"):
         _preview(str(tmp_path / "gone.png"))
 
 
 def test_the_settings_start_from_the_config(tmp_path):
-    from rfclip.serve import Checkpoint, Page
+    from rfclip.app.serve import Page
+    from rfclip.segment.job import Job
 
     config = rfclip.RefocusConfig((5, 37), tau=1.5, beta=0.2, layers=(3, 4))
-    blocks = Page([Checkpoint("rfclip-tiny", None, config)], tmp_path).blocks().blocks.values()
+    blocks = Page([Job("rfclip-tiny", None, config)], tmp_path).blocks().blocks.values()
     values = {getattr(block, "label", None): getattr(block, "value", None) for block in blocks}
     for label, value in (("tau", 1.5), ("beta", 0.2), ("Layers", "3, 4")):
         assert [found for name, found in values.items() if name and name.startswith(label)] == [value]

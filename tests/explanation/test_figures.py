@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from rfclip import RefocusConfig, figures
-from rfclip.cli import app
-from rfclip.explanation import explain
-from rfclip.models import tiny_folder
+from rfclip import RefocusConfig
+from rfclip.app.cli import app
+from rfclip.explanation import explain, figures
+from rfclip.towers.loading import tiny_folder
 
 NAMES = {"overview", "attention", "matrices", "profile", "tokens", "maps"}
 

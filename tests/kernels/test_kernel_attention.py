@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import check, dtypes, inside_nan, masks, randn, sizes
 
+import rfclip_kernels
 from rfclip import reference
-from rfclip_kernels import attention
 
 
 @sizes
@@ -18,7 +18,7 @@ def test_refocused_attention(size, dtype):
     q, k, v = (randn(*size, seed=seed, dtype=dtype) for seed in range(3))
     dis, target = masks(B, T - 1, "some")
     want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, target, 0.7)
-    check(attention.refocused_attention(*map(inside_nan, (q, k, v)), dis, target, 0.7), want, dtype)
+    check(rfclip_kernels.refocused_attention(*map(inside_nan, (q, k, v)), dis, target, 0.7), want, dtype)
 
 
 @dtypes
@@ -39,7 +39,7 @@ def test_masks(pattern, beta, dtype):
     q, k, v = (randn(2, 2, 37, 32, seed=seed, dtype=dtype) for seed in range(3))
     dis, target = masks(2, 36, pattern)
     want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, target, beta)
-    check(attention.refocused_attention(q, k, v, dis, target, beta), want, dtype)
+    check(rfclip_kernels.refocused_attention(q, k, v, dis, target, beta), want, dtype)
 
 
 @pytest.mark.parametrize("target", ["cls", "rest"])
@@ -49,7 +49,7 @@ def test_targets_that_hold_cls(target):
     cls = torch.ones(2, 1, dtype=torch.bool)
     given = torch.cat([cls, torch.zeros_like(dis) if target == "cls" else ~dis], dim=1)
     want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, given, 0.7)
-    check(attention.refocused_attention(q, k, v, dis, given, 0.7), want, torch.float32)
+    check(rfclip_kernels.refocused_attention(q, k, v, dis, given, 0.7), want, torch.float32)
 
 
 def test_masks_of_any_strides():
@@ -58,7 +58,7 @@ def test_masks_of_any_strides():
     given = torch.cat([torch.ones(3, 1, dtype=torch.bool), target], dim=1)
     for goal in (target, given):
         want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, goal, 0.7)
-        got = attention.refocused_attention(q, k, v, dis.T.contiguous().T, goal.T.contiguous().T, 0.7)
+        got = rfclip_kernels.refocused_attention(q, k, v, dis.T.contiguous().T, goal.T.contiguous().T, 0.7)
         check(got, want, torch.float32)
 
 
@@ -67,10 +67,10 @@ def test_images_of_a_batch_keep_their_own_groups():
     dis, target = masks(3, 19, "some")
     target[1] = False
     dis[2] = False
-    batch = attention.refocused_attention(q, k, v, dis, target, 0.7)
+    batch = rfclip_kernels.refocused_attention(q, k, v, dis, target, 0.7)
     for b in range(3):
         one = [t[b : b + 1] for t in (q, k, v, dis, target)]
-        torch.testing.assert_close(attention.refocused_attention(*one, 0.7), batch[b : b + 1], rtol=0, atol=0)
+        torch.testing.assert_close(rfclip_kernels.refocused_attention(*one, 0.7), batch[b : b + 1], rtol=0, atol=0)
 
 
 @dtypes
@@ -84,18 +84,18 @@ def test_scores_from_minus_sixty_to_sixty(dtype):
     low, high = torch.arange(T - 1)[None] < 10, torch.arange(T - 1)[None] >= 40
     for dis, target in ((low, high), (high, low)):
         want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, target, 0.7, scale=1.0)
-        check(attention.refocused_attention(q, k, v, dis, target, 0.7, scale=1.0), want, dtype)
+        check(rfclip_kernels.refocused_attention(q, k, v, dis, target, 0.7, scale=1.0), want, dtype)
 
 
 def test_packed_projections_are_read_in_place_and_written_as_the_output_projection_reads():
     packed = randn(2, 20, 3 * 64, seed=6)
     q, k, v = packed.unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)
     dis, target = masks(2, 19, "some")
-    got = attention.refocused_attention(q, k, v, dis, target, 0.7)
+    got = rfclip_kernels.refocused_attention(q, k, v, dis, target, 0.7)
     assert got.transpose(1, 2).is_contiguous()
     want = reference.refocused_attention(*(t.double() for t in (q, k, v)), dis, target, 0.7)
     check(got, want, torch.float32)
-    assert attention.proxy_attention(k[None], v).transpose(1, 2).is_contiguous()
+    assert rfclip_kernels.proxy_attention(k[None], v).transpose(1, 2).is_contiguous()
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -106,21 +106,21 @@ def test_invariants(seed, T, beta, spread):
     q, k, v = (spread * torch.randn(1, 2, T, 32, generator=generator) for _ in range(3))
     u = torch.rand(1, T - 1, generator=generator)
     dis, target = u < 0.3, u > 0.5
-    rows = attention.refocused_attention(q, k, torch.ones_like(v), dis, target, beta)
+    rows = rfclip_kernels.refocused_attention(q, k, torch.ones_like(v), dis, target, beta)
     torch.testing.assert_close(rows, torch.ones_like(rows))
     order = torch.randperm(T - 1, generator=generator)
     tokens = torch.cat([torch.zeros(1, dtype=torch.long), order + 1])
-    out = attention.refocused_attention(q, k, v, dis, target, beta)
+    out = rfclip_kernels.refocused_attention(q, k, v, dis, target, beta)
     permuted = (*(t[:, :, tokens] for t in (q, k, v)), dis[:, order], target[:, order])
-    check(attention.refocused_attention(*permuted, beta), out[:, :, tokens].double(), torch.float32)
+    check(rfclip_kernels.refocused_attention(*permuted, beta), out[:, :, tokens].double(), torch.float32)
     plain = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    check(attention.refocused_attention(q, k, v, dis, target, 0.0), plain, torch.float32)
+    check(rfclip_kernels.refocused_attention(q, k, v, dis, target, 0.0), plain, torch.float32)
     check(out[:, :, 0], plain[:, :, 0], torch.float32)
     if target.any():
         hidden = v.clone()
         hidden[0, :, 1:][:, dis[0]] = 1e6
-        emptied = attention.refocused_attention(q, k, hidden, dis, target, 1.0)[:, :, 1:]
-        want = attention.refocused_attention(q, k, v, dis, target, 1.0)[:, :, 1:]
+        emptied = rfclip_kernels.refocused_attention(q, k, hidden, dis, target, 1.0)[:, :, 1:]
+        want = rfclip_kernels.refocused_attention(q, k, v, dis, target, 1.0)[:, :, 1:]
         check(emptied, want.double(), torch.float32)
 
 
@@ -129,7 +129,7 @@ def test_invariants(seed, T, beta, spread):
 def test_proxy_attention(size, L, dtype):
     keys, v = randn(L, *size, seed=4, dtype=dtype), randn(*size, seed=5, dtype=dtype)
     want = reference.proxy_attention(keys.double(), v.double())
-    check(attention.proxy_attention(inside_nan(keys), inside_nan(v)), want, dtype)
+    check(rfclip_kernels.proxy_attention(inside_nan(keys), inside_nan(v)), want, dtype)
 
 
 @dtypes
@@ -141,4 +141,6 @@ def test_self_attention(grid, D, biased, dtype):
     want = reference.self_attention(u.double(), v.double(), table)
     if biased and grid != (1, 1):
         assert not torch.allclose(want, reference.self_attention(u.double(), v.double()), atol=0.01)
-    check(attention.self_attention(inside_nan(u), inside_nan(v), inside_nan(table) if biased else None), want, dtype)
+    check(
+        rfclip_kernels.self_attention(inside_nan(u), inside_nan(v), inside_nan(table) if biased else None), want, dtype
+    )

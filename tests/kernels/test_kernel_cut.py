@@ -7,8 +7,8 @@ import torch
 from helpers import assert_close
 from kernel_cases import dtypes, inside_nan, randn
 
+import rfclip_kernels
 from rfclip import reference
-from rfclip_kernels import cut
 
 
 def clusters(B, grid, dtype=torch.float32):
@@ -43,7 +43,7 @@ def test_fiedler_vector(grid, dtype):
     S = clusters(2, grid, dtype)
     values = eigenvalues(S)
     assert len(S[0]) < 3 or (values[:, -2] - values[:, -3] > 0.15).all()  # apart enough to be resolved
-    check_vectors(cut.fiedler_vector(inside_nan(S)), S, 2e-5)
+    check_vectors(rfclip_kernels.fiedler_vector(inside_nan(S)), S, 2e-5)
 
 
 def test_a_near_start_ends_nearer():
@@ -52,27 +52,32 @@ def test_a_near_start_ends_nearer():
     start = reference.fiedler_vector(before)
     with pytest.raises(AssertionError):
         check_vectors(start, S, 0.05)
-    check_vectors(cut.fiedler_vector(S), S, 2e-5)
-    check_vectors(cut.fiedler_vector(S, start), S, 2e-6)
+    check_vectors(rfclip_kernels.fiedler_vector(S), S, 2e-5)
+    check_vectors(rfclip_kernels.fiedler_vector(S, start), S, 2e-6)
     several = start.expand(3, -1).T.contiguous().T
-    check_vectors(cut.fiedler_vector(S.expand(3, -1, -1), several), S.expand(3, -1, -1), 2e-6)
+    check_vectors(rfclip_kernels.fiedler_vector(S.expand(3, -1, -1), several), S.expand(3, -1, -1), 2e-6)
 
 
 def test_what_fifteen_steps_cannot_resolve():
-    """Two eigenvalues less than 0.0015 apart: a cold start ends at another vector, a start at the right one stays."""
+    """Two eigenvalues less than 0.0015 apart: a cold start ends at another vector, a start at the right one stays.
+
+    In float32 it stays within a few times eps / gap: no closer is an eigenvector determined.
+    """
     S = reference.key_similarity(randn(1, 1, 101, 16, seed=0, spread=0.9))
     values = eigenvalues(S)[0]
-    assert 0.0001 < values[-2] - values[-3] < 0.0015
+    gap = (values[-2] - values[-3]).item()
+    assert 0.0001 < gap < 0.0015
     with pytest.raises(AssertionError):
-        check_vectors(cut.fiedler_vector(S), S, 0.1)
-    check_vectors(cut.fiedler_vector(S, reference.fiedler_vector(S)), S, 1e-4)
+        check_vectors(rfclip_kernels.fiedler_vector(S), S, 0.1)
+    near = rfclip_kernels.fiedler_vector(S, reference.fiedler_vector(S))
+    check_vectors(near, S, 4 * torch.finfo(torch.float32).eps / gap)
 
 
 def test_fiedler_vector_of_a_single_patch_and_of_tokens_like_no_other():
-    assert cut.fiedler_vector(torch.ones(2, 1, 1)).tolist() == [[0.0], [0.0]]
+    assert rfclip_kernels.fiedler_vector(torch.ones(2, 1, 1)).tolist() == [[0.0], [0.0]]
     S = clusters(2, (3, 4))
     S[:, 5], S[:, :, 5] = 0, 0
-    got = cut.fiedler_vector(S)
+    got = rfclip_kernels.fiedler_vector(S)
     check_vectors(got, S, 1e-5)
     assert (got[:, 5] == 0).all()
     degree = ((S + S.mT) / 2).sum(dim=-1)
@@ -83,7 +88,7 @@ def test_fiedler_vector_of_a_single_patch_and_of_tokens_like_no_other():
 def test_separate_groups():
     """With no similarity between two groups, the second eigenvalue is 1 as well, and its vector separates them."""
     S = torch.block_diag(torch.ones(5, 5), torch.ones(9, 9))[None]
-    check_vectors(cut.fiedler_vector(S), S, 1e-5)
+    check_vectors(rfclip_kernels.fiedler_vector(S), S, 1e-5)
 
 
 @dtypes
@@ -94,6 +99,6 @@ def test_defocus_mask(N, threshold, dtype):
     y[0] = torch.where(torch.arange(N) % 3 == 0, y[0] + 2, y[0] * 0.1)
     want = reference.defocus_mask(y.double(), threshold=threshold)
     assert N == 1 or want.any(dim=1).all()
-    assert torch.equal(cut.defocus_mask(inside_nan(y), threshold=threshold), want)
-    equal = cut.defocus_mask(torch.full((1, N), 0.25, dtype=dtype), threshold=threshold)
+    assert torch.equal(rfclip_kernels.defocus_mask(inside_nan(y), threshold=threshold), want)
+    equal = rfclip_kernels.defocus_mask(torch.full((1, N), 0.25, dtype=dtype), threshold=threshold)
     assert not equal.any()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from kernel_cases import check, dtypes, inside_nan, masks, randn
 
+import rfclip_kernels
 from rfclip import reference
-from rfclip_kernels import distraction
 
 
 @dtypes
@@ -18,20 +18,20 @@ def test_distraction(dtype, shifted, B, N, d):
     x[:, ::3, 1] += 60
     x = x.to(dtype)
     want = reference.distraction_scores(x.double(), [1, 2], shifted=shifted)
-    got = distraction.distraction_scores(inside_nan(x), [1, 2], shifted=shifted)
+    got = rfclip_kernels.distraction_scores(inside_nan(x), [1, 2], shifted=shifted)
     check(got, want, torch.float32)
     clear = (want - 5 / d).abs() > 1e-5
     assert clear.all()
-    assert torch.equal(distraction.distraction_mask(inside_nan(x), [1, 2], shifted=shifted), want > 5 / d)
-    assert torch.equal(distraction.distraction_mask(x, [1, 2], 0.01, shifted=shifted), want > 0.01)
+    assert torch.equal(rfclip_kernels.distraction_mask(inside_nan(x), [1, 2], 5 / d, shifted=shifted), want > 5 / d)
+    assert torch.equal(rfclip_kernels.distraction_mask(x, [1, 2], 0.01, shifted=shifted), want > 0.01)
 
 
 def test_scores_of_a_large_mean_and_of_equal_values():
     x = randn(1, 20, 256, seed=2) + 1000
-    check(distraction.distraction_scores(x, [3]), reference.distraction_scores(x.double(), [3]), torch.float32)
-    assert distraction.distraction_scores(torch.full((1, 2, 5), 7.0), [0]).tolist() == [[0.0, 0.0]]
-    assert distraction.distraction_scores(x, []).count_nonzero() == 0
-    assert not distraction.distraction_mask(x, [], -1.0).any()
+    check(rfclip_kernels.distraction_scores(x, [3]), reference.distraction_scores(x.double(), [3]), torch.float32)
+    assert rfclip_kernels.distraction_scores(torch.full((1, 2, 5), 7.0), [0]).tolist() == [[0.0, 0.0]]
+    assert rfclip_kernels.distraction_scores(x, []).count_nonzero() == 0
+    assert not rfclip_kernels.distraction_mask(x, [], -1.0).any()
 
 
 @dtypes
@@ -42,10 +42,10 @@ def test_redistribution(dtype, grid, size, pattern):
     N = math.prod(grid)
     x, mask = randn(2, N, 20, seed=3, dtype=dtype), masks(2, N, pattern)[0]
     want = reference.redistribute_embeddings(x.double(), mask, [0, 7], grid, size=size)
-    got = distraction.redistribute_embeddings(inside_nan(x), mask, [0, 7], grid, size=size)
+    got = rfclip_kernels.redistribute_embeddings(inside_nan(x), mask, [0, 7], grid, size=size)
     check(got, want, dtype)
     view = inside_nan(x)
-    assert distraction.redistribute_embeddings(view, mask, [0, 7], grid, size=size, inplace=True) is view
+    assert rfclip_kernels.redistribute_embeddings(view, mask, [0, 7], grid, size=size, inplace=True) is view
     assert torch.equal(view, got)
     assert view._base.isnan().sum() == view._base.numel() - view.numel()
     untouched = torch.ones(x.shape, dtype=torch.bool)

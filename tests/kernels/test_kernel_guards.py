@@ -7,7 +7,7 @@ import triton.language as tl
 from kernel_cases import GUARD, randn
 from triton.runtime.errors import InterpreterError
 
-from rfclip_kernels import attention, cut, distraction, refinement, similarity, upsample
+import rfclip_kernels
 
 
 @triton.jit
@@ -36,20 +36,20 @@ def test_what_the_kernels_refuse():
     q, mask = randn(1, 1, 3, 32, seed=0), torch.zeros(1, 2, dtype=torch.bool)
     x = randn(1, 2, 8, seed=0)
     calls = [
-        lambda t: attention.refocused_attention(t(q), q.to(t(q).dtype), q.to(t(q).dtype), mask, mask, 0.7),
-        lambda t: attention.proxy_attention(t(q)[None], q.to(t(q).dtype)),
-        lambda t: attention.self_attention(t(q), q.to(t(q).dtype)),
-        lambda t: similarity.key_similarity(t(q)),
-        lambda t: similarity.received_attention(t(q), q.to(t(q).dtype)),
-        lambda t: distraction.distraction_scores(t(x), [1]),
-        lambda t: distraction.distraction_mask(t(x), [1]),
-        lambda t: distraction.redistribute_embeddings(t(x), mask, [1], (1, 2)),
-        lambda t: cut.fiedler_vector(t(q)[0, :, :3, :3]),
-        lambda t: cut.defocus_mask(t(q)[0, 0]),
-        lambda t: upsample.average_windows(t(q), [(0, 0)], 2, (2, 2)),
-        lambda t: upsample.upsample_argmax(t(x), (2, 2), 1.0, torch.zeros(1, dtype=torch.int64)),
-        lambda t: refinement.pamr(t(q), q, 1),
-        lambda t: refinement.pamr(q, t(q), 1),
+        lambda t: rfclip_kernels.refocused_attention(t(q), q.to(t(q).dtype), q.to(t(q).dtype), mask, mask, 0.7),
+        lambda t: rfclip_kernels.proxy_attention(t(q)[None], q.to(t(q).dtype)),
+        lambda t: rfclip_kernels.self_attention(t(q), q.to(t(q).dtype)),
+        lambda t: rfclip_kernels.key_similarity(t(q)),
+        lambda t: rfclip_kernels.received_attention(t(q), q.to(t(q).dtype)),
+        lambda t: rfclip_kernels.distraction_scores(t(x), [1]),
+        lambda t: rfclip_kernels.distraction_mask(t(x), [1], 0.5),
+        lambda t: rfclip_kernels.redistribute_embeddings(t(x), mask, [1], (1, 2)),
+        lambda t: rfclip_kernels.fiedler_vector(t(q)[0, :, :3, :3]),
+        lambda t: rfclip_kernels.defocus_mask(t(q)[0, 0]),
+        lambda t: rfclip_kernels.average_windows(t(q), [(0, 0)], 2, (2, 2)),
+        lambda t: rfclip_kernels.upsample_argmax(t(x), (2, 2), 1.0, torch.zeros(1, dtype=torch.int64)),
+        lambda t: rfclip_kernels.pamr(t(q), q, 1),
+        lambda t: rfclip_kernels.pamr(q, t(q), 1),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="is float64: the Triton kernels take.*use the reference"):
@@ -65,11 +65,11 @@ def test_what_the_kernels_refuse():
 def test_heads_too_wide_are_refused():
     q, mask = randn(1, 1, 3, 160, seed=0), torch.zeros(1, 2, dtype=torch.bool)
     for call in (
-        lambda: attention.refocused_attention(q, q, q, mask, mask, 0.7),
-        lambda: attention.self_attention(q, q),
-        lambda: attention.proxy_attention(q[None], q),
-        lambda: similarity.key_similarity(q),
-        lambda: similarity.received_attention(q, q),
+        lambda: rfclip_kernels.refocused_attention(q, q, q, mask, mask, 0.7),
+        lambda: rfclip_kernels.self_attention(q, q),
+        lambda: rfclip_kernels.proxy_attention(q[None], q),
+        lambda: rfclip_kernels.key_similarity(q),
+        lambda: rfclip_kernels.received_attention(q, q),
     ):
         with pytest.raises(ValueError, match="at most 128 dimensions, got 160"):
             call()
@@ -77,13 +77,13 @@ def test_heads_too_wide_are_refused():
 
 def test_an_empty_batch():
     q, mask, x = torch.zeros(0, 2, 5, 32), torch.zeros(0, 4, dtype=torch.bool), torch.zeros(0, 4, 8)
-    assert attention.refocused_attention(q, q, q, mask, mask, 0.7).shape == (0, 2, 5, 32)
-    assert attention.proxy_attention(q[None], q).shape == (0, 2, 4, 32)
-    assert attention.self_attention(q, q).shape == (0, 2, 5, 32)
-    assert similarity.key_similarity(q).shape == (0, 4, 4)
-    assert cut.fiedler_vector(q[:, 0, :4, :4]).shape == (0, 4)
-    assert cut.defocus_mask(q[:, 0, :, 0]).shape == (0, 5)
-    assert similarity.received_attention(q, q).shape == (0, 4)
-    assert distraction.distraction_mask(x, [1]).shape == (0, 4)
-    assert distraction.redistribute_embeddings(x, mask, [1], (2, 2)).shape == (0, 4, 8)
-    assert refinement.pamr(q, q, 2).shape == (0, 2, 5, 32)
+    assert rfclip_kernels.refocused_attention(q, q, q, mask, mask, 0.7).shape == (0, 2, 5, 32)
+    assert rfclip_kernels.proxy_attention(q[None], q).shape == (0, 2, 4, 32)
+    assert rfclip_kernels.self_attention(q, q).shape == (0, 2, 5, 32)
+    assert rfclip_kernels.key_similarity(q).shape == (0, 4, 4)
+    assert rfclip_kernels.fiedler_vector(q[:, 0, :4, :4]).shape == (0, 4)
+    assert rfclip_kernels.defocus_mask(q[:, 0, :, 0]).shape == (0, 5)
+    assert rfclip_kernels.received_attention(q, q).shape == (0, 4)
+    assert rfclip_kernels.distraction_mask(x, [1], 0.5).shape == (0, 4)
+    assert rfclip_kernels.redistribute_embeddings(x, mask, [1], (2, 2)).shape == (0, 4, 8)
+    assert rfclip_kernels.pamr(q, q, 2).shape == (0, 2, 5, 32)

@@ -3,21 +3,21 @@
 import torch
 from kernel_cases import check, inside_nan, randn, sizes
 
+import rfclip_kernels
 from rfclip import reference
-from rfclip_kernels import similarity
 
 
 @sizes
 def test_key_similarity(size, dtype):
     first, second = (randn(*size, seed=seed, dtype=dtype) for seed in (6, 7))
     want = reference.key_similarity(first.double())
-    got = similarity.key_similarity(inside_nan(first))
+    got = rfclip_kernels.key_similarity(inside_nan(first))
     check(got, want, torch.float32)
     want = reference.key_similarity(second.double(), want, 1)
-    both = similarity.key_similarity(second, got, 1)
+    both = rfclip_kernels.key_similarity(second, got, 1)
     check(both, want, torch.float32)
     view = inside_nan(got)
-    assert similarity.key_similarity(second, view, 1, inplace=True) is view
+    assert rfclip_kernels.key_similarity(second, view, 1, inplace=True) is view
     assert torch.equal(view, both)
     assert view._base.isnan().sum() == view._base.numel() - view.numel()
 
@@ -26,4 +26,4 @@ def test_key_similarity(size, dtype):
 def test_received_attention(size, dtype):
     q, k = (randn(*size, seed=seed, dtype=dtype) for seed in (8, 9))
     want = reference.received_attention(q.double(), k.double())
-    check(similarity.received_attention(inside_nan(q), inside_nan(k)), want, torch.float32)
+    check(rfclip_kernels.received_attention(inside_nan(q), inside_nan(k)), want, torch.float32)

@@ -10,11 +10,11 @@ from torchvision.transforms.v2 import functional as TF
 
 import rfclip
 from rfclip.config import CHOICES
-from rfclip.evaluate import INJECTED_DIMS, inject_distraction
 from rfclip.images import to_rgb
+from rfclip.injection import INJECTED_DIMS, inject_distraction
 from rfclip.methods import METHODS
-from rfclip.models import tiny_folder
-from rfclip.tower import read_tower
+from rfclip.towers import read_tower
+from rfclip.towers.loading import tiny_folder
 
 CONFIGS = {  # every value of every choice is in one of them
     "paper": {},

@@ -11,9 +11,9 @@ from small_models import DIMS, pictures, small_clip
 from timm.models.vision_transformer import VisionTransformer
 
 import rfclip
-from rfclip import methods
 from rfclip.methods import METHODS
-from rfclip.tower import read_tower
+from rfclip.methods import proxyclip as proxyclip_file
+from rfclip.towers import read_tower
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -25,7 +25,7 @@ SIZES = [(56, 56), (40, 40), (24, 80), (8, 8), (8, 24)]  # the first is native
 def dino(monkeypatch):
     """A small random DINO in place of the one that would have to be downloaded."""
     made = small_dino(4)
-    monkeypatch.setattr(methods, "load_dino", lambda: made)
+    monkeypatch.setattr(proxyclip_file, "load_dino", lambda: made)
     return made
 
 
@@ -74,7 +74,7 @@ def test_proxyclip(size, dino):
 
 def test_proxyclip_on_sides_that_are_no_multiples():
     """Pictures are resized to the nearest multiple of DINO's patch; a blank one gives no NaN."""
-    forward = methods.ProxyCLIP(read_tower(tower()), None, "auto", small_dino(5))
+    forward = METHODS["proxyclip"](read_tower(tower()), None, "auto", dino=small_dino(5))
     images = torch.zeros(1, 3, 16, 24, dtype=torch.float64)
     found = forward.dense(forward.tower.patches(images), images)
     assert found.shape == (1, 20, 3, 5)
@@ -87,7 +87,7 @@ def test_proxyclip_in_windows():
     """The segmenter passes it the pictures, and takes its logits on the grid of its DINO."""
     model = rfclip.load_model()
     with rfclip.Segmenter(model, method="proxyclip") as segmenter:
-        assert (segmenter.window, segmenter.short_side, segmenter.stride) == (168, 168, 56)
+        assert (segmenter.windows.window, segmenter.windows.short_side, segmenter.windows.stride) == (168, 168, 56)
         found = segmenter(np.zeros((80, 90, 3), np.uint8), "cat, grass", probabilities=True)
     assert found.labels.shape == (80, 90)
     np.testing.assert_allclose(found.probabilities.sum(axis=0), 1, atol=1e-5)

@@ -1,6 +1,8 @@
 """Which backend runs where, and what happens where Triton or a GPU is missing."""
 
+import copy
 import inspect
+import pickle
 import subprocess
 import sys
 
@@ -9,7 +11,8 @@ import torch
 
 import rfclip_kernels
 from rfclip import reference
-from rfclip.backends import borrowed, choose, functions
+from rfclip.ops import choose, operations
+from rfclip.ops.dispatch import backend
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -19,7 +22,7 @@ sys.modules["triton"] = None  # what importing a missing package amounts to
 import torch
 import rfclip, rfclip_kernels
 from rfclip import reference
-from rfclip.backends import choose
+from rfclip.ops import choose
 
 assert choose("auto", torch.device("cpu"), torch.float32).backend == "eager"
 model = rfclip.load_model("rfclip-tiny")
@@ -62,7 +65,10 @@ def test_without_triton():
 def test_importing_loads_no_kernel():
     code = "import sys, rfclip.plugin; print(*(name for name in sys.modules if name.startswith('rfclip_kernels')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["rfclip_kernels", "rfclip_kernels.checks", "rfclip_kernels.krylov"]
+    assert set(done.stdout.split()) == {
+        "rfclip_kernels",
+        *(f"rfclip_kernels.{name}" for name in ("checks", "krylov", "operations", "registry")),
+    }
 
 
 def test_auto(gpu):
@@ -74,7 +80,7 @@ def test_auto(gpu):
     gpu(7, 5)
     choice = choose("auto", GPU, torch.float16)
     assert choice.backend == "eager"
-    assert "under 8.0" in choice.reason
+    assert "below 8.0" in choice.reason
 
 
 def test_a_named_backend_is_never_replaced(gpu):
@@ -86,20 +92,27 @@ def test_a_named_backend_is_never_replaced(gpu):
 
 
 def test_the_kernels_have_the_references_names_and_signatures():
-    ours = functions("triton")
-    for name in reference.__all__:
-        expected = inspect.signature(getattr(reference, name)).parameters
-        assert list(inspect.signature(getattr(ours, name)).parameters) == list(expected)
+    ours = backend("triton")
     for name in rfclip_kernels.__all__:
-        assert getattr(ours, name) is getattr(rfclip_kernels, name)
-        assert getattr(ours, name).__module__.startswith("rfclip_kernels.")
-    assert borrowed("triton") == ["clamp_embeddings", "class_probabilities", "dimension_weights", "filter_embeddings"]
-    assert borrowed("reference") == [] and "pamr" not in borrowed("eager")
-    assert functions("reference").key_similarity is reference.key_similarity
+        assert ours._run[name].__module__.startswith("rfclip_kernels.")
+        assert ours._run[name].__name__ == f"launch_{name}"
+        assert inspect.signature(getattr(rfclip_kernels, name)) == inspect.signature(getattr(reference, name))
+    assert ours.borrowed == ["clamp_embeddings", "class_probabilities", "dimension_weights", "filter_embeddings"]
+    assert backend("reference").borrowed == [] and "pamr" not in backend("eager").borrowed
+
+
+def test_operations_are_those_of_the_chosen_backend(gpu):
+    assert operations().name == operations("eager").name == "eager"
+    assert operations("auto", "cuda", torch.float16).name == "triton"
+    assert operations("reference", GPU, torch.float16).name == "reference"
+
+
+def test_backends_are_copied_by_name():
+    assert pickle.loads(pickle.dumps(backend("eager"))) is copy.deepcopy(backend("eager")) is backend("eager")
 
 
 def test_the_kernels_refuse_the_cpu():
     with pytest.raises(ValueError, match="x is on cpu: the Triton kernels run on CUDA.*TRITON_INTERPRET=1"):
-        rfclip_kernels.distraction_mask(torch.ones(1, 4, 8), [1])
+        rfclip_kernels.distraction_mask(torch.ones(1, 4, 8), [1], 0.5)
     with pytest.raises(ValueError, match="x is on cpu"):
-        rfclip_kernels.distraction_mask(torch.nn.Parameter(torch.ones(1, 4, 8), requires_grad=False), [1])
+        rfclip_kernels.distraction_mask(torch.nn.Parameter(torch.ones(1, 4, 8), requires_grad=False), [1], 0.5)

@@ -9,6 +9,8 @@ from cases import CASES, MASKS, assert_matches, assert_same_bits, differs, dtype
 from helpers import float64
 from oracles.operations import brute_clamped, brute_filtered, brute_redistributed, brute_scores
 
+from rfclip import RefocusConfig
+
 # Distraction scores and masks -----------------------------------------------------------------------------------------
 
 
@@ -47,11 +49,10 @@ def test_scores_of_a_token_whose_sum_is_zero(impl, dtype):
 
 @dtypes()
 @pytest.mark.parametrize("shifted", [True, False], ids=["shifted", "raw"])
-@pytest.mark.parametrize("threshold", [None, 0.2], ids=["default", "0.2"])
+@pytest.mark.parametrize("threshold", [5 / 48, 0.2], ids=["five", "0.2"])
 def test_distraction_mask(impl, dtype, shifted, threshold):
     x = tokens(2, 35, 48, dtype)
-    tau = 5 / 48 if threshold is None else threshold
-    want = brute_scores(x, [1, 5], shifted) > tau
+    want = brute_scores(x, [1, 5], shifted) > threshold
     assert 0 < want.sum() < want.numel()
     got = impl.distraction_mask(x, [1, 5], threshold, shifted=shifted)
     assert got.dtype == torch.bool and torch.equal(got, want)
@@ -61,7 +62,7 @@ def test_distraction_mask_depends_on_shift_and_threshold(impl):
     x = float64([[[6, -2, 1, 1]]])  # phi of dimension 0 is 8/14 when shifted and 6/6 raw
     verdicts = [
         impl.distraction_mask(x, [0], threshold, shifted=shifted).item()
-        for threshold, shifted in product((0.5, 0.8, None), (True, False))
+        for threshold, shifted in product((0.5, 0.8, 1.25), (True, False))
     ]
     assert verdicts == [True, True, False, True, False, False]
 
@@ -74,10 +75,12 @@ def test_distraction_mask_is_strict(impl, dtype):
 
 
 @dtypes()
-def test_distraction_mask_takes_five_times_the_uniform_share(impl, dtype):
+def test_the_papers_threshold_is_five_times_the_uniform_share(impl, dtype):
     x = torch.zeros(1, 2, 16, dtype=dtype)
     x[0, :, :2] = torch.tensor([[5, 11], [6, 10]])  # phi = 5/16 and 6/16
-    assert impl.distraction_mask(x, [0]).tolist() == [[False, True]]
+    tau, tau_attn = RefocusConfig(distraction_dims=(0,)).thresholds(16, 2)
+    assert (tau, tau_attn) == (5 / 16, None)
+    assert impl.distraction_mask(x, [0], tau).tolist() == [[False, True]]
 
 
 @dtypes("fp16", "bf16")
@@ -169,10 +172,10 @@ def test_redistribution_keeps_odd_bits(impl, dtype):
 @dtypes()
 @pytest.mark.parametrize("pattern", MASKS)
 @pytest.mark.parametrize("shifted", [True, False], ids=["shifted", "raw"])
-@pytest.mark.parametrize("threshold", [None, 0.2], ids=["default", "0.2"])
+@pytest.mark.parametrize("threshold", [5 / 48, 0.2], ids=["five", "0.2"])
 def test_clamp_embeddings(impl, dtype, pattern, shifted, threshold):
     x, mask, dims = tokens(2, 35, 48, dtype), MASKS[pattern](2, 35), [1, 5]
-    want = brute_clamped(x, mask, dims, shifted, 5 / 48 if threshold is None else threshold)
+    want = brute_clamped(x, mask, dims, shifted, threshold)
     assert differs(want, x) == (pattern != "none")
     got = impl.clamp_embeddings(x, mask, dims, threshold, shifted=shifted)
     assert_matches(got, want, dtype)

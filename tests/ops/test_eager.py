@@ -9,8 +9,12 @@ from helpers import assert_close, relative_error
 from small_models import DIMS, pictures, small_clip
 
 import rfclip
-from rfclip import eager, reference
-from rfclip.backends import functions
+from rfclip import reference
+from rfclip.ops import eager as implementation
+from rfclip.ops import operations
+from rfclip.ops.dispatch import REFERENCE
+
+eager = operations("eager")
 
 SIZES = [(1, 12, 197, 64), (2, 3, 258, 80), (1, 2, 700, 32)]
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: "B{}-H{}-T{}-D{}".format(*s))
@@ -67,15 +71,21 @@ def test_attention_of_keys(size):
 
 
 @sizes
-def test_sums_of_heads_stand_for_keys(size):
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+def test_the_running_average(monkeypatch, size, budget):
     q, k, v = packed(size)
     keys = torch.stack([q, k, v])
     want = reference.proxy_attention(keys.double(), v.double())
     check(eager.proxy_attention(keys, v), want)
-    heads = torch.zeros(*size[:2], size[2] - 1, size[2] - 1)
-    running = eager.key_similarity(q, heads=heads)
-    eager.key_similarity(k, running, 1, inplace=True, heads=heads)
-    check(eager.proxy_attention(keys[2:], v, heads=heads, count=2), want)
+    monkeypatch.setattr(implementation, "HEADS_BUDGET", budget)
+    average = eager.key_average(layers=3, similar=2, gathers=True, prefix=1)
+    for key in keys:
+        average.add(key)
+    assert (average._heads is None) == (budget == 0)
+    assert len(average.keys) == (3 if budget == 0 else 1)
+    check(average.gather(v), want)
+    first = reference.key_similarity(q.double())
+    check(average.similarity, reference.key_similarity(k.double(), first, 1))
 
 
 def clusters(B, N, noise):
@@ -104,12 +114,11 @@ def test_fiedler_vector(N):
 def test_towers(monkeypatch, changes, budget):
     config = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0, **changes)
     images = pictures(height=40)
-    monkeypatch.setattr("rfclip.backends.HEADS_BUDGET", budget)
+    monkeypatch.setattr(implementation, "HEADS_BUDGET", budget)
     found = {}
     for backend, dtype in (("reference", torch.float64), ("eager", torch.float32)):
         model = small_clip(dtype=dtype)
         with rfclip.refocus(model, config, backend=backend), torch.inference_mode():
-            assert model.visual.forward.ops.heads_budget == (budget if backend == "eager" else 0)
             found[backend] = [rfclip.dense_features(model, images.to(dtype)), model.encode_image(images.to(dtype))]
     for got, want in zip(found["eager"], found["reference"], strict=True):
         check(got, want)
@@ -145,6 +154,7 @@ def test_bf16_autocast():
 
 
 def test_what_it_borrows():
-    ours = functions("eager")
-    for name in reference.__all__:
-        assert getattr(ours, name) is (getattr(eager, name) if name in eager.__all__ else getattr(reference, name))
+    own = set(implementation.__all__)
+    assert eager.borrowed == sorted(REFERENCE.keys() - own)
+    for name in REFERENCE:
+        assert eager._run[name] is (getattr(implementation, name) if name in own else REFERENCE[name])

@@ -1,4 +1,4 @@
-"""What all operations have in common: inputs left alone, batches, strides, scale, names."""
+"""What all operations have in common: inputs left alone, batches, strides, scale, prefix, names."""
 
 import inspect
 import math
@@ -6,148 +6,105 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import assert_same_bits, clustered_similarity, differs, dtypes, qkv, score_dtype, some_masks, tokens
-from helpers import rand, randn
+from cases import assert_same_bits, differs, dtypes, qkv, some_masks
+from oracles.operations import brute_apply, brute_weights
 
+import rfclip
+import rfclip_kernels
 from rfclip import reference
+from rfclip_kernels.operations import OPERATIONS, Operations
+from rfclip_kernels.registry import EXAMPLES, KERNELS, Sizes
 
-DIMS = (1, 4)
-CALLS = {  # name: its tensors, batched along axis 0 (keys along axis 1), and how it is called on them
-    "dimension_weights": (("x",), lambda impl, x: impl.dimension_weights(x)),
-    "clamp_embeddings": (("x", "distraction"), lambda impl, x, mask: impl.clamp_embeddings(x, mask, DIMS)),
-    "filter_embeddings": (("x", "distraction"), lambda impl, x, mask: impl.filter_embeddings(x, mask, (3, 4))),
-    "filter_embeddings-median": (
-        ("x", "distraction"),
-        lambda impl, x, mask: impl.filter_embeddings(x, mask, (3, 4), statistic="median"),
-    ),
-    "distraction_scores": (("x",), lambda impl, x: impl.distraction_scores(x, DIMS)),
-    "distraction_mask": (("x",), lambda impl, x: impl.distraction_mask(x, DIMS)),
-    "received_attention": (("q", "k"), lambda impl, q, k: impl.received_attention(q, k)),
-    "redistribute_embeddings": (
-        ("x", "distraction"),
-        lambda impl, x, mask: impl.redistribute_embeddings(x, mask, DIMS, (3, 4)),
-    ),
-    "key_similarity": (("k", "running"), lambda impl, k, running: impl.key_similarity(k, running, 2)),
-    "fiedler_vector": (("similarity", "start"), lambda impl, S, start: impl.fiedler_vector(S, start)),
-    "defocus_mask": (("y",), lambda impl, y: impl.defocus_mask(y)),
-    "defocus_mask-otsu": (("y",), lambda impl, y: impl.defocus_mask(y, threshold="otsu")),
-    "refocused_attention": (
-        ("q", "k", "v", "distraction", "target"),
-        lambda impl, *tensors: impl.refocused_attention(*tensors, 0.7),
-    ),
-    "proxy_attention": (("keys", "v"), lambda impl, keys, v: impl.proxy_attention(keys, v)),
-    "self_attention": (("q", "v"), lambda impl, q, v: impl.self_attention(q, v)),
-    "pamr": (("image", "scores"), lambda impl, image, scores: impl.pamr(image, scores, 2, (1, 2))),
-}
-PICTURE_CALLS = {  # the same for functions of a single picture
-    "average_windows": (
-        ("windows",),
-        lambda impl, windows: impl.average_windows(windows, [(0, 0), (0, 2), (1, 1), (1, 0), (1, 2)], 3, (4, 5)),
-    ),
-    "class_probabilities": (
-        ("logits",),
-        lambda impl, x: impl.class_probabilities(x, (5, 6), 4.0, torch.tensor([1, 0, 1], device=x.device), 2),
-    ),
-    "upsample_argmax": (
-        ("logits",),
-        lambda impl, x: impl.upsample_argmax(x, (5, 6), 4.0, torch.tensor([1, 0, 1], device=x.device), 0.5),
-    ),
-}
-every_call = pytest.mark.parametrize("call", CALLS | PICTURE_CALLS)
-batched_call = pytest.mark.parametrize("call", CALLS)
+SIZES = {"B": 3, "H": 2, "D": 5, "L": 2, "grid": (3, 4), "names": 5, "patch": 2, "iterations": 2}
+every_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+batched_example = pytest.mark.parametrize(
+    "example", [example for example in EXAMPLES if example.batched], ids=lambda example: example.name
+)
 
 
-def example(call, dtype=torch.float64, B=3):
-    """The arguments of one call: 3 x 4 patches, 2 heads of 5 dimensions."""
-    N = 12
-    q, k, v = qkv(B, 2, N + 1, 5, dtype)
-    distraction, target = some_masks(B, N)
-    inputs = {
-        "x": tokens(B, N, 10, dtype),
-        "q": q,
-        "k": k,
-        "v": v,
-        "keys": torch.stack([k, q]),
-        "distraction": distraction,
-        "target": target,
-        "running": clustered_similarity(B, N, score_dtype(dtype)),
-        "similarity": clustered_similarity(B, N, dtype),
-        "start": randn(B, N, seed=6, dtype=dtype),
-        "y": randn(B, N, seed=7, dtype=dtype),
-        "image": rand(B, 3, 3, 4, seed=11).to(dtype),
-        "scores": rand(B, 2, 3, 4, seed=12).to(dtype),
-        "windows": randn(5, 2, 2, 3, seed=9, dtype=dtype),
-        "logits": randn(3, 3, 4, seed=10, dtype=dtype),
-    }
-    names, function = (CALLS | PICTURE_CALLS)[call]
-    return {name: inputs[name] for name in names}, function
+def inputs_of(example, dtype=torch.float64, **sizes):
+    """The arguments of an operation on small tensors."""
+    return example.inputs(Sizes(dtype=dtype, **SIZES | sizes))
 
 
-@every_call
+def call(impl, example, inputs):
+    """What the operation returns, not in place."""
+    return getattr(impl, example.operation)(**{name: value for name, value in inputs.items() if name != "inplace"})
+
+
+def tensors(inputs):
+    return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+
+
+def of_images(inputs, images):
+    """The inputs of some images of a batch."""
+    parts = {name: t[:, images] if name == "keys" else t[images] for name, t in tensors(inputs).items()}
+    return inputs | parts | {name: inputs[name] for name in parts if name == "bias"}
+
+
+@every_example
 @dtypes()
-def test_inputs_are_not_modified_and_results_are_new(impl, call, dtype):
-    tensors, function = example(call, dtype)
-    before = {name: tensor.clone() for name, tensor in tensors.items()}
-    out = function(impl, *tensors.values())
-    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+def test_inputs_are_not_modified_and_results_are_new(impl, example, dtype):
+    inputs = inputs_of(example, dtype)
+    before = {name: tensor.clone() for name, tensor in tensors(inputs).items()}
+    out = call(impl, example, inputs)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors(inputs).values()}
     assert out.untyped_storage().data_ptr() not in storages
     # Heads may be laid out as the output projection reads them.
     assert out.is_contiguous() or out.transpose(1, 2).is_contiguous()
-    for name, tensor in tensors.items():
+    for name, tensor in tensors(inputs).items():
         assert torch.equal(tensor, before[name]), name
 
 
 @dtypes()
 def test_in_place(impl, dtype):
-    tensors, _ = example("redistribute_embeddings", dtype)
-    x, mask = tensors.values()
-    want = impl.redistribute_embeddings(x, mask, DIMS, (3, 4))
-    view = F.pad(x, (0, 0, 1, 0))[:, 1:]  # the patches of a block's input
-    assert impl.redistribute_embeddings(view, mask, DIMS, (3, 4), inplace=True) is view
+    (repair,) = (example for example in EXAMPLES if example.name == "redistribute_embeddings")
+    inputs = inputs_of(repair, dtype)
+    want, view = call(impl, repair, inputs), F.pad(inputs["x"], (0, 0, 1, 0))[:, 1:]  # the patches of a block's input
+    assert impl.redistribute_embeddings(**inputs | {"x": view}, inplace=True) is view
     assert_same_bits(view, want)
-    tensors, _ = example("key_similarity", dtype)
-    k, running = tensors.values()
-    want = impl.key_similarity(k, running, 2)
-    assert impl.key_similarity(k, running, 2, inplace=True) is running
-    assert_same_bits(running, want)
-    assert_same_bits(impl.key_similarity(k, inplace=True), impl.key_similarity(k))
+    (later,) = (example for example in EXAMPLES if example.name == "key_similarity, later block")
+    inputs = inputs_of(later, dtype) | {"inplace": True}
+    want = call(impl, later, inputs)
+    assert impl.key_similarity(**inputs) is inputs["running"]
+    assert_same_bits(inputs["running"], want)
+    assert_same_bits(impl.key_similarity(inputs["k"], inplace=True), impl.key_similarity(inputs["k"]))
 
 
-@batched_call
+@batched_example
 @dtypes()
-def test_a_batch_equals_its_images_one_by_one(impl, call, dtype):
-    tensors, function = example(call, dtype)
-    batch = function(impl, *tensors.values())
+def test_a_batch_equals_its_images_one_by_one(impl, example, dtype):
+    inputs = inputs_of(example, dtype)
+    batch = call(impl, example, inputs)
     for b in range(3):
-        image = [t[:, b : b + 1] if name == "keys" else t[b : b + 1] for name, t in tensors.items()]
-        torch.testing.assert_close(function(impl, *image), batch[b : b + 1])
+        torch.testing.assert_close(call(impl, example, of_images(inputs, slice(b, b + 1))), batch[b : b + 1])
     assert not torch.equal(batch[0], batch[1])
 
 
-@every_call
-def test_strided_inputs(impl, call):
-    tensors, function = example(call)
-    strided = [torch.stack([t, torch.zeros_like(t)], dim=-1)[..., 0] for t in tensors.values()]
-    crossed = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in tensors.values()]
-    want = function(impl, *tensors.values())
+@every_example
+def test_strided_inputs(impl, example):
+    inputs = inputs_of(example)
+    given, want = tensors(inputs), call(impl, example, inputs)
+    strided = {name: torch.stack([t, torch.zeros_like(t)], dim=-1)[..., 0] for name, t in given.items()}
+    crossed = {name: t.transpose(0, -1).contiguous().transpose(0, -1) for name, t in given.items() if t.dim() > 1}
     for variant in (strided, crossed):
-        assert not any(t.is_contiguous() for t in variant)
-        torch.testing.assert_close(function(impl, *variant), want)
+        assert not any(t.is_contiguous() for t in variant.values())
+        torch.testing.assert_close(call(impl, example, inputs | variant), want)
 
 
-@batched_call
-def test_an_empty_batch(impl, call):
-    tensors, function = example(call)
-    shape = function(impl, *tensors.values()).shape
-    out = function(impl, *(t[:, :0] if name == "keys" else t[:0] for name, t in tensors.items()))
-    assert out.shape == (0, *shape[1:])
+@batched_example
+def test_an_empty_batch(impl, example):
+    inputs = inputs_of(example)
+    shape = call(impl, example, inputs).shape
+    assert call(impl, example, of_images(inputs, slice(0, 0))).shape == (0, *shape[1:])
 
 
-@every_call
-def test_the_reference_reads_nothing_back_from_the_device(call):
-    tensors, function = example(call)
-    want = function(reference, *tensors.values())
-    out = function(reference, *(t.to("meta") for t in tensors.values()))  # a meta tensor has no values to read
+@every_example
+def test_the_reference_reads_nothing_back_from_the_device(example):
+    inputs = inputs_of(example)
+    want = call(reference, example, inputs)
+    meta = {name: tensor.to("meta") for name, tensor in tensors(inputs).items()}  # which has no values to read
+    out = call(reference, example, inputs | meta)
     assert (out.shape, out.dtype) == (want.shape, want.dtype)
 
 
@@ -169,8 +126,50 @@ def test_scale(impl, scale):
         torch.testing.assert_close(got, function(*scaled))
 
 
+@pytest.mark.parametrize("prefix", [0, 2, 4])
+def test_prefix(impl, prefix):
+    """Without a class token or with registers: rows and columns of the prefix are what the oracles say they are."""
+    N, T = 6, 6 + prefix
+    q, k, v = qkv(2, 2, T, 5)
+    dis, tgt = some_masks(2, N)
+    A = brute_weights(q, k)
+    torch.testing.assert_close(impl.received_attention(q, k, prefix=prefix), A[:, :, prefix:, prefix:].mean(dim=(1, 2)))
+    S = brute_weights(k, k)[:, :, prefix:, prefix:]
+    torch.testing.assert_close(impl.key_similarity(k, prefix=prefix), S.mean(dim=1))
+    torch.testing.assert_close(impl.proxy_attention(k[None], v, prefix=prefix), brute_apply(S, v[:, :, prefix:]))
+    given = tgt & ~dis
+    over_all = torch.cat([torch.arange(prefix).expand(2, -1) == 1, given], dim=1)  # with one token of the prefix
+    for target, wanted in ((tgt, F.pad(given, (prefix, 0))), (over_all, over_all)):
+        moved = A.clone()
+        for b in range(2):
+            S_, T_ = prefix + dis[b].nonzero()[:, 0], wanted[b].nonzero()[:, 0]
+            rows = A[b, :, prefix:]
+            omega, mass = 0.7 * rows[..., S_].sum(-1, keepdim=True), rows[..., T_].sum(-1, keepdim=True)
+            moved[b, :, prefix:, S_] = 0.3 * rows[..., S_]
+            moved[b, :, prefix:, T_] = rows[..., T_] * (1 + omega / mass)
+        got = impl.refocused_attention(q, k, v, dis, target, 0.7, prefix=prefix)
+        torch.testing.assert_close(got, brute_apply(moved, v))
+    bias = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))  # of a grid of 2 x 3
+    logits = brute_weights(q, q).log()
+    for i in range(N):
+        for j in range(N):
+            logits[..., prefix + i, prefix + j] += bias[i // 3 - j // 3 + 1, i % 3 - j % 3 + 2]
+    got = impl.self_attention(q, v, bias, prefix=prefix)
+    torch.testing.assert_close(got, brute_apply(logits.softmax(dim=-1), v))
+
+
+def test_a_prefix_leaves_at_least_one_patch(impl):
+    q = torch.zeros(1, 1, 4, 2)
+    for prefix in (4, -1, 1.0):
+        with pytest.raises(ValueError, match="T>=5|prefix must be an integer of at least 0"):
+            impl.received_attention(q, q, prefix=prefix)
+
+
 def test_public_names(impl):
-    assert sorted(reference.__all__) == sorted({call.split("-")[0] for call in CALLS | PICTURE_CALLS})
-    for name in reference.__all__:
-        parameters = inspect.signature(getattr(reference, name)).parameters
-        assert list(inspect.signature(getattr(impl, name)).parameters) == list(parameters)
+    assert {example.operation for example in EXAMPLES} == set(OPERATIONS) == set(reference.__all__)
+    assert set(rfclip_kernels.__all__) == set(KERNELS)
+    for name in OPERATIONS:
+        contract = inspect.signature(getattr(Operations, name)).replace(return_annotation=None)
+        parameters = list(contract.parameters)[1:]
+        for found in (getattr(impl, name), getattr(rfclip.reference, name)):
+            assert list(inspect.signature(found).parameters) == parameters

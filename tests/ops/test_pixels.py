@@ -7,7 +7,7 @@ from cases import assert_matches, differs, dtypes, score_dtype
 from helpers import rand, randn
 from oracles.operations import brute_averaged, brute_pamr, brute_probabilities
 
-from rfclip import reference
+from rfclip.ops import reference
 
 WINDOWS = {  # K, patch grid, side, size, corners
     "one": (3, (2, 3), 8, (8, 8), [(0, 0)]),

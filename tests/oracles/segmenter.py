@@ -7,7 +7,7 @@ import torchvision.transforms.v2.functional as TF
 from torchvision.transforms import InterpolationMode
 
 import rfclip
-from rfclip.models import tiny_folder
+from rfclip.towers.loading import tiny_folder
 
 
 def plain_loop(model, picture, named, short=168, side=112, stride=56):

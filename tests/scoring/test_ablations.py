@@ -8,19 +8,20 @@ from commands import run
 from miniatures import make
 
 from rfclip import RefocusConfig
-from rfclip.ablations import ABLATIONS, variants
+from rfclip.scoring.ablations import ABLATIONS, variants
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
 def test_ablations_on_scenes(tmp_path, ablation):
-    out = tmp_path / "figures.json"
-    result = run("ablate", ablation, "--count", 1, "--inject-distraction", 0.1, "--out", out)
+    result = run("ablate", ablation, "--count", 1, "--inject-distraction", 0.1, "--out", tmp_path)
     assert result.exit_code == 0, result.output
+    heads, _, *lines = (tmp_path / "ablation.md").read_text().splitlines()[2:]
+    assert heads.startswith("| variant | dataset | pictures | top-1 % | mIoU % |")
     config = RefocusConfig(distraction_dims=(1,))
-    assert [row["method"] for row in json.loads(out.read_text())["rows"]] == list(variants(ablation, config, 6))
+    assert [line.split("|")[1].strip() for line in lines] == list(variants(ablation, config, 6))
 
 
-def test_an_ablation_on_a_benchmark(tmp_path, monkeypatch):
+def test_an_ablation_on_data_from_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make(Path("data"), "voc21")
     Path("config.json").write_text(RefocusConfig(distraction_dims=(3,)).to_json())

@@ -1,4 +1,4 @@
-"""`rfclip evaluate` on scenes and on benchmarks."""
+"""`rfclip evaluate` on scenes and on data sets from disk."""
 
 import json
 from functools import partial
@@ -10,12 +10,11 @@ from commands import files_below, refused, run
 from miniatures import make
 from PIL import Image
 
-import rfclip
 import rfclip.methods
-from rfclip import runs
-from rfclip.benchmarks import BENCHMARKS
-from rfclip.scenes import CLASSES
-from rfclip.segmenter import Segmenter
+from rfclip.datasets import DATASETS, PAPER
+from rfclip.segment import job
+from rfclip.segment.segmenter import Segmenter
+from rfclip.tiny.scenes import CLASSES
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -31,7 +30,7 @@ def test_every_method_on_the_scenes(folder, monkeypatch):
     def offline():
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(rfclip.methods, "load_dino", offline)
+    monkeypatch.setattr("rfclip.methods.proxyclip.load_dino", offline)
     result = run("evaluate", "scenes", "--method", "all", "--count", 1, "--sheet", "new/sheet.png")
     assert result.exit_code == 0, result.output
     rows = [line for line in result.stdout.splitlines() if line.startswith("│")]
@@ -44,74 +43,79 @@ def test_every_method_on_the_scenes(folder, monkeypatch):
     assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 1000
     refused(run("evaluate", "scenes", "--sheet", "new/sheet.png"), "new/sheet.png exists", "--overwrite")
     refused(run("evaluate", "scenes", "--method", "kk,gem,sc-clip"), "needs 11 blocks")
-    refused(run("evaluate", "scenes", "--method", "kk", "--config", "config.json"), "config.json")
+    Path("config.json").write_text('{"distraction_dims": [5]}')
+    refused(run("evaluate", "scenes", "--method", "kk", "--config", "config.json"), "kk has nothing to configure")
 
 
 @pytest.mark.parametrize("injected", [0, 0.1], ids=["plain", "injected"])
 def test_evaluate(folder, injected):
-    options = ["--inject-distraction", injected, "--out", "new/figures.json"] if injected else []
-    result = run("evaluate", "scenes", "--count", 2, *options)
+    result = run("evaluate", "scenes", "--count", 2, "--inject-distraction", injected, "--out", "new")
     assert result.exit_code == 0, result.output
     rows = [line for line in result.stdout.splitlines() if line.startswith("│")]
     assert [row.split("│")[1].strip() for row in rows] == METHODS
-    printed = [[float(cell) for cell in row.split("│")[2:5]] for row in rows]
+    printed = [[float(cell) for cell in row.split("│")[4:7]] for row in rows]
     assert all(0 <= figure <= 100 for figures in printed for figure in figures)
     assert ("simulated" in result.stdout) == bool(injected)
-    if not injected:
-        assert files_below(folder) == set()
-        return
+    assert ("rf-clip equals kk-mean" in result.stdout) == (not injected)
 
     def no_constants(text):
         raise AssertionError(f"{text} is not JSON")
 
-    record = json.loads(Path("new/figures.json").read_text(), parse_constant=no_constants)
-    assert (record["count"], record["seed"], record["inject_distraction"]) == (2, 0, 0.1)
-    assert [row["method"] for row in record["rows"]] == METHODS
-    for row, figures in zip(record["rows"], printed, strict=True):
+    for method, figures in zip(METHODS, printed, strict=True):
+        name = "scenes" if method == "rf-clip" else f"scenes-{method}"
+        record = json.loads(Path("new", name, "result.json").read_text(), parse_constant=no_constants)
+        assert (record["count"], record["seed"], record["inject_distraction"]) == (2, 0, injected)
+        assert (record["method"], record["images"]) == (method, 2)
         names = ("top1", "miou", "pixel_accuracy")
-        assert all(0 <= row[name] <= 1 for name in names)
-        assert [round(100 * row[name], 1) for name in names] == pytest.approx(figures, abs=0.11)
-        assert list(row["iou"]) == list(CLASSES)
-        seen = [value for value in row["iou"].values() if value is not None]
-        assert all(0 <= value <= 1 for value in seen)
-        assert row["miou"] == pytest.approx(np.mean(seen))
+        assert [round(100 * record[name], 1) for name in names] == pytest.approx(figures, abs=0.11)
+        assert list(record["iou"]) == list(CLASSES)
+        seen = [value for value in record["iou"].values() if value is not None]
+        assert record["miou"] == pytest.approx(np.mean(seen))
+
+
+def test_scenes_take_what_every_dataset_takes(folder):
+    given = ("evaluate", "scenes", "--count", 3, "--method", "kk", "--out", "out")
+    result = run(*given, "--limit", 1, "--pamr")
+    assert result.exit_code == 0, result.output
+    assert json.loads(Path("out/result.json").read_text())["images"] == 1
+    assert "scored earlier" not in result.stderr
+    resumed = run(*given, "--pamr")
+    assert resumed.exit_code == 0, resumed.output
+    assert "out: 2 of 6 pictures were scored earlier" in resumed.stderr
+    refused(run(*given), "pamr was True, is False", "--overwrite")
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["scenes", "--count", "0"], ["count=0", "at least one"]),
-        (["scenes", "--count", "-3"], ["count=-3", "at least one"]),
-        (["scenes", "--inject-distraction", "2"], ["inject=2", "from 0 to 1"]),
-        (["scenes", "--inject-distraction", "nan"], ["inject=nan", "from 0 to 1"]),
-        (["photos"], ["'photos'", "expected scenes"]),
+        (["photos"], ["'photos'", "expected one of scenes"]),
         (["scenes", "--device", "toaster"], ["--device toaster"]),
         (["scenes", "--model", "ViT-Z-99"], ["'ViT-Z-99'", "rfclip models"]),
     ],
-    ids=["no-scene", "negative", "share", "share-nan", "name", "device", "model"],
+    ids=["name", "device", "model"],
 )
 def test_evaluate_with_wrong_arguments(folder, arguments, words):
-    refused(run("evaluate", *arguments, "--out", "figures.json"), *words)
+    refused(run("evaluate", *arguments, "--out", "run"), *words)
     assert files_below(folder) == set()
 
 
-# On benchmarks --------------------------------------------------------------------------------------------------------
+# On data from disk ----------------------------------------------------------------------------------------------------
 
 
 def test_evaluate_all(tmp_path, monkeypatch):
     """All eight of them on the shipped model, which knows hardly any of their classes."""
     monkeypatch.chdir(tmp_path)
-    for name in BENCHMARKS:
+    for name in PAPER:
         if name not in ("voc20", "context59"):
             make(Path("data"), name)
     one_prompt = partial(Segmenter, templates=[lambda name: f"a {name}."])
-    monkeypatch.setattr(runs, "Segmenter", one_prompt)
+    monkeypatch.setattr(job, "Segmenter", one_prompt)
     result = run("evaluate", "--all", "--root", "data", "--limit", 1, "--batch", 4)
     assert result.exit_code == 0, result.output
-    rows = Path("rfclip-runs/table2.md").read_text().splitlines()
-    titles = [benchmark.title for benchmark in BENCHMARKS.values()]
+    rows = Path("rfclip-runs/table.md").read_text().splitlines()
+    titles = [DATASETS[name].title for name in PAPER]
     assert [row.split("|")[2].strip() for row in rows[4:]] == [*titles, "mean"]
-    for name in BENCHMARKS:
+    for name in PAPER:
         assert json.loads(Path("rfclip-runs", name, "result.json").read_text())["images"] == 1
 
 
@@ -129,7 +133,7 @@ def test_evaluate_several_methods(tmp_path, monkeypatch):
         ("voc21-kk", "kk", 0.1),
     ]
     assert settings["voc21-clearclip"]["window"] == 2 * settings["voc21"]["window"]
-    rows = Path("rfclip-runs/table2.md").read_text().splitlines()[4:]
+    rows = Path("rfclip-runs/table.md").read_text().splitlines()[4:]
     assert [row.split("|")[1].strip() for row in rows] == ["clearclip", "kk", "rf-clip"]
 
 
@@ -138,17 +142,21 @@ def test_evaluate_several_methods(tmp_path, monkeypatch):
     [
         ([], "--all"),
         (["voc21", "--all"], "--all"),
-        (["photos"], "expected scenes, voc21"),
+        (["photos"], "expected one of scenes, voc21"),
+        (["scenes", "--count", 0], "--count"),
+        (["scenes", "--count", -3], "--count"),
+        (["scenes", "--inject-distraction", 2], "--inject-distraction"),
+        (["scenes", "--inject-distraction", "nan"], "--inject-distraction"),
         (["voc21"], "--root DIR is missing"),
         (["voc21", "--root", "."], "expected below ."),
         (["voc21", "--root", ".", "--limit", 0], "--limit"),
-        (["scenes", "--root", "."], "--root does not go with scenes"),
-        (["voc21", "--inject-distraction", 0.1], "goes with scenes only"),
-        (["voc21", "--seed", 0], "--seed goes with scenes only"),
-        (["voc21", "--count", 5], "--count goes with scenes only"),
-        (["scenes", "--out", "."], "--out .: expected a file"),
+        (["scenes", "--root", "."], "--root does not apply to scenes"),
+        (["voc21", "--seed", 0], "--seed does not apply to voc21"),
+        (["voc21", "--count", 5], "--count does not apply to voc21"),
+        (["scenes", "--sheet", "."], "--out .: expected a file"),
         (["voc21", "--method", "lseg"], "expected one of clip"),
-        (["scenes", "--workers", 2], "--workers does not go with scenes"),
+        (["scenes", "--backend", "cuda"], "--backend"),
+        (["scenes", "--workers", 2, "--model", "ViT-B-16"], "--workers 2: expected at least 1, with --engine ray"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, list) else "",
 )

@@ -1,25 +1,32 @@
-"""Runs of an evaluation: stopped, killed and damaged ones, and pictures that change in between."""
+"""Runs of an evaluation: interrupted, killed and corrupt ones, and pictures that change in between."""
 
 import json
 import os
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from miniatures import SIZE, Reader, halves, make, open_run, save_labels, score, setup
+from miniatures import SIZE, Reader, ReadingScorer, halves, make, open_run, save_labels, score, scores_of
+from PIL import Image
 
-from rfclip.benchmarks import BENCHMARKS
-from rfclip.runs import Run, Scorer, table_rows
-from rfclip.segmenter import Segmentation
+from rfclip.datasets import find_dataset
+from rfclip.datasets.scenes import Scenes
+from rfclip.scoring.metrics import Scores
+from rfclip.scoring.report import Row, finish, paper_figure, table
+from rfclip.scoring.run import Run, Scorer
+from rfclip.segment.job import Job
+from rfclip.segment.result import Segmentation
+
+
+def pairs(root, name="ade20k"):
+    return find_dataset(name).open(root=root).pairs()
 
 
 def test_background_is_what_no_class_is_sure_of(tmp_path):
     found = SimpleNamespace(
         segment=lambda rgb, named, threshold, pamr: Segmentation(rgb, np.full(SIZE, 255, np.uint8), ("a",) * len(named))
     )
-    root = make(tmp_path, "voc21")
-    predicted, _ = Scorer(setup(root, "voc21"), found).predict(*BENCHMARKS["voc21"].pairs(root)[0])
+    predicted = ReadingScorer(find_dataset("voc21").open(root=tmp_path), found).predict(Image.new("RGB", SIZE[::-1]))
     assert (predicted.labels == 0).all()
 
 
@@ -50,11 +57,11 @@ def test_a_run_of_other_settings_is_refused(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").touch()
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="is not empty and holds no run: give another folder"):
+        with pytest.raises(ValueError, match="is not empty and holds no run: choose another folder"):
             open_run(root, "ade20k", tmp_path / "other", overwrite).__enter__()
     with open_run(root, "ade20k", tmp_path / "run", True, pamr=True) as run:
         assert [path.name for path in run.folder.iterdir() if path.name != ".lock"] == ["run.json"]
-        with pytest.raises(ValueError, match="another process works in .*run"):
+        with pytest.raises(ValueError, match="another process is working in .*run"):
             open_run(root, "ade20k", tmp_path / "run", pamr=True).__enter__()
 
 
@@ -73,7 +80,7 @@ def test_what_a_kill_leaves_is_gone_on_with(tmp_path):
 def test_pictures_that_change_are_scored_again(tmp_path):
     root = make(tmp_path / "data", "ade20k")
     score(root, "ade20k", tmp_path / "run")
-    _, labels = BENCHMARKS["ade20k"].pairs(root)[0]
+    _, labels = pairs(root)[0]
     save_labels(labels, halves(1, 2) + 1)
     reader = Reader()
     assert score(root, "ade20k", tmp_path / "run", reader).miou == 1
@@ -87,11 +94,10 @@ def test_pictures_that_change_are_scored_again(tmp_path):
 def test_a_run_over_fewer_pictures_leaves_no_other_worst(tmp_path):
     root = make(tmp_path / "data", "ade20k")
     score(root, "ade20k", tmp_path / "run")
-    first = BENCHMARKS["ade20k"].pairs(root)[:1]
-    scorer = Scorer(setup(root, "ade20k"), Reader())
-    with Run(tmp_path / "run", {"benchmark": "ade20k"}, first, root) as run:
+    dataset = find_dataset("ade20k").open(root=root)
+    with Run(tmp_path / "run", {"dataset": "ade20k"}, dataset.items(1)) as run:
         assert run.missing() == []
-        assert run.finish(scorer).images == 1
+        assert finish(run, ReadingScorer(dataset, Reader())).images == 1
     assert [path.name for path in (tmp_path / "run").glob("worst-*")] == ["worst-1.jpg"]
 
 
@@ -112,25 +118,50 @@ def test_damaged_runs(tmp_path, file, text):
     root = make(tmp_path / "data", "ade20k")
     score(root, "ade20k", tmp_path / "run")
     (tmp_path / "run" / file).write_text(text)
-    with pytest.raises(ValueError, match=f"{file}.* is not as a run writes it.*--overwrite starts anew"):
+    with pytest.raises(ValueError, match=f"{file}.* is corrupt.*--overwrite starts over"):
         score(root, "ade20k", tmp_path / "run")
     assert score(root, "ade20k", tmp_path / "run", overwrite=True).miou == 0.5
 
 
 def test_names_that_are_not_utf_8(tmp_path):
     root = make(tmp_path / "data", "ade20k")
-    for path in BENCHMARKS["ade20k"].pairs(root)[0]:
+    for path in pairs(root)[0]:
         path.rename(path.with_name(os.fsdecode(b"p\xff" + path.suffix.encode())))
     assert score(root, "ade20k", tmp_path / "run").miou == 0.5
     assert "p\\xff.jpg" in (tmp_path / "run/result.md").read_text()
 
 
-def test_table_rows():
-    benchmark = SimpleNamespace(title="VOC21", paper={"ViT-B-16": 64.8})
-    result = SimpleNamespace(benchmark=benchmark, images=5, miou=0.653)
-    assert table_rows([result], "ViT-B/16", "rf-clip", True) == [("rf-clip", "VOC21", "5", "65.3", "64.8", "+0.5")]
-    assert table_rows([result], "ViT-B-16", "rf-clip", False) == [("rf-clip", "VOC21", "5", "65.3", "-", "-")]
-    assert table_rows([result], "ViT-B-16", "kk", True) == [("kk", "VOC21", "5", "65.3", "-", "-")]
-    both = partial(table_rows, [result, result], "ViT-B-16", "rf-clip")
-    assert both(True)[-1] == ("rf-clip", "mean", "", "65.3", "64.8", "+0.5")
-    assert both(False)[-1] == ("rf-clip", "mean", "", "65.3", "-", "-")
+def test_tables():
+    scores = Scores(5, 1.0, np.array([[60, 20], [0, 20]]))
+    row = Row("rf-clip", "VOC21", scores, 64.8)
+    heads, cells = table([row])
+    assert heads == ["method", "dataset", "pictures", "mIoU %", "pixel accuracy %", "paper %", "difference"]
+    assert cells == [["rf-clip", "VOC21", "5", "62.5", "80.0", "64.8", "-2.3"]]
+    heads, cells = table([row, Row("rf-clip", "VOC20", scores, None)], "variant")
+    assert heads[0] == "variant"
+    assert [line[1:4] for line in cells] == [["VOC21", "5", "62.5"], ["VOC20", "5", "62.5"], ["mean", "", "62.5"]]
+    assert [line[-2:] for line in cells] == [["64.8", "-2.3"], ["-", "-"], ["-", "-"]]
+    assert table([row, row])[1][-1] == ["rf-clip", "mean", "", "62.5", "-", "64.8", "-2.3"]
+    heads, cells = table([Row("kk", "Scenes", Scores(5, 1.0, np.eye(2, dtype=int), 4, 3))])
+    assert heads == ["method", "dataset", "pictures", "top-1 %", "mIoU %", "pixel accuracy %"]
+    assert cells == [["kk", "Scenes", "5", "75.0", "100.0", "100.0"]]
+
+
+def test_the_papers_figures_stand_beside_comparable_ones_only():
+    voc21 = find_dataset("voc21")
+    assert paper_figure(voc21, "ViT-B/16-quickgelu", "rf-clip", True) == 64.8
+    assert paper_figure(voc21, "ViT-B-16", "rf-clip", False) is None
+    assert paper_figure(voc21, "ViT-B-16", "kk", True) is None
+    assert paper_figure(find_dataset("scenes"), "ViT-B-16", "rf-clip", True) is None
+
+
+def test_scenes_resume_like_any_dataset(tmp_path):
+    """Interrupted after some scenes and before the single objects, the figures are those of an uninterrupted run."""
+    job, dataset = Job(method="kk", inject=0.1), Scenes(count=2)
+    whole = scores_of(Scorer(job, dataset), tmp_path / "whole")
+    with Scorer(job, dataset) as scorer, Run(tmp_path / "run", scorer.settings(), dataset.items()) as run:
+        list(run.keep(map(scorer, run.missing()[:1])))
+        assert len(run.missing()) == 3
+    found = scores_of(Scorer(job, dataset), tmp_path / "run")
+    assert np.array_equal(found.confusion, whole.confusion)
+    assert (found.images, found.singles, found.hits) == (2, 2, whole.hits)

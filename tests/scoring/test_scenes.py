@@ -3,15 +3,21 @@
 import numpy as np
 import pytest
 import torch
+from miniatures import scores_of
 
 import rfclip
-from rfclip import RefocusConfig, Segmenter
-from rfclip.evaluate import INJECTED_DIMS, choices, confusion_matrix, evaluate_scenes, inject_distraction
-from rfclip.scenes import CLASSES, GROUNDS, OBJECTS, make_scene, sprites
+from rfclip import RefocusConfig, Segmenter, reference
+from rfclip.datasets.scenes import Scenes
+from rfclip.injection import INJECTED_DIMS, inject_distraction
+from rfclip.scoring.metrics import confusion_matrix
+from rfclip.scoring.run import Scorer
+from rfclip.segment.job import Job
+from rfclip.tiny.scenes import CLASSES, GROUNDS, OBJECTS, make_scene, sprites
 
-METHODS = {name: {"method": name} for name in ("clip", "kk", "kk-mean")} | {
-    "rf-clip": {"config": RefocusConfig(distraction_dims=())}
-}
+
+def scored(folder, method, **options):
+    dataset = Scenes(**options)
+    return scores_of(Scorer(Job(method=method), dataset), folder / method)
 
 
 def test_fifty_objects_on_six_grounds():
@@ -43,7 +49,7 @@ def test_shapes_and_labels(size):
 def test_labels_follow_the_cut_outs(monkeypatch):
     """On a plain ground, the pixels that differ from it in colour are those of the object, up to its soft edge."""
     blue = np.array((0, 0, 255), np.uint8)
-    monkeypatch.setattr("rfclip.scenes._ground", lambda name, rng, size: np.tile(blue, (size, size, 1)))
+    monkeypatch.setattr("rfclip.tiny.scenes._ground", lambda name, rng, size: np.tile(blue, (size, size, 1)))
     for seed in range(20):
         scene = make_scene(seed, 112, objects=(1, 1))
         covered = scene.labels == min(scene.present())
@@ -66,27 +72,20 @@ def test_impossible_scenes(options):
         make_scene(0, 112, **options)
 
 
-def test_the_small_clip_reaches_its_figures():
-    """On a few scenes, with a margin for their spread; the README gives the figures for 300."""
-    scores = {s.method: s for s in evaluate_scenes(rfclip.load_model(), METHODS, count=24)}
-    assert list(scores) == list(METHODS)
-    averaged = scores["kk-mean"]
+def test_the_small_clip_reaches_its_figures(tmp_path):
+    """On a few scenes, with a margin for their spread; docs/results.md gives the figures for 300."""
+    averaged, plain = (scored(tmp_path, method, count=24) for method in ("kk-mean", "clip"))
     assert averaged.top1 >= 0.85
     assert averaged.miou >= 0.40
     assert averaged.pixel_accuracy >= 0.88
-    assert scores["clip"].miou < 0.5 * averaged.miou
-    assert set(averaged.iou) == set(CLASSES)
+    assert plain.miou < 0.5 * averaged.miou
+    assert (averaged.images, averaged.singles, len(averaged.iou)) == (24, 24, len(CLASSES))
 
 
-def test_without_dimensions_rf_clip_is_the_averaged_kk():
-    model = rfclip.load_model()
-    rows = list(
-        evaluate_scenes(model, choices(model, ["clip", "kk", "kk-mean", "rf-clip"], model.refocus_config)[0], count=2)
-    )
-    if not model.refocus_config.distraction_dims:
-        assert rows[3].iou == pytest.approx(rows[2].iou, abs=0, nan_ok=True)
-        assert rows[3].top1 == rows[2].top1
-    assert "forward" not in vars(model.visual)
+def test_without_dimensions_rf_clip_is_the_averaged_kk(tmp_path):
+    averaged, refocused = (scored(tmp_path, method, count=2) for method in ("kk-mean", "rf-clip"))
+    assert np.array_equal(averaged.confusion, refocused.confusion)
+    assert averaged.hits == refocused.hits
 
 
 def test_injection_makes_distraction_tokens_and_leaves_no_trace():
@@ -102,7 +101,7 @@ def test_injection_makes_distraction_tokens_and_leaves_no_trace():
             during = rfclip.dense_features(model, images)
         hook.remove()
         after = rfclip.dense_features(model, images)
-    masks = rfclip.plugin.reference.distraction_mask(seen[0][:, 1:], INJECTED_DIMS)
+    masks = reference.distraction_mask(seen[0][:, 1:], INJECTED_DIMS, 5 / 128)
     assert masks.sum(1).tolist() == [20, 20]
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(before, after)
@@ -134,9 +133,7 @@ def test_confusion_against_a_loop():
     assert np.array_equal(confusion_matrix(labels, predicted, 5), want)
 
 
-@pytest.mark.parametrize(
-    "options, words", [({"count": 0}, "at least one scene"), ({"count": 1, "inject": 1.5}, "from 0 to 1")]
-)
-def test_wrong_evaluations(options, words):
-    with pytest.raises(ValueError, match=words):
-        list(evaluate_scenes(rfclip.load_model(), METHODS, **options))
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_wrong_shares(share):
+    with pytest.raises(ValueError, match="from 0 to 1"), inject_distraction(rfclip.load_model(), share):
+        pass

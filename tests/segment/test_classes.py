@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 
-from rfclip.scenes import CLASSES
-from rfclip.segmenter import parse_classes
+from rfclip.segment.classes import parse_classes
+from rfclip.tiny.scenes import CLASSES
 
 
 @pytest.mark.parametrize(

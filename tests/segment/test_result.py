@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rfclip.segmenter import Segmentation, palette
+from rfclip.segment.result import Segmentation, palette
 
 
 def test_segmentation_outputs():

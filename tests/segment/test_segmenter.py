@@ -12,9 +12,9 @@ from PIL import Image
 
 import rfclip
 from rfclip import RefocusConfig, Segmenter
-from rfclip.models import tiny_folder
-from rfclip.scenes import CLASSES
-from rfclip.segmenter import parse_classes
+from rfclip.segment.classes import parse_classes
+from rfclip.tiny.scenes import CLASSES
+from rfclip.towers.loading import tiny_folder
 
 NAMES = [[CLASSES[c], f"{CLASSES[c]}s"] for c in SCENE.present()]
 NAMES[1:] = [*(names[0] for names in NAMES[1:]), "cat"]

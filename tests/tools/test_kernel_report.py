@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rfclip_kernels import attention, report
-from rfclip_kernels.launches import OPS, SHAPES, Launch, Op, Shape, cost, record
+from tools.kernel_report.launches import OPS, SHAPES, Launch, Op, Shape, cost, record
 
 OP = {op.name: op for op in OPS}
 

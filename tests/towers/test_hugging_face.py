@@ -12,17 +12,21 @@ import pytest
 import torch
 import transformers
 from helpers import relative_error
+from miniatures import scores_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_models import DIMS, pictures, small_clip, to_hugging_face
 from typer.testing import CliRunner
 
 import rfclip
-from rfclip.cli import app
+from rfclip.app.cli import app
 from rfclip.config import PRESETS, RefocusConfig
-from rfclip.evaluate import evaluate_scenes, inject_distraction
+from rfclip.datasets.scenes import Scenes
+from rfclip.injection import inject_distraction
 from rfclip.methods import METHODS
-from rfclip.models import load_model, tiny_folder
+from rfclip.scoring.run import Scorer
+from rfclip.segment.job import Job
+from rfclip.towers.loading import load_model, tiny_folder
 
 CONFIG = RefocusConfig(DIMS, tau=3.0)
 SCENE = tiny_folder() / "scene.png"
@@ -106,7 +110,7 @@ def test_it_is_undone(pair):
     before = model.get_image_features(images).pooler_output
     with rfclip.refocus(model, CONFIG):
         assert not torch.equal(model.get_image_features(images).pooler_output, before)
-        with pytest.raises(RuntimeError, match="refocused already"):
+        with pytest.raises(RuntimeError, match="already refocused"):
             rfclip.refocus(model, CONFIG)
         twin = pickle.loads(pickle.dumps(model))
     assert torch.equal(model.get_image_features(images).pooler_output, before)
@@ -232,11 +236,13 @@ def test_text_embeddings_are_cached_apart_from_the_tower(folder, tmp_path):
     assert files == [1, 1, 2]
 
 
-def test_scenes_and_injected_distraction(folder):
+def test_scenes_and_injected_distraction(folder, tmp_path):
     model = load_model(f"transformers:{folder}")
     model.image_mean, model.image_std = load_model().visual.image_mean, load_model().visual.image_std
-    plain, choices = load_model(), {"kk-mean": {"method": "kk-mean"}}
-    (found,), (want,) = (evaluate_scenes(one, choices, count=4, inject=0.2) for one in (model, plain))
+    plain, job = load_model(), Job(method="kk-mean", inject=0.2)
+    found, want = (
+        scores_of(Scorer(job, Scenes(count=4), one), tmp_path / name) for name, one in (("a", model), ("b", plain))
+    )
     assert found.miou == pytest.approx(want.miou, abs=1e-3)
     assert found.top1 == want.top1
     images = torch.rand(2, 3, 112, 112)
@@ -303,7 +309,7 @@ def _leave_out(folder, name):
 
 def test_other_refusals(folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="takes no others"):
+    with pytest.raises(ValueError, match="comes with its own weights"):
         load_model(f"transformers:{folder}", "openai")
     with pytest.raises(ValueError, match="precision='fp8': expected one of fp32"):
         load_model(f"transformers:{folder}", precision="fp8")

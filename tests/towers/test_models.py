@@ -9,8 +9,9 @@ from torch import nn
 
 import rfclip
 from rfclip import RefocusConfig, Segmenter
-from rfclip.models import can_refocus, tiny_folder
-from rfclip.tower import read_tower
+from rfclip.towers import read_tower
+from rfclip.towers.loading import tiny_folder
+from rfclip.towers.open_clip import can_refocus
 
 NAMES = open_clip.list_models()
 ALONE = {}  # one name for each kind of tower, whatever its depth and the size of its pictures
@@ -86,7 +87,7 @@ def test_models_and_weights_that_do_not_exist(tmp_path):
         rfclip.load_model(f"local-dir:{tmp_path}/nowhere")
     with pytest.raises(ValueError, match="'dfn2b' are not known.*rfclip calibrate"):
         Segmenter("ViT-B-16", "dfn2b")
-    with pytest.raises(ValueError, match="comes with its weights"):
+    with pytest.raises(ValueError, match="comes with its own weights"):
         rfclip.load_model("rfclip-tiny", "openai")
     pickled = tmp_path / "weights.pt"
     torch.save({}, pickled)

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from rfclip.segment.job import Job
 
 RUNS = Path("rfclip-runs")
-SHOWN = 2  # pictures on a contact sheet
 
 Root = Annotated[Path | None, typer.Option(help="Folder of the datasets; a wrong one shows the layout expected.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Score only the first so many pictures.")]
@@ -272,7 +271,7 @@ def _draw_sheet(
             with Scorer(job, dataset, clip, engine.here) as scorer:
                 yield name, scorer
 
-    figure = contact_sheet(dataset, items[:SHOWN], scorers())
+    figure = contact_sheet(dataset, items, scorers())
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole({path: lambda part: figure.savefig(part, format="png", dpi=100)})
 

@@ -1,4 +1,4 @@
-"""Benchmarks in miniature, each in its layout on disk, with a score known by hand; missing and bad files."""
+"""Datasets in miniature, each in its layout on disk, with a score known by hand; missing and bad files."""
 
 import json
 import struct
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from miniatures import SIZE, make, score, setup
+from miniatures import SIZE, make, score
 from PIL import Image
 
-from rfclip.benchmarks import BENCHMARKS
-from rfclip.methods import METHODS
+from rfclip.datasets import DATASETS, PAPER, find_dataset
+from rfclip.methods import METHODS, Protocol
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", PAPER)
 def test_miou_by_hand(tmp_path, name):
     """In the first picture, 128 pixels of class 1 are right, and 256 of class 3 are taken for 2; in the second, 256 of
     class 3 are right and the others do not count.
@@ -35,33 +35,32 @@ def test_miou_by_hand(tmp_path, name):
     assert [path.name for path in (tmp_path / "run").glob(".*")] in ([], [".lock"])
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", PAPER)
 def test_class_lists(name):
-    benchmark = BENCHMARKS[name]
+    dataset = find_dataset(name).open(root=Path())
     counts = dict(voc21=21, voc20=20, context60=60, context59=59, coco_object=81, coco_stuff=171, cityscapes=19)
-    assert len(benchmark.classes) == counts.get(name, 150) == len(set(benchmark.class_names))
-    assert all(n and n == n.strip() for names in benchmark.classes for n in names)
-    assert benchmark.background == (benchmark.class_names[0] == "background")
+    assert len(dataset.classes) == counts.get(name, 150) == len(set(dataset.class_names))
+    assert all(n and n == n.strip() for names in dataset.classes for n in names)
+    assert dataset.background == (dataset.class_names[0] == "background")
     protocol = METHODS["rf-clip"].protocol.on(name)  # the sizes that the paper gives
     assert (protocol.window, protocol.stride, protocol.logit_scale, protocol.threshold) == (224, 112, 40, 0.1)
     assert protocol.short_side == (560 if name == "cityscapes" else 336)
-    assert setup(Path(), name).threshold == (0.1 if benchmark.background else None)
 
 
 def test_a_list_that_names_a_picture_twice(tmp_path):
     root = make(tmp_path / "data", "voc21")
     listed = root / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"
     listed.write_text(listed.read_text() * 2)
-    assert len(BENCHMARKS["voc21"].pairs(root)) == 2
+    assert len(find_dataset("voc21").open(root=root).pairs()) == 2
     listed.write_bytes(b"\xff\n")
     with pytest.raises(ValueError, match="voc21: .*utf-8"):
-        BENCHMARKS["voc21"].pairs(root)
+        find_dataset("voc21").open(root=root).pairs()
 
 
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_turned_pictures_are_refused(tmp_path, orientation):
     root = make(tmp_path / "data", "voc21")
-    image, _ = BENCHMARKS["voc21"].pairs(root)[0]
+    image, _ = find_dataset("voc21").open(root=root).pairs()[0]
     turned = Image.Exif()
     turned[0x0112] = orientation
     Image.open(image).save(image, exif=turned)
@@ -69,19 +68,19 @@ def test_turned_pictures_are_refused(tmp_path, orientation):
         score(root, "voc21", tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", PAPER)
 def test_missing_data_shows_the_layout(tmp_path, name):
-    benchmark = BENCHMARKS[name]
+    dataset = find_dataset(name)
     for root in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError) as refused:
-            benchmark.pairs(root)
-        assert all(line in str(refused.value) for line in benchmark.layout)
+            dataset.open(root=root).items()
+        assert all(line in str(refused.value) for line in dataset.layout)
         assert "found there: nothing" in str(refused.value)
     make(tmp_path, name)
-    _, labels = benchmark.pairs(tmp_path)[1]
+    _, labels = dataset.open(root=tmp_path).pairs()[1]
     labels.unlink()
     with pytest.raises(ValueError, match=f"missing: .*{labels.name.partition('_gtFine')[0]}"):
-        benchmark.pairs(tmp_path)
+        dataset.open(root=tmp_path).items()
 
 
 def four_bits():
@@ -108,8 +107,52 @@ def four_bits():
 )
 def test_bad_labels(tmp_path, spoil, words):
     root = make(tmp_path, "voc21")
-    _, labels = BENCHMARKS["voc21"].pairs(root)[0]
+    _, labels = find_dataset("voc21").open(root=root).pairs()[0]
     spoil(labels)
     with pytest.raises(ValueError, match=words) as refused:
         score(root, "voc21", tmp_path / "run")
     assert str(labels) in str(refused.value)
+
+
+def test_options_of_datasets():
+    assert find_dataset("scenes").open(root=None, count=2, seed=None).described() == {
+        "dataset": "scenes",
+        "count": 2,
+        "seed": 0,
+    }
+    with pytest.raises(ValueError, match="--root does not apply to scenes"):
+        find_dataset("scenes").open(root=Path())
+    with pytest.raises(ValueError, match="--seed does not apply to voc21"):
+        find_dataset("voc21").open(root=Path(), seed=0)
+    with pytest.raises(ValueError, match="voc21: --root DIR is missing"):
+        find_dataset("voc21").open()
+    with pytest.raises(ValueError, match="at least one scene"):
+        find_dataset("scenes").open(count=0)
+    with pytest.raises(ValueError, match=f"'photos': expected one of {', '.join(DATASETS)}"):
+        find_dataset("photos")
+
+
+def test_scenes_are_items_with_labels_and_single_objects():
+    scenes = find_dataset("scenes").open(count=3)
+    items = scenes.items()
+    assert len({json.dumps(item) for item in items}) == len(items) == 6
+    assert scenes.items(2) == [*items[:2], *items[3:5]]
+    other = find_dataset("scenes").open(count=3, seed=1)
+    for n, item in enumerate(items):
+        rgb, labels = scenes.read(item)
+        assert np.array_equal(rgb, scenes.read(item)[0])
+        assert not np.array_equal(rgb, other.read(other.items()[n])[0])
+        if n < 3:
+            assert labels.shape == rgb.size[::-1] == (168, 168)
+        else:
+            assert rgb.size == (112, 112) and scenes.candidates[labels] == scenes.class_names[labels]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_protocols_know_their_datasets(name):
+    for dataset in DATASETS:
+        assert METHODS[name].protocol.on(dataset).window > 0
+    with pytest.raises(ValueError, match="'cityscape': expected one of"):
+        METHODS[name].protocol.on("cityscape")
+    with pytest.raises(ValueError, match="'photos': expected one of"):
+        Protocol(datasets={"photos": {"window": 1}})

@@ -8,8 +8,8 @@ from commands import run
 from miniatures import save_labels
 from PIL import Image
 
-from rfclip.benchmarks import BENCHMARKS
-from rfclip.prepare import coco_object, context
+from rfclip.datasets import find_dataset
+from rfclip.datasets.prepare import coco_object, context
 
 
 @pytest.mark.parametrize("suffix", ["", "_labelTrainIds"])
@@ -20,7 +20,7 @@ def test_prepare_coco_object(tmp_path, suffix):
     (path,) = coco_object(tmp_path)
     assert path == tmp_path / "coco_object/annotations/val2017/000000000139_instanceTrainIds.png"
     assert np.array(Image.open(path)).tolist() == [[1, 80, 0, 0, 255], [1, 2, 3, 4, 5]]
-    names = BENCHMARKS["coco_object"].class_names
+    names = find_dataset("coco_object").open(root=tmp_path).class_names
     assert (names[1], names[80]) == ("person", "toothbrush")
 
 
@@ -46,7 +46,7 @@ def test_prepare_context(tmp_path):
     assert [path.name for path in written] == ["2008_000002.png", "val.txt"]
     assert np.array(Image.open(written[0]))[:, 0].tolist() == [1, 59, 59, 0]
     assert written[1].read_text() == "2008_000002\n"
-    names = BENCHMARKS["context60"].class_names
+    names = find_dataset("context60").open(root=tmp_path).class_names
     assert (names[1], names[59]) == ("aeroplane", "wood")
 
 

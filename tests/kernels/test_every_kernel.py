@@ -1,0 +1,75 @@
+"""Every kernel on the example inputs that the report and the benchmarks use, for every dtype, with any prefix."""
+
+import pytest
+import torch
+from kernel_cases import TOLERANCE, check, dtypes, inside_nan
+
+import rfclip_kernels
+from rfclip import reference
+from rfclip_kernels.registry import EXAMPLES, KERNELS, Sizes
+
+SIZES = {"B": 2, "H": 2, "L": 2, "grid": (3, 7), "names": 7, "patch": 3, "iterations": 2}
+HEADS = [example for example in EXAMPLES if example.sweep]
+every_example = pytest.mark.parametrize(
+    "example", [example for example in EXAMPLES if example.module], ids=lambda example: example.name
+)
+
+
+def compare(example, sizes, dtype):
+    """Run the kernel on inputs that lie within NaN, and the reference on the same values in float64."""
+    inputs = example.inputs(sizes)
+    exact = {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+    want = getattr(reference, example.operation)(**exact)
+    padded = {
+        name: inside_nan(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+    got = getattr(rfclip_kernels, example.operation)(**padded)
+    if want.is_floating_point():
+        check(got, want, got.dtype) if got.dtype == dtype else check_scores(got, want, dtype)
+    else:
+        assert got.dtype == want.dtype
+        assert (got == want).double().mean() > 0.99  # a label or a mask may tip over by rounding
+        assert len(got.unique()) > 1
+
+
+def check_scores(got, want, dtype):
+    """Scores are float32 whatever the dtype of the inputs."""
+    assert got.dtype == torch.float32
+    check(got.to(dtype) if dtype != torch.float32 else got, want, dtype)
+
+
+@every_example
+@dtypes
+def test_every_kernel(example, dtype):
+    compare(example, Sizes(D=32, dtype=dtype, **SIZES), dtype)
+
+
+@pytest.mark.parametrize("example", HEADS, ids=lambda example: example.name)
+@pytest.mark.parametrize("D", [32, 80])
+@pytest.mark.parametrize("prefix", [0, 2, 5])
+def test_a_prefix(example, prefix, D):
+    """Without a class token, and with registers."""
+    compare(example, Sizes(D=D, prefix=prefix, dtype=torch.float32, **SIZES), torch.float32)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+@pytest.mark.parametrize("chosen", ["none", "one", "all"])
+def test_targets_in_the_prefix(prefix, chosen):
+    (example,) = (example for example in EXAMPLES if example.operation == "refocused_attention")
+    inputs = example.inputs(Sizes(D=32, prefix=prefix, dtype=torch.float32, **SIZES))
+    given = torch.zeros(2, prefix, dtype=torch.bool)
+    given[:, {"none": slice(0, 0), "one": slice(prefix - 1, prefix), "all": slice(None)}[chosen]] = True
+    for patches in (inputs["target"], torch.zeros_like(inputs["target"])):
+        inputs["target"] = torch.cat([given, patches], dim=1)
+        exact = {name: value.double() if name in "qkv" else value for name, value in inputs.items()}
+        want = reference.refocused_attention(**exact)
+        check(rfclip_kernels.refocused_attention(**inputs), want, torch.float32)
+
+
+def test_every_kernel_has_an_example():
+    assert set(KERNELS) == set(rfclip_kernels.__all__) == set(rfclip_kernels.launchers())
+    assert set(TOLERANCE) == {torch.float32, torch.float16, torch.bfloat16}

@@ -1,0 +1,67 @@
+"""The kernels from windows to pixels: average_windows, upsample_argmax and pamr."""
+
+import pytest
+import torch
+from kernel_cases import check, dtypes, inside_nan, randn
+
+import rfclip_kernels
+from rfclip import reference
+
+WINDOWS = {  # K, patch grid, side, size, corners
+    "one": (3, (2, 3), 8, (8, 8), [(0, 0)]),
+    "uneven": (2, (3, 2), 6, (8, 11), [(0, 0), (0, 5), (2, 0), (1, 3), (2, 5)]),
+    "smaller than the grid": (5, (7, 5), 4, (5, 4), [(1, 0), (0, 0)]),
+    "one row of pixels": (1, (1, 1), 1, (1, 3), [(0, 2), (0, 0), (0, 1)]),
+    "wider than a block": (1, (2, 3), 130, (130, 140), [(0, 0), (0, 10)]),
+}
+SIZES = [(7, 9), (4, 5), (1, 9), (8, 1), (3, 131)]
+
+
+@dtypes
+@pytest.mark.parametrize("case", WINDOWS)
+def test_average_windows(case, dtype):
+    K, grid, side, size, corners = WINDOWS[case]
+    logits = randn(len(corners), K, *grid, seed=9, dtype=dtype)
+    want = reference.average_windows(logits.double(), corners, side, size)
+    check(rfclip_kernels.average_windows(inside_nan(logits), corners, side, size), want, torch.float32)
+
+
+@dtypes
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.5, 1.0], ids=str)
+def test_upsample_argmax(size, threshold, dtype):
+    names = torch.tensor([2, 0, 1, 2, 0, 3])
+    logits = randn(len(names), 3, 4, seed=10, dtype=dtype)
+    shares = reference.class_probabilities(logits.double(), size, 3.0, names, 4)
+    best, second = shares.topk(2, dim=0).values
+    clear = best - second > 1e-4
+    if threshold is not None:
+        clear &= (best - threshold).abs() > 1e-4
+    want = reference.upsample_argmax(logits.double(), size, 3.0, names, threshold)
+    got = rfclip_kernels.upsample_argmax(inside_nan(logits), size, 3.0, names, threshold)
+    assert got.dtype == torch.int32
+    assert clear.double().mean() > 0.9
+    assert torch.equal(got[clear], want[clear])
+
+
+def test_the_lowest_of_equal_classes_wins():
+    logits = torch.cat([randn(1, 3, 4, seed=10) - 9, randn(1, 3, 4, seed=11).expand(3, -1, -1)])
+    for names, lowest in (([0, 3, 1, 2], 1), ([3, 2, 2, 1], 1), ([0, 5, 5, 5], 5)):
+        got = rfclip_kernels.upsample_argmax(logits, (5, 7), 9.0, torch.tensor(names))
+        assert got.unique().tolist() == [lowest]
+
+
+@dtypes
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (7, 1), (5, 8), (2, 70)], ids=str)
+@pytest.mark.parametrize("dilations", [(1,), (2, 1), (1, 8, 16)], ids=str)
+def test_pamr(size, dilations, dtype):
+    image, mask = (randn(2, channels, *size, seed=seed, dtype=dtype) for channels, seed in ((3, 11), (2, 12)))
+    for iterations in (0, 1, 3):
+        want = reference.pamr(image.double(), mask.double(), iterations, dilations)
+        check(rfclip_kernels.pamr(inside_nan(image), inside_nan(mask), iterations, dilations), want, dtype)
+
+
+def test_pamr_takes_two_dtypes():
+    image, mask = randn(1, 3, 6, 6, seed=11), randn(1, 2, 6, 6, seed=12, dtype=torch.float16)
+    want = reference.pamr(image.double(), mask.double(), 2, (1,))
+    check(rfclip_kernels.pamr(image, mask, 2, (1,)), want, torch.float16)
