@@ -65,7 +65,7 @@ def paper_figure(dataset: type[Dataset] | Dataset, model: str, method: str, comp
 
 
 def table(rows: list[Row], heading: str = "method") -> tuple[list[str], list[list[str]]]:
-    """Heads and cells; columns without any value are left out, and several datasets of one method get a mean."""
+    """Heads and cells: columns without any value are left out, the dataset if there is but one; several get a mean."""
     heads = [heading, "dataset", "pictures", "top-1 %", "mIoU %", "pixel accuracy %", "paper %", "difference"]
     cells = []
     for label in dict.fromkeys(row.label for row in rows):
@@ -76,7 +76,8 @@ def table(rows: list[Row], heading: str = "method") -> tuple[list[str], list[lis
             paper = float(np.mean(papers)) if len(papers) == len(mine) else None
             miou = float(np.mean([row.scores.miou for row in mine]))
             cells.append([label, "mean", "", "-", f"{100 * miou:.1f}", "-", *_beside_paper(miou, paper)])
-    kept = [n for n in range(len(heads)) if n < 2 or any(row[n] not in ("-", "") for row in cells)]
+    first = 1 if len({row.title for row in rows}) > 1 else 3  # after the dataset and the number of its pictures
+    kept = [0, *(n for n in range(first, len(heads)) if any(row[n] not in ("-", "") for row in cells))]
     return [heads[n] for n in kept], [[row[n] for n in kept] for row in cells]
 
 

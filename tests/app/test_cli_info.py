@@ -1,5 +1,6 @@
 """What the command says about itself: help, version, models and backends; import times; `rfclip serve` refused."""
 
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 import rfclip
 import rfclip.methods
 from rfclip.app.cli import app
+from rfclip.towers.loading import tiny_folder
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -46,6 +48,42 @@ print({"torch", "open_clip", "numpy", "PIL"} & sys.modules.keys())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+SCENE = str(tiny_folder() / "scene.png")
+LIGHT = [  # what needs no tensor: help, lists, and mistakes
+    (["methods"], 0),
+    (["--version"], 0),
+    (["segment", SCENE, "--classes", "cat", "--method", "naclp"], 2),
+    (["segment", SCENE, "--classes", "cat,,dog"], 2),
+    (["segment", SCENE, "--classes", "cat", "--backend", "gpu"], 2),
+    (["segment", SCENE, "--classes", "cat", "--config", "missing.json"], 2),
+    (["segment", "missing.png", "--classes", "cat", "--out", "{out}"], 1),
+    (["segment", SCENE, "--clases", "cat"], 2),
+    (["explain", SCENE, "--points", "3"], 2),
+    (["evaluate", "photos"], 2),
+    (["evaluate", "voc21"], 2),
+    (["evaluate", "scenes", "--method", "naclp"], 2),
+    (["ablate", "2"], 2),
+    (["prepare", "voc", "--root", "."], 2),
+    (["serve", "--config", "missing.json"], 2),
+]
+
+
+def test_mistakes_and_lists_are_answered_without_pytorch(tmp_path):
+    code = """
+import json, sys
+from typer.testing import CliRunner
+from rfclip.app.cli import app
+for command, expected in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == expected, (command, result.output)
+    assert not {"torch", "open_clip", "gradio"} & sys.modules.keys(), command
+print("done")
+"""
+    commands = [([word.format(out=tmp_path / "out") for word in command], expected) for command, expected in LIGHT]
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(commands)], capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stderr
 
 
 def test_importing_is_quick():

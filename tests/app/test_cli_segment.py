@@ -211,7 +211,7 @@ def test_existing_results_stay(pictures):
     before = state(out)
     result = segment("pictures", classes="dog, water")
     assert result.exit_code == 0
-    assert "2 segmented into rfclip-out; 1 left as they were" in result.stderr
+    assert "2 segmented into rfclip-out; 1 skipped" in result.stderr
     assert "--overwrite" in result.stderr
     assert {path: value for path, value in state(out).items() if path in before} == before
     assert segment("pictures", "--overwrite", classes="dog, water").exit_code == 0
@@ -248,7 +248,7 @@ def test_saving_that_fails_midway(pictures, monkeypatch, step):
         assert result.exit_code == 1
         assert "failed: pictures/b.jpg: no space left on device" in result.stderr
         assert files_below(out) == results("a", "deep/c")
-    assert "1 segmented into rfclip-out; 2 left as they were" in segment("pictures").stderr
+    assert "1 segmented into rfclip-out; 2 skipped" in segment("pictures").stderr
     before = state(out)
     assert before.keys() == {out / name for name in results("a", "b", "deep/c")}
     monkeypatch.setattr(rfclip.Segmentation, step, full_for_portraits)
@@ -311,11 +311,7 @@ ERRORS = {
     "name-twice": (["--classes", "cat, dog; cat"], ["'cat'", "more than once"]),
     "too-many-classes": (["--classes", ",".join(map(str, range(256)))], ["got 256", "at most 255"]),
     "classes-in-binary": (["--classes", "picture.png"], ["classes file picture.png"]),
-    "threshold-above": (["--threshold", "1.5"], ["--threshold 1.5", "from 0 to 1"]),
-    "threshold-below": (["--threshold=-0.1"], ["--threshold -0.1", "from 0 to 1"]),
-    "threshold-nan": (["--threshold", "nan"], ["--threshold nan", "from 0 to 1"]),
-    "backend": (["--backend", "magic"], ["backend='magic'", "auto, eager, reference, triton"]),
-    "precision": (["--precision", "fp8"], ["--precision fp8", "fp32, bf16 or fp16"]),
+    "method": (["--method", "lseg"], ["method='lseg'", "expected one of clip, maskclip"]),
     "device": (["--device", "toaster"], ["--device toaster", "--device cpu"]),
     "device-without-data": (["--device", "meta"], ["--device meta", "--device cpu"]),
     "config-missing": (["--config", "missing.json"], ["missing.json"]),
@@ -344,6 +340,27 @@ def test_wrong_arguments(folder, case):
     before = state(folder)
     refused(run("segment", "picture.png", "--classes", "cat", *arguments), *words)
     assert state(folder) == before
+
+
+@pytest.mark.parametrize(
+    "given, accepted",
+    [
+        ("--threshold=1.5", "less than or equal to 1"),
+        ("--threshold=-0.1", "greater than or equal to 0"),
+        ("--threshold=nan", "equal to"),
+        ("--backend=magic", "'auto', 'eager', 'reference', 'triton'"),
+        ("--precision=fp8", "'fp32', 'bf16', 'fp16'"),
+        ("--format=tiff", "'png', 'parquet'"),
+        ("--engine=spark", "'local', 'ray'"),
+    ],
+)
+def test_choices_on_the_command_line(folder, given, accepted):
+    scene(1).save("picture.png")
+    result = run("segment", "picture.png", "--classes", "cat", given)
+    assert result.exit_code == 2
+    said = " ".join(result.stderr.replace("│", " ").split())
+    assert f"Invalid value for '{given.partition('=')[0]}'" in said and accepted in said
+    assert files_below(folder) == {"picture.png"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -96,11 +96,11 @@ def test_the_command(tmp_path):
     "given, words",
     [
         (["--points", "3"], "expected X,Y"),
-        (["--points", "a,b"], "expected --points X,Y"),
-        (["--layers", "1;2"], "--layers N,N"),
+        (["--points", "a,b"], "--points a,b: expected X,Y"),
+        (["--layers", "1;2"], "--layers 1;2: expected numbers"),
         (["--layers", "9"], "numbers from 1 to 6"),
         (["--points", "500,3"], "outside the picture"),
-        (["--inject-distraction", "2"], "from 0 to 1"),
+        (["--inject-distraction", "2"], "--inject-distraction"),
     ],
 )
 def test_wrong_options(tmp_path, given, words):

@@ -16,7 +16,7 @@ def test_ablations_on_scenes(tmp_path, ablation):
     result = run("ablate", ablation, "--count", 1, "--inject-distraction", 0.1, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     heads, _, *lines = (tmp_path / "ablation.md").read_text().splitlines()[2:]
-    assert heads.startswith("| variant | dataset | pictures | top-1 % | mIoU % |")
+    assert heads.startswith("| variant | top-1 % | mIoU % |")
     config = RefocusConfig(distraction_dims=(1,))
     assert [line.split("|")[1].strip() for line in lines] == list(variants(ablation, config, 6))
 

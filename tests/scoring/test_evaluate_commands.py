@@ -53,7 +53,7 @@ def test_evaluate(folder, injected):
     assert result.exit_code == 0, result.output
     rows = [line for line in result.stdout.splitlines() if line.startswith("│")]
     assert [row.split("│")[1].strip() for row in rows] == METHODS
-    printed = [[float(cell) for cell in row.split("│")[4:7]] for row in rows]
+    printed = [[float(cell) for cell in row.split("│")[2:5]] for row in rows]
     assert all(0 <= figure <= 100 for figures in printed for figure in figures)
     assert ("simulated" in result.stdout) == bool(injected)
     assert ("rf-clip equals kk-mean" in result.stdout) == (not injected)

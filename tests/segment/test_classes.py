@@ -42,7 +42,7 @@ def test_parse_classes_from_a_file(tmp_path):
 
 @pytest.mark.parametrize("given", [[], "", "cat,,dog", [[]], ["cat", ""], [["cat", " "]]], ids=str)
 def test_empty_names_are_refused(given):
-    with pytest.raises(ValueError, match="at least one class, and no empty names"):
+    with pytest.raises(ValueError, match="at least one class and no empty names"):
         parse_classes(given)
 
 

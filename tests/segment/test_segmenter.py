@@ -52,12 +52,13 @@ def test_memory_limit_changes_nothing_but_the_batches(model, segmenter, picture)
 def test_the_patch_convolution_runs_once(model, stride):
     """Each window gets the patches of a convolution over it alone, and together they cost no more than that."""
     with Segmenter(model, stride=stride) as segmenter:
-        tower, side = model.visual.forward.tower, segmenter.window
+        tower, windows = segmenter.tower, segmenter.windows
+        side = windows.window
         x = torch.randn(3, 168, 301, generator=torch.Generator().manual_seed(0))
-        corners = [(top, left) for top in segmenter._starts(168) for left in segmenter._starts(301)]
+        corners = windows.corners(168, 301)
         areas = []
         counted = model.visual.conv1.register_forward_pre_hook(lambda _, given: areas.append(given[0][0, 0].numel()))
-        patches = segmenter._window_patches(x, corners)
+        patches = windows.patches(tower, x, corners)
         counted.remove()
     assert sum(areas) <= len(corners) * side**2
     if stride % 8 == 0:  # whole patches: the picture, and what the last column of windows does not share with it
@@ -121,7 +122,7 @@ def test_a_refocused_model_keeps_its_config(model, picture):
         segmenter(picture, NAMES)
         segmenter.close()
         assert "forward" in vars(model.visual)
-        with pytest.raises(ValueError, match="refocused already"):
+        with pytest.raises(ValueError, match="already refocused"):
             Segmenter(model, config=config)
 
 

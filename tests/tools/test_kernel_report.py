@@ -10,8 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rfclip_kernels import attention, report
-from tools.kernel_report.launches import OPS, SHAPES, Launch, Op, Shape, cost, record
+from rfclip_kernels import attention
+from rfclip_kernels.registry import Example
+from tools.kernel_report import report
+from tools.kernel_report.launches import OPS, SHAPES, Launch, Shape, cost, record
 
 OP = {op.name: op for op in OPS}
 
@@ -21,7 +23,7 @@ import json
 from collections import Counter
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
-from rfclip_kernels import attention, similarity
+import rfclip_kernels
 
 done = Counter()
 create_dot = InterpreterBuilder.create_dot
@@ -34,15 +36,15 @@ InterpreterBuilder.create_dot = counting
 x = torch.randn(12, 1, 12, 37, 32, dtype=torch.float16)
 none = torch.zeros(1, 36, dtype=torch.bool)
 calls = {
-    f"refocused_attention {n}": lambda n=n: attention.refocused_attention(
+    f"refocused_attention {n}": lambda n=n: rfclip_kernels.refocused_attention(
         x[0], x[1], x[2], none, torch.arange(36)[None] < n, 0.7
     )
     for n in (0, 4, 36)
 }
-calls["self_attention"] = lambda: attention.self_attention(x[0], x[1])
-calls["proxy_attention"] = lambda: attention.proxy_attention(x, x[0])
-calls["key_similarity, first block"] = lambda: similarity.key_similarity(x[0])
-calls["received_attention"] = lambda: similarity.received_attention(x[0], x[1])
+calls["self_attention"] = lambda: rfclip_kernels.self_attention(x[0], x[1])
+calls["proxy_attention"] = lambda: rfclip_kernels.proxy_attention(x, x[0])
+calls["key_similarity, first block"] = lambda: rfclip_kernels.key_similarity(x[0])
+calls["received_attention"] = lambda: rfclip_kernels.received_attention(x[0], x[1])
 counts = {}
 for name, call in calls.items():
     done.clear()
@@ -126,7 +128,7 @@ def test_operations_are_those_of_the_interpreter():
         launches = record(OP[op], Shape("ViT-B/16", (96, 96), D=32)).launches
         expected = sum(launch.operations for launch in launches)
         vectors = sum(  # products with the key of CLS, which are not tl.dot
-            launch.facts.vectors(a := launch.arguments) * math.prod(launch.grid) * 2 * a["BM"] * a["BD"]
+            launch.products.vectors(a := launch.arguments) * math.prod(launch.grid) * 2 * a["BM"] * a["BD"]
             for launch in launches
         )
         assert vectors > 0
@@ -144,13 +146,13 @@ def test_operators_of_pytorch_count_and_views_do_not():
     def steps(x):
         return x[0].transpose(0, 1).float().add_(1).transpose(0, 1)
 
-    recording = record(Op("steps", steps, lambda s: (s.empty(1, 8, 4),)), Shape("ViT-B/16"))
+    recording = record(Example("steps", lambda s: {"x": s.tensor(1, 8, 4)}), Shape("ViT-B/16"), function=steps)
     assert recording.moved == (32 * 2 + 32 * 4) + 2 * 32 * 4
     assert recording.least == 32 * 2 + 32 * 4
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.model}-{s.image}")
-@pytest.mark.parametrize("op", [op for op in OPS if op.goal], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [op for op in OPS if op.sweep and op.sweep.goal], ids=lambda op: op.name)
 def test_goals(op, shape):
     found = cost(op, shape)
     assert not found.missed()

@@ -281,6 +281,8 @@ def _print_table(heading: str, rows: list[Row], title: str, path: Path | None) -
     from rfclip.scoring.report import table
 
     heads, cells = table(rows, heading)
+    if len({row.title for row in rows}) == 1:
+        title = f"{rows[0].title}, {rows[0].scores.images} pictures, {title}"
     shown = Table(*heads, title=title)
     for row in cells:
         shown.add_row(*row)

@@ -1,0 +1,80 @@
+"""The packages form layers: nothing imports what is above it, and the kernels import nothing of rfclip."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = [  # lowest first, as in docs/extending.md
+    ("rfclip_kernels",),
+    ("rfclip", "rfclip.config", "rfclip.images", "rfclip.files", "rfclip.tiny"),
+    ("rfclip.datasets",),
+    ("rfclip.ops", "rfclip.reference"),
+    ("rfclip.towers",),
+    ("rfclip.methods",),
+    ("rfclip.plugin", "rfclip.calibration", "rfclip.injection"),
+    ("rfclip.segment",),
+    ("rfclip.explanation",),
+    ("rfclip.scoring",),
+    ("rfclip.app", "rfclip.outputs", "rfclip.__main__"),
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def layer(module):
+    """The rank of a module, and the name that it is listed by."""
+    parts = module.split(".")
+    names = [".".join(parts[: n + 1]) for n in range(len(parts))]
+    known = [name for name in names if name in RANK and (name != "rfclip" or len(parts) == 1 or names[1] not in RANK)]
+    return RANK[known[-1]], known[-1]
+
+
+def imports(path):
+    """The modules that a file imports when it runs, lazily or not; imports for type checkers do not count."""
+    tree = ast.parse(path.read_text("utf-8"))
+    skipped = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            skipped |= {id(inner) for statement in node.body for inner in ast.walk(statement)}
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+FILES = [path for package in ("rfclip", "rfclip_kernels") for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_nothing_imports_what_is_above_it(path):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    rank, _ = layer(module)
+    if module == "rfclip":
+        return  # its public names are loaded on first use
+    for imported in imports(path):
+        if imported.split(".")[0] in ("rfclip", "rfclip_kernels"):
+            other, name = layer(imported)
+            assert other <= rank, f"{module} imports {imported}, and {name} is above it"
+
+
+def test_the_kernels_need_nothing_but_torch_and_triton():
+    code = """
+import sys
+for name in ("rfclip", "open_clip", "torchvision", "timm", "PIL", "matplotlib"):
+    sys.modules[name] = None
+import torch, rfclip_kernels
+assert "triton" not in sys.modules
+for name in rfclip_kernels.__all__:
+    assert callable(getattr(rfclip_kernels, name)), name
+assert "triton" in sys.modules
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "done\n", done.stderr

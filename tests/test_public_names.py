@@ -1,0 +1,47 @@
+"""The names that README and docs use, as attributes of a bare `import rfclip` and by import statements."""
+
+import subprocess
+import sys
+
+import pytest
+
+import rfclip
+
+ATTRIBUTES = [
+    *(f"rfclip.{name}" for name in rfclip.__all__),
+    "rfclip.methods.METHODS",
+    "rfclip.config.PRESETS",
+    "rfclip.outputs.read_masks",
+    "rfclip.reference.key_similarity",
+    "rfclip.reference.pamr",
+]
+STATEMENTS = [
+    "from rfclip import Segmenter, refocus, dense_features, calibrate, explain, load_model, RefocusConfig",
+    "from rfclip import reference, methods, outputs, config",
+    "from rfclip.methods import METHODS, Protocol, find_method",
+    "from rfclip.reference import distraction_mask, fiedler_vector, upsample_argmax",
+    "from rfclip.outputs import read_masks",
+    "from rfclip.config import RefocusConfig, PRESETS",
+    "from rfclip_kernels import refocused_attention, proxy_attention, average_windows",
+    "import rfclip.plugin, rfclip.calibration, rfclip.explanation; rfclip.refocus, rfclip.calibrate, rfclip.explain; "
+    "assert callable(rfclip.explain) and callable(rfclip.calibrate) and callable(rfclip.refocus)",
+]
+
+
+def test_each_name_after_a_bare_import():
+    """Each in the same fresh process, first the last, so that no name depends on another."""
+    code = "import rfclip\n" + "\n".join(reversed(ATTRIBUTES)) + "\nprint('done')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stderr
+
+
+@pytest.mark.parametrize("statement", STATEMENTS)
+def test_import_statements(statement):
+    done = subprocess.run([sys.executable, "-c", f"import rfclip\n{statement}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_names():
+    with pytest.raises(AttributeError, match="no attribute 'segmenter'"):
+        rfclip.segmenter  # noqa: B018
+    assert set(rfclip.__all__) <= set(dir(rfclip))
