@@ -1,4 +1,4 @@
-"""Time RF-CLIP beside plain CLIP and write what was found: `python -m bench --help`."""
+"""Time RF-CLIP beside plain CLIP, and write a report: see `python -m bench --help`."""
 
 import argparse
 import json
@@ -13,29 +13,33 @@ from bench.roofline import project
 
 SECTIONS = ("kernels", "towers", "methods", "memory", "end-to-end", "roofline")
 HOW = """\
-Ratios are of medians of the rounds of one process, in which the implementations take turns after one call of each, each
-round starting with another, in `inference_mode`. Weights are random, with over-activation of a tenth of the patches
-planted into them, so that in every block from the second on some patches distract and some are defocused; a tower's
-images are noise on two textures. A tower is timed after eager (on a GPU, triton) equalled the reference: relative error
-at most 1e-5 in fp32, the same masks. Plain is open_clip's `encode_image`; at sizes that open_clip refuses, its own
-blocks on resized position embeddings. Memory is the peak of a fresh process for each line, the same imports and the
-whole model in each."""
-ON_DEVICE = " Times are of the device's own events; all but reference and eager run as CUDA graphs."
+Ratios are of medians over the rounds of one process, in which the implementations take turns after a warm-up call each,
+every round starting with a different one, in `inference_mode`. Weights are random, with over-activation planted in a
+tenth of the patches, so that in every block from the second on some patches distract and some are defocused; a tower's
+images are noise on two textures. A tower is timed once eager (on a GPU, triton) is known to match the reference:
+relative error at most 1e-5 in fp32, identical masks. Plain is open_clip's `encode_image`; at sizes that open_clip
+refuses, its own blocks on resized position embeddings. Memory is the peak of a fresh process for each line, with the
+same imports and the whole model in each."""
+ON_DEVICE = " Times are measured by the device's own events; all but reference and eager run as CUDA graphs."
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--only", default=",".join(SECTIONS), help=f"some of {', '.join(SECTIONS)}, by commas")
-    parser.add_argument("--model", default=towers.MODEL, help="an open_clip model; its weights will be random")
-    parser.add_argument("--quick", action="store_true", help="224x224 and two rounds, to see that it works")
+    parser.add_argument(
+        "--only", default=",".join(SECTIONS), help=f"some of {', '.join(SECTIONS)}, separated by commas"
+    )
+    parser.add_argument("--model", default=towers.MODEL, help="an open_clip model; its weights are random")
+    parser.add_argument("--quick", action="store_true", help="224x224 and two rounds, as a smoke test")
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder for the results")
-    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="fail where a ratio is 10 %% over this run's")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="fail if a ratio exceeds that of an earlier run by 10 %%"
+    )
     given = parser.parse_args(arguments)
     only = given.only.split(",")
     if unknown := set(only) - set(SECTIONS):
         parser.error(f"--only {', '.join(sorted(unknown))}: expected some of {', '.join(SECTIONS)}")
     earlier = json.loads(given.compare.read_text("utf-8")) if given.compare else None
-    logging.disable(logging.WARNING)  # open_clip's, that weights are random
+    logging.disable(logging.WARNING)  # open_clip warns that weights are random
     report = tables.Report(machine(), versions(), given.model, HOW + (ON_DEVICE if DEVICE == "cuda" else ""))
     cases = towers.QUICK_CASES if given.quick else towers.CASES
     if DEVICE == "cuda":
@@ -45,23 +49,23 @@ def main(arguments: list[str] | None = None) -> int:
     if "roofline" in only:
         report.roofline += project()
     if "towers" in only:
-        report.towers += _told(towers.time_towers(given.model, cases))
+        report.towers += log_progress(towers.time_towers(given.model, cases))
         for row in report.towers:
             if row.goal is not None and row.ratio > row.goal:
                 (case,) = (case for case in cases if str(case) == row.case)
                 report.profile += towers.profile(given.model, case)
         tables.write(given.out, report)
     if "methods" in only:
-        report.methods += _told(methods.time_methods(given.model, given.quick))
+        report.methods += log_progress(methods.time_methods(given.model, given.quick))
         tables.write(given.out, report)
     if "memory" in only:
-        report.memory += _told(towers.measure_memory(given.model, [case for case in cases if not case.bf16]))
+        report.memory += log_progress(towers.measure_memory(given.model, [case for case in cases if not case.bf16]))
         tables.write(given.out, report)
     if "end-to-end" in only:
-        report.throughput += _told(end_to_end.throughput(given.model, given.quick))
-        report.growth += _told(end_to_end.growth(given.model, given.quick))
+        report.throughput += log_progress(end_to_end.throughput(given.model, given.quick))
+        report.growth += log_progress(end_to_end.growth(given.model, given.quick))
         if not given.quick:
-            report.memory += _told(end_to_end.large_memory(given.model))
+            report.memory += log_progress(end_to_end.large_memory(given.model))
     tables.write(given.out, report)
     print(report.markdown())
     worse = tables.regressions(report, earlier) if earlier else []
@@ -70,8 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if worse or report.failures() else 0
 
 
-def _told(rows):
-    """The rows, each one's name said on the way, since a run takes minutes."""
+def log_progress(rows):
+    """The rows, each announced as it comes, since a run takes minutes."""
     for row in rows:
         print(f"  {getattr(row, 'key', None) or row.what}", file=sys.stderr, flush=True)
         yield row

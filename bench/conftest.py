@@ -1,4 +1,4 @@
-"""What the benchmarks of single kernels share: which clock times them."""
+"""What the benchmarks of single operations share: the clock that times them."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from bench.measure import DEVICE, DTYPE_NAME, DeviceClock, captured
 def pytest_report_header():
     if DEVICE == "cuda":
         return f"timed on the device, by its own events: {torch.cuda.get_device_name()}"
-    return "no GPU here: nothing is timed on a device; times are of the CPU, and the Triton kernels are skipped"
+    return "no GPU: times are of the CPU, and the Triton kernels are skipped"
 
 
 def pytest_collection_modifyitems(items):
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def timed(benchmark):
-    """Time a function without arguments; on a GPU as a CUDA graph, if asked to."""
+    """Time a function without arguments; on a GPU as a CUDA graph, on request."""
 
     def run(function, group, graph=False):
         benchmark.group = f"{group}, {DEVICE}, {DTYPE_NAME}"

@@ -1,4 +1,4 @@
-"""From photographs to labels: images a second beside the same loop written plainly, and how cost grows."""
+"""From photographs to labels: images per second beside a plainly written loop, and how cost grows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LARGE = (1024, 2048)
 
 @dataclass(frozen=True)
 class Throughput:
-    """A line of the report; `ratio` is of seconds, to plain open_clip's in the same rounds."""
+    """A line of the report; `ratio` is of seconds, relative to plain open_clip in the same rounds."""
 
     implementation: str
     images: int
@@ -47,7 +47,7 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Growth:
-    """How seconds grow with one size, the others fixed: slope 1 is linear, and less has a part that does not grow."""
+    """How seconds grow with one size, the others fixed: slope 1 is linear; a smaller one has a constant part."""
 
     what: str
     unit: str
@@ -82,7 +82,7 @@ def plain_text(model: nn.Module, classes: list[str]) -> Tensor:
 
 
 def plain_labels(model: nn.Module, text: Tensor, picture: Image.Image) -> np.ndarray:
-    """Plain CLIP's patch tokens in sliding windows, the way it is usually written: labels [H, W]."""
+    """Plain CLIP's patch tokens in sliding windows, as usually written: labels [H, W]."""
     visual, weight = model.visual, model.visual.conv1.weight
     x = TF.to_dtype(TF.pil_to_tensor(picture).to(weight.device), torch.float32, scale=True)
     scale = SHORT_SIDE / min(picture.size)
@@ -109,11 +109,11 @@ def plain_labels(model: nn.Module, text: Tensor, picture: Image.Image) -> np.nda
 
 @torch.inference_mode()
 def throughput(name: str, quick: bool = False) -> Iterator[Throughput]:
-    """Seconds for all photographs, text embeddings being there already.
+    """Seconds for all photographs, with text embeddings already computed.
 
     Raises:
-        AssertionError: the plain loop labels more than one pixel in a hundred unlike the segmenter with everything of
-            RF-CLIP turned off, or "auto" unlike the reference.
+        AssertionError: the plain loop disagrees with the segmenter, with all of RF-CLIP turned off, on more than one
+            pixel in a hundred, or "auto" with the reference.
     """
     model, photos, classes = planted(name), photographs(1 if quick else len(PHOTOGRAPHS)), names(4 if quick else 21)
     text, config = plain_text(model, classes), config_for(model)
@@ -143,7 +143,7 @@ def throughput(name: str, quick: bool = False) -> Iterator[Throughput]:
 
 def _check_agreement(what: str, labels: np.ndarray, other: str, wanted: np.ndarray) -> None:
     same = float((labels == wanted).mean())
-    assert same > 0.99, f"{what} agrees with {other} on {100 * same:.1f} % of the pixels only"
+    assert same > 0.99, f"{what} agrees with {other} on only {100 * same:.1f} % of the pixels"
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Single functions: `test_kernels.py` under pytest-benchmark in a process of its own, and what it found."""
+"""Single operations: runs `test_kernels.py` under pytest-benchmark in a process of its own, and collects the times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class KernelTime:
-    """A line of the report; `ratio` is to the reference's median in the same group, where it is timed."""
+    """A line of the report; `ratio` is to the reference's median in the same group, if that was timed."""
 
     what: str
     implementation: str
@@ -23,7 +23,7 @@ class KernelTime:
 
 
 def time_kernels(quick: bool = False) -> Iterator[KernelTime]:
-    """Every function on every backend that runs here, and PyTorch's own where there is one.
+    """Every operation on every backend that runs here, and PyTorch's own equivalent if there is one.
 
     Raises:
         RuntimeError: a result was wrong, or pytest failed for another reason.
@@ -33,7 +33,7 @@ def time_kernels(quick: bool = False) -> Iterator[KernelTime]:
         tests = Path(__file__).parent / "test_kernels.py"
         only = ["-k", "224x224 and defocus_mask"] if quick else []
         command = [sys.executable, "-m", "pytest", str(tests), "-q", f"--benchmark-json={found}", *only]
-        # What another pytest around this one has set would turn the timing off.
+        # Variables set by a surrounding pytest would turn the timing off.
         env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         done = subprocess.run(command, cwd=tests.parent.parent, env=env, capture_output=True, text=True)
         if done.returncode:

@@ -1,4 +1,4 @@
-"""Clocks, alternating rounds, peak memory in fresh processes, and what they ran on."""
+"""Clocks, alternating rounds, peak memory in fresh processes, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DTYPE_NAME = {torch.float16: "fp16", torch.float32: "fp32"}[DTYPE]
 
 
 class DeviceClock:
-    """Seconds on the device's own timeline, added up from one call to the next: an event's float32 grows coarse."""
+    """Seconds on the device's own timeline, summed from call to call, since an event's float32 loses precision."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -45,12 +45,12 @@ class DeviceClock:
 
 
 def clock() -> Callable[[], float]:
-    """What tells the seconds on `DEVICE`."""
+    """The clock of `DEVICE`, in seconds."""
     return DeviceClock() if DEVICE == "cuda" else time.perf_counter
 
 
 def captured(function: Callable[[], object]) -> Callable[[], object]:
-    """The function as a CUDA graph, so that the host's launching of its kernels is not what is timed."""
+    """The function as a CUDA graph, so that launches from the host are not part of what is timed."""
     function()  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -79,9 +79,9 @@ class Times:
 def alternate(
     functions: Mapping[str, Callable[[], object]], rounds: int, now: Callable[[], float] | None = None
 ) -> dict[str, Times]:
-    """Time the functions in turn, round by round, after a call of each, so that a slow minute hits all of them.
+    """Time the functions in turn, round by round, after a warm-up call each, so that a slow minute hits all of them.
 
-    Each round starts one function later, since what ran before leaves its traces in the caches and the allocator.
+    Each round starts one function later, since whatever ran before leaves traces in the caches and the allocator.
     """
     now = now or clock()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
@@ -98,15 +98,15 @@ def alternate(
 
 
 def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """The exponent p of the fit seconds = c * size ** p: 1 where cost grows linearly."""
+    """The exponent p of the fit seconds = c * size ** p: 1 if cost grows linearly."""
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
 def in_fresh_process(function: Callable, *arguments: object):
-    """What a function of a module returns in a process of its own.
+    """What a module's function returns in a process of its own.
 
     Raises:
-        BrokenProcessPool: the process was killed, most likely for lack of memory.
+        BrokenProcessPool: the process was killed, most likely because memory ran out.
     """
     quiet = (logging.WARNING,)  # open_clip warns that weights are random
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=logging.disable, initargs=quiet) as pool:
@@ -127,7 +127,7 @@ def peak_bytes() -> int:
 
 
 def machine() -> dict[str, object]:
-    """What this runs on."""
+    """The machine this runs on."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
@@ -141,7 +141,7 @@ def machine() -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    """What ran: packages, and the commit, marked where files differ from it."""
+    """What ran: packages, and the commit, marked if files differ from it."""
     found = {"python": platform.python_version(), "date": datetime.now().astimezone().isoformat(timespec="seconds")}
     for package in ("torch", "triton", "open_clip_torch", "rfclip"):
         try:

@@ -1,4 +1,4 @@
-"""Every method's dense features beside plain CLIP: time in alternating rounds, after it equalled the reference."""
+"""Every method's dense features beside plain CLIP, timed in alternating rounds once they match the reference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rfclip.towers import read_tower
 
 CASES = (Case((224, 224), rounds=11), Case((336, 448), rounds=5))
 QUICK_CASES = (Case((224, 224), rounds=2),)
-GOAL = 1.35  # at 224x224 and batch 1, where a method's formula needs no more than a tower's blocks
+GOAL = 1.35  # at 224x224 and batch 1, if a method's formula needs no more than a tower's blocks
 
 
 def dino(small: bool) -> nn.Module:
@@ -28,7 +28,7 @@ def dino(small: bool) -> nn.Module:
 
 
 def build(name: str, model: nn.Module, backend: str, proxy: nn.Module) -> Method:
-    """The method, on a model that stays as it is."""
+    """The method, on a model that stays unchanged."""
     card, options = METHODS[name], {"dino": proxy} if name == "proxyclip" else {}
     return card(read_tower(model), config_for(model) if card.configured else None, backend, **options)
 
@@ -39,7 +39,7 @@ def features(method: Method, images: Tensor) -> Callable[[], Tensor]:
 
 @torch.inference_mode()
 def time_methods(name: str, quick: bool) -> Iterator[TowerTime]:
-    """Check every method at every size, and time those that are right."""
+    """Check every method at every size, and time those that are correct."""
     model = planted(name)
     visual, proxy = model.visual, dino(small=quick)
     backend = "triton" if DEVICE == "cuda" else "eager"

@@ -1,4 +1,4 @@
-"""A run as JSON, as Markdown and as a picture, and its comparison with an earlier one."""
+"""A run as JSON, Markdown and a plot, and its comparison with an earlier one."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from tools.kernel_report.report import table
 
 WORSE = 1.10  # times an earlier ratio is a regression
 TRIED = """\
-Found on two cores of an AMD EPYC, 2026-11-24. At 224x224 and batch 1 the linear layers, of which plain CLIP has the
-last MLP more, leave 0.12 of plain CLIP's time to all the rest, and plain attention alone is 0.06. Key similarity is one
-more product and softmax of that size a block; the cut is some 150 operations of a few microseconds; and each step's
-code and data come from memory again, since a block's matrices (28 MB) push them out of the caches: compare the last
-column. At batch 8 that is paid once.
+Found on two cores of an AMD EPYC, 2026-11-24. At 224x224 and batch 1, everything but the linear layers (of which plain
+CLIP has the last MLP in addition) takes 0.12 of plain CLIP's time, plain attention alone 0.06. Key similarity is one
+more product and softmax of that size per block; the cut is some 150 operations of a few microseconds; and the code and
+data of every step must be fetched from memory again, since a block's matrices (28 MB) evict them from the caches:
+compare the last column. At batch 8 this is paid only once.
 
 What helped: one matrix of attention, ordered by group, below 256 tokens (three flash attentions above); tiles of 2 MB;
 plain blocks where nothing distracts; no query in the last block; reading the least value from the sums. What did not:
-smaller tiles (key similarity: 1.0 to 1.5 times the time); contiguous keys; linear layers packed for oneDNN
-(as fast as MKL's: 140 GFLOP/s of fp32); orthogonalizing the cut's vectors once instead of twice (wrong vectors)."""
+smaller tiles (key similarity: 1.0 to 1.5 times the time); contiguous keys; linear layers packed for oneDNN (as fast as
+MKL's: 140 GFLOP/s of fp32); orthogonalizing the cut's vectors once instead of twice (wrong vectors)."""
 
 
 @dataclass
 class Report:
-    """What one run found."""
+    """The results of one run."""
 
     machine: dict[str, object]
     versions: dict[str, str]
@@ -49,7 +49,7 @@ class Report:
     roofline: list[Projection] = field(default_factory=list)
 
     def ratios(self) -> dict[str, float]:
-        """Every ratio to plain CLIP, of which less is better."""
+        """Every ratio to plain CLIP; less is better."""
         rows = [*self.towers, *self.methods, *self.memory, *self.throughput]
         return {row.key: row.ratio for row in rows if row.ratio is not None}
 
@@ -99,9 +99,9 @@ def _goal(value: float | None, goal: float | None, form: str = "{:.2f}") -> str:
 
 
 def _kernel_table(rows: list[KernelTime]) -> str:
-    heads = "function, sizes, device and dtype | implementation | median ms | over the reference"
+    heads = "operation, sizes, device and dtype | implementation | median ms | over the reference"
     shown = [(row.what, row.implementation, f"{1000 * row.seconds:.3f}", _number(row.ratio)) for row in rows]
-    return table("## Single functions: time", heads, shown)
+    return table("## Single operations: time", heads, shown)
 
 
 def _tower_table(title: str, rows: list[TowerTime], gpu: object) -> str:
@@ -124,7 +124,7 @@ def _tower_table(title: str, rows: list[TowerTime], gpu: object) -> str:
 
 
 def _profile_table(rows: list[Part]) -> str:
-    heads = "case | function | calls | ms of all of them | over plain | ms if each is repeated at once"
+    heads = "case | function | calls | total ms | over plain | total ms of immediate repeats"
     shown = []
     for row in rows:
         warm = "-" if row.warm is None else f"{1000 * row.warm:.2f}"
@@ -174,7 +174,7 @@ def _roofline_tables(rows: list[Projection]) -> str:
 
 
 def plot(rows: list[TowerTime]) -> Figure:
-    """Seconds against tokens for one image, both axes logarithmic."""
+    """Seconds against tokens for one image, on logarithmic axes."""
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot(xscale="log", yscale="log")
     lines: dict[str, dict[int, float]] = {}
@@ -194,7 +194,7 @@ def plot(rows: list[TowerTime]) -> Figure:
 
 
 def regressions(report: Report, earlier: dict) -> list[str]:
-    """The ratios that grew by more than a tenth since an earlier run, both having measured them."""
+    """The ratios, measured by both runs, that grew by more than a tenth since the earlier one."""
     found = []
     for key, ratio in report.ratios().items():
         before = earlier["ratios"].get(key)
@@ -204,7 +204,7 @@ def regressions(report: Report, earlier: dict) -> list[str]:
 
 
 def write(folder: Path, report: Report) -> None:
-    """bench.json, bench.md and, where towers were timed, cost.png; each under its name only when it is whole."""
+    """Write bench.json, bench.md and, if towers were timed, cost.png, each atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     saves: dict[str, Callable[[Path], object]] = {
         "bench.json": lambda part: part.write_text(report.json(), "utf-8"),

@@ -32,7 +32,7 @@ MARK = 11  # a dimension of the residual stream that only the planting below use
 
 @dataclass(frozen=True)
 class Case:
-    """Images of one size, and the ratio to plain CLIP that is aimed at on a CPU."""
+    """Images of one size, and the goal for the ratio to plain CLIP on a CPU."""
 
     size: tuple[int, int]
     batch: int = 1
@@ -41,7 +41,7 @@ class Case:
     memory_goal: float | None = None  # for peak memory
     limit: int | None = None  # of bytes for "eager", the peak of the whole process
     bf16: bool = False  # autocast
-    alone: bool = False  # "eager" only: the others take minutes, or more memory than there is
+    alone: bool = False  # "eager" only: the others take minutes, or more memory than is available
 
     def __str__(self) -> str:
         precision = "bf16 autocast" if self.bf16 else DTYPE_NAME
@@ -61,7 +61,7 @@ QUICK_CASES = (Case((224, 224), rounds=2),)
 
 @dataclass(frozen=True)
 class TowerTime:
-    """A line of the report; `ratio` is to plain CLIP in the same rounds, `failure` says why nothing was timed."""
+    """A line of the report; `ratio` is to plain CLIP in the same rounds, `failure` the reason why nothing was timed."""
 
     case: str
     tokens: int
@@ -74,7 +74,7 @@ class TowerTime:
     error: float | None = None
     note: str = ""
     failure: str = ""
-    operations: float = 0.0  # of plain CLIP at this size, for what is achieved over a GPU's peak
+    operations: float = 0.0  # of plain CLIP at this size, to relate to a GPU's peak
 
     @property
     def key(self) -> str:
@@ -83,7 +83,7 @@ class TowerTime:
 
 @dataclass(frozen=True)
 class Memory:
-    """A line of the report: bytes that a fresh process held with the model loaded, and at most."""
+    """A line of the report: the bytes a fresh process holds with the model loaded, and its peak."""
 
     case: str
     implementation: str
@@ -101,10 +101,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Part:
-    """A line of the profile of "eager": all calls of one function in a pass, `share` being of plain CLIP's whole pass.
+    """A line of the profile of "eager": all calls of one function in a pass, `share` relative to plain CLIP's pass.
 
-    `warm` is what calls take that are repeated at once, when their data and code have not left the caches to a block's
-    matrices.
+    `warm` is the time of the same calls repeated immediately, before a block's matrices evict their data and code from
+    the caches.
     """
 
     case: str
@@ -116,10 +116,11 @@ class Part:
 
 
 def planted(name: str = MODEL) -> nn.Module:
-    """An open_clip model with random weights, of whose patches a tenth is over-activated from the second block on.
+    """An open_clip model with random weights that over-activates a tenth of its patches from the second block on.
 
-    The positions chosen carry a mark, in a dimension that no other weight touches, and in every block one unit of the
-    MLP fires on it and writes to a distraction dimension: after each repair it comes back, as in a trained model.
+    The chosen positions carry a mark in a dimension that no other weight touches. In every block, one unit of the MLP
+    fires on it and writes to a distraction dimension: after each repair the over-activation returns, as in a trained
+    model.
     """
     torch.manual_seed(0)
     model = open_clip.create_model(name, None).eval()
@@ -139,18 +140,18 @@ def planted(name: str = MODEL) -> nn.Module:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """The same model once more, on the same weights, to be refocused in another way."""
+    """A second model on the same weights, to be refocused differently."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def config_for(model: nn.Module) -> rfclip.RefocusConfig:
-    """The preset of ViT-B/16, in a narrower tower with those of its dimensions that are there."""
+    """The preset of ViT-B/16; in a narrower tower, with those of its dimensions that exist."""
     width = model.visual.conv1.out_channels
     return replace(CONFIG, distraction_dims=tuple(dim for dim in CONFIG.distraction_dims if dim < width))
 
 
 def pictures(case: Case) -> Tensor:
-    """Noise on two textures side by side, of which the graph cut finds one: in noise alone no cut stands out."""
+    """Noise on two textures side by side, one of which the graph cut finds: in pure noise no cut stands out."""
     generator = torch.Generator().manual_seed(0)
     side, (height, width) = 16, case.size
     textures = torch.randn(2, 3, side, side, generator=generator)
@@ -167,7 +168,7 @@ def plain_tower(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def sdpa_tower(model: nn.Module, images: Tensor) -> Tensor:
-    """The plain tower with nothing but `scaled_dot_product_attention` in place of open_clip's attention modules."""
+    """The plain tower, with `scaled_dot_product_attention` instead of open_clip's attention modules."""
     tower = read_tower(model)
     x = tower.embed(tower.patches(images))
     for block in tower.blocks:
@@ -180,7 +181,7 @@ def plain_name(model: nn.Module, case: Case) -> str:
 
 
 def plain(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
-    """What the others are compared with. Off its own size open_clip refuses, so that this goes around its checks."""
+    """The baseline. At other sizes than its own open_clip refuses, so this bypasses its checks."""
     if tuple(images.shape[2:]) == tuple(model.visual.image_size):
         return lambda: model.encode_image(images)
     return lambda: plain_tower(model, images)
@@ -199,7 +200,7 @@ def implementations(model: nn.Module, images: Tensor, case: Case) -> dict[str, C
     found = {plain_name(model, case): plain(model, images)}
     if DEVICE == "cuda":
         compiled = torch.compile(plain_tower)
-        # The reference and "eager" read from the device on their way, which a CUDA graph forbids.
+        # The reference and "eager" read from the device along the way, which a CUDA graph forbids.
         found = {name: captured(function) for name, function in found.items()}
         found["sdpa"] = captured(lambda: sdpa_tower(model, images))
         found["torch.compile"] = captured(lambda: compiled(model, images))
@@ -208,10 +209,10 @@ def implementations(model: nn.Module, images: Tensor, case: Case) -> dict[str, C
 
 
 def features_and_masks(model: nn.Module, images: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Dense features, and the patches that lose attention and that get it, [., 2, B, N], from the second block on.
+    """Dense features, and the patches that lose attention and that receive it, [., 2, B, N], from the second block on.
 
     Raises:
-        AssertionError: in one of these blocks no patch loses attention, so that it stayed plain.
+        AssertionError: in one of these blocks no patch loses attention, so the block stayed plain.
     """
     masks: list[Tensor] = []
     with rfclip.refocus(model, config_for(model), backend=backend):
@@ -230,11 +231,10 @@ def features_and_masks(model: nn.Module, images: Tensor, backend: str) -> tuple[
 
 
 def check(model: nn.Module, images: Tensor, case: Case) -> tuple[float | None, str]:
-    """The relative error of the backend that is timed, against the reference, and what to say about the case.
+    """The relative error of the timed backend against the reference, and a note on the case.
 
     Raises:
-        AssertionError: the result is wrong, or the case does not show what refocusing costs, for lack of anything to
-            refocus.
+        AssertionError: the result is wrong, or the case has nothing to refocus and so does not show what that costs.
     """
     backend = "triton" if DEVICE == "cuda" else "eager"
     got, masks = features_and_masks(model, images, backend)
@@ -245,11 +245,11 @@ def check(model: nn.Module, images: Tensor, case: Case) -> tuple[float | None, s
     share = f"{distracting:.0f} % of the patches distract, {defocused:.0f} % are defocused"
     if case.alone:
         assert got.isfinite().all(), "the features are not finite"
-        return None, f"{share}; not compared with the reference, which takes more memory than there is"
+        return None, f"{share}; not compared with the reference, which takes more memory than is available"
     want, wanted_masks = features_and_masks(model, images, "reference")
     error = ((got.float() - want.float()).square().mean().sqrt() / want.float().square().mean().sqrt()).item()
     differing = (masks != wanted_masks).float().mean().item()
-    low = case.bf16 or DTYPE is not torch.float32  # where rounding moves a token or two over a threshold
+    low = case.bf16 or DTYPE is not torch.float32  # rounding may move a token or two over a threshold
     assert error < (5e-2 if low else 1e-5), f"relative error {error:.1e}"
     assert low or not differing, f"{100 * differing:.2g} % of the masks differ from the reference's"
     return error, f"{share}; {100 * differing:.2g} % of the masks differ from the reference's"
@@ -262,7 +262,7 @@ def tower_operations(tokens: int, width: int, layers: int, patch: int = 16) -> f
 
 @torch.inference_mode()
 def time_towers(name: str, cases: Iterable[Case]) -> Iterator[TowerTime]:
-    """Check each case, and time it only then."""
+    """Check each case before timing it."""
     model = planted(name)
     visual = model.visual
     for case in cases:
@@ -297,7 +297,7 @@ def time_towers(name: str, cases: Iterable[Case]) -> Iterator[TowerTime]:
 
 @torch.inference_mode()
 def profile(name: str, case: Case) -> list[Part]:
-    """Where a pass through the refocused tower spends its time on a CPU, in rounds that alternate with plain CLIP's."""
+    """Where a pass through the refocused tower spends its time on a CPU, in rounds alternating with plain CLIP's."""
     model, images = planted(name), pictures(case)
     run_plain, model = plain(model, images), twin(model)
     rfclip.refocus(model, config_for(model), backend="eager")
@@ -350,7 +350,7 @@ def profile(name: str, case: Case) -> list[Part]:
 
 
 def measure_memory(name: str, cases: Iterable[Case]) -> Iterator[Memory]:
-    """The peak of each implementation in a fresh process, which imports and loads the same whatever it runs."""
+    """The peak of each implementation in a fresh process; all of them import and load the same."""
     for case in cases:
         baseline = None
         for implementation in ("eager",) if case.alone else ("plain", "reference", "eager"):

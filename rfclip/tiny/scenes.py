@@ -1,7 +1,7 @@
-"""Procedural scenes: emoji cut-outs on textured grounds, with an exact label map for every pixel.
+"""Procedural scenes: emoji cut-outs on textured grounds, with an exact label for every pixel.
 
-The small CLIP that ships with the package was trained on these scenes, and `rfclip evaluate scenes` scores on others of
-them. A scene is a pure function of its seed, so nothing but the sprite sheet is stored. The sprites are Noto emoji
+The bundled CLIP was trained on such scenes, and `rfclip evaluate scenes` scores on others. A scene is a pure function
+of its seed, so only the sprite sheet is stored. The sprites are Noto emoji
 (Apache-2.0), drawn by `tools/make_sprites.py`.
 """
 
@@ -89,7 +89,7 @@ class Scene:
 
 @functools.cache
 def sprites() -> tuple[Image.Image, ...]:
-    """The objects' cut-outs as RGBA images, cropped to what is opaque, in the order of `OBJECTS`."""
+    """The objects' cut-outs as RGBA images, cropped to their opaque part, in the order of `OBJECTS`."""
     with resources.files("rfclip.tiny").joinpath("sprites.png").open("rb") as file:
         sheet = Image.open(file).convert("RGBA")
     cells = []
@@ -117,7 +117,7 @@ def make_scene(
         object_size: range in pixels of a cut-out's longer side.
 
     Raises:
-        ValueError: where a scene of that size cannot hold its objects.
+        ValueError: a scene of that size cannot hold its objects.
     """
     if not 0 <= objects[0] <= objects[1] <= len(OBJECTS):
         raise ValueError(f"objects={objects}: expected 0 <= least <= most <= {len(OBJECTS)}")
@@ -153,7 +153,7 @@ def _pose(sprite: Image.Image, rng: np.random.Generator, longest: int) -> Image.
 
 
 def _place(rng: np.random.Generator, taken: np.ndarray, opaque: np.ndarray, size: int) -> tuple[int, int]:
-    """The corner, out of eight tries, where the cut-out hides least of those drawn before it."""
+    """The corner, out of eight tries, where the cut-out hides least of the earlier ones."""
     height, width = opaque.shape
     best, least = (0, 0), np.inf
     for _ in range(8):
