@@ -4,7 +4,9 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from bench import end_to_end, methods, tables, towers
 from bench.kernels import time_kernels
@@ -74,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if worse or report.failures() else 0
 
 
-def log_progress(rows):
+def log_progress(rows: Iterable[Any]) -> Iterator[Any]:
     """The rows, each announced as it comes, since a run takes minutes."""
     for row in rows:
         print(f"  {getattr(row, 'key', None) or row.what}", file=sys.stderr, flush=True)

@@ -18,9 +18,12 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+
+Result = TypeVar("Result")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # PyTorch calls ROCm devices so, too
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
@@ -102,7 +105,7 @@ def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
-def in_fresh_process(function: Callable, *arguments: object):
+def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Result:
     """What a module's function returns in a process of its own.
 
     Raises:

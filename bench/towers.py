@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -219,7 +220,9 @@ def features_and_masks(model: nn.Module, images: Tensor, backend: str) -> tuple[
         ops = installed(model).ops
         attend = ops.refocused_attention
 
-        def watched(q, k, v, distraction, target, *rest, **options):
+        def watched(
+            q: Tensor, k: Tensor, v: Tensor, distraction: Tensor, target: Tensor, *rest: Any, **options: Any
+        ) -> Tensor:
             masks.append(torch.stack([distraction, target]))
             return attend(q, k, v, distraction, target, *rest, **options)
 
@@ -308,7 +311,7 @@ def profile(name: str, case: Case) -> list[Part]:
     def watch(stack: ExitStack, owner: object, function: str, label: str) -> None:
         original = getattr(owner, function)
 
-        def watched(*arguments, **named):
+        def watched(*arguments: Any, **named: Any) -> Any:
             began = time.perf_counter()
             found = original(*arguments, **named)
             spent.setdefault(label, []).append(time.perf_counter() - began)
@@ -324,7 +327,8 @@ def profile(name: str, case: Case) -> list[Part]:
         for function in ("patches", "embed", "readout"):
             watch(stack, method.tower, function, OWN_LAYERS)
         for block in method.tower.blocks:
-            watch(stack, block, "query_key_value", OWN_LAYERS)
+            for function in ("query_key_value", "key_value"):
+                watch(stack, block, function, OWN_LAYERS)
             watch(stack, block, "project" if block is method.tower.blocks[-1] else "finish", OWN_LAYERS)
         for function in OPERATIONS:
             watch(stack, method.ops, function, function)

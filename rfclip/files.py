@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 OUTPUTS = (".mask.png", ".overlay.png", ".json")  # endings of the files that `rfclip segment` writes per picture
@@ -15,7 +15,7 @@ def printable(path: Path | str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def write_whole(saves: dict[Path, Callable[[Path], object]]) -> None:
+def write_whole(saves: Mapping[Path, Callable[[Path], object]]) -> None:
     """Save each file under a temporary name next to its own, and rename them all once every one is written.
 
     Temporary names are unique to the call, so that two processes may write the same file.

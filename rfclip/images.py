@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -45,7 +45,7 @@ def to_rgb(image: ImageLike) -> Image.Image:
         return _from_array(image)
     if isinstance(image, Image.Image):
         return _from_pillow(image)
-    path = Path(image)
+    path = Path(cast("str | os.PathLike[str]", image))  # nothing else is left
     if not path.is_file():
         raise FileNotFoundError(f"no such image: {path}")
     try:

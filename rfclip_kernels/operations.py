@@ -46,7 +46,7 @@ class Operations:
         implementation: the function that does the work, for each operation by name.
     """
 
-    def __init__(self, implementation: Mapping[str, Any]):
+    def __init__(self, implementation: Mapping[str, Any]) -> None:
         self._run = implementation
 
     # Step 1: distraction tokens

@@ -1,4 +1,4 @@
-"""Draw the sprite sheet of `rfclip.scenes` and the demo's scene.
+"""Draw the sprite sheet of `rfclip.tiny.scenes` and the demo's scene.
 
 The sprites are Noto Color Emoji (Debian: fonts-noto-color-emoji, Apache-2.0).
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from rfclip.scenes import OBJECTS, SPRITE_COLUMNS, SPRITE_SIDE, make_scene  # noqa: E402
+from rfclip.tiny.scenes import OBJECTS, SPRITE_COLUMNS, SPRITE_SIDE, make_scene  # noqa: E402
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 OUT = Path(__file__).parent.parent / "rfclip" / "tiny"

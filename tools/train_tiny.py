@@ -26,6 +26,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -35,9 +36,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from rfclip.scenes import CLASSES, GROUNDS, OBJECTS, make_scene  # noqa: E402
-
-from rfclip.plugin import calibrate  # noqa: E402
+from rfclip.calibration import calibrate  # noqa: E402
+from rfclip.tiny.scenes import CLASSES, GROUNDS, OBJECTS, make_scene  # noqa: E402
 
 PACKAGE = Path(__file__).parent.parent / "rfclip" / "tiny"
 CONFIG = json.loads((PACKAGE / "open_clip_config.json").read_text())["model_cfg"]
@@ -76,7 +76,7 @@ def caption(objects: list[str], grounds: list[str], rng: np.random.Generator) ->
 class Scenes(torch.utils.data.Dataset):
     """Batch number `step`: images uint8 [B, 3, S, S], patch shares [B, N, C], tokens [B, L], names' tokens [C, L]."""
 
-    def __init__(self, steps: int, batch: int):
+    def __init__(self, steps: int, batch: int) -> None:
         self.steps, self.batch = steps, batch
         self.tokenizer = open_clip.SimpleTokenizer(context_length=CONTEXT)
 
@@ -116,7 +116,7 @@ class Scenes(torch.utils.data.Dataset):
         )
 
 
-def image_tower(visual: nn.Module, images: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+def image_tower(visual: Any, images: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """CLS embedding [B, C], and the value path's embedding of the kept patches [B, K, C]; keep: [B, K] or all."""
     x = visual.conv1(images).flatten(2).transpose(1, 2) + visual.positional_embedding[1:]
     if keep is not None:
@@ -136,7 +136,9 @@ def image_tower(visual: nn.Module, images: Tensor, keep: Tensor | None) -> tuple
     return visual.ln_post(cls[:, 0]) @ visual.proj, patches
 
 
-def losses(model: nn.Module, images: Tensor, shares: Tensor, tokens: Tensor, names: Tensor, keep: Tensor | None):
+def losses(
+    model: Any, images: Tensor, shares: Tensor, tokens: Tensor, names: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The contrastive and the patch-text loss of one batch."""
     image, patches = image_tower(model.visual, normalized(images), keep)
     text = F.normalize(model.encode_text(torch.cat([tokens, names])), dim=-1)

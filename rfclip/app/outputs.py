@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ SHARD = 8, 64  # pictures in a Parquet file, when there are few pictures and whe
 
 def described(
     job: Job, segmenter: Segmenter, named: ClassNames, threshold: float | None, weights: str | None = None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """What the labels mean and how they were made; `weights` is the segmenter's digest if that is known."""
     classes = [{"index": index, "name": names[0], "synonyms": list(names[1:])} for index, names in enumerate(named)]
     return {"classes": classes, "nothing": 255, "threshold": threshold} | job.described(segmenter, weights)
@@ -49,9 +50,7 @@ class Writer:
         segmenter: the job's, if there is one already.
     """
 
-    def __init__(
-        self, job: Job, named: ClassNames, record: dict[str, object], segmenter: Segmenter | None = None
-    ) -> None:
+    def __init__(self, job: Job, named: ClassNames, record: dict[str, Any], segmenter: Segmenter | None = None) -> None:
         self.job, self.named, self.record = job, named, record
         self._open = contextlib.ExitStack()
         self.segmenter = self._open.enter_context(job.segmenter()) if segmenter is None else segmenter
@@ -64,7 +63,7 @@ class Writer:
                 found = self.segmenter(
                     picture["path"], self.named, threshold=self.record["threshold"], pamr=self.job.pamr
                 )
-                row = {"image": printable(picture["image"]), "path": printable(picture["path"])}
+                row: dict[str, Any] = {"image": printable(picture["image"]), "path": printable(picture["path"])}
                 row |= {"width": found.image.width, "height": found.image.height}
                 row["seconds"] = round(time.perf_counter() - began, 3)
                 if "shard" in task:
@@ -80,7 +79,7 @@ class Writer:
         return {"done": len(rows), "failed": failed}
 
 
-def save(found: Segmentation, record: dict[str, object], files: dict[str, Path]) -> None:
+def save(found: Segmentation, record: dict[str, Any], files: dict[str, Path]) -> None:
     """Write those of `OUTPUTS` that `files` has a path for; the record is a row and what `described` says."""
     shares = found.shares
     classes = [entry | {"share": shares[entry["name"]]} for entry in record["classes"]]

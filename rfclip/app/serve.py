@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 
 import gradio as gr
 from matplotlib.figure import Figure
@@ -275,7 +276,9 @@ class ErrorsOnPage:
         self._warned = self._caught.__enter__()
         warnings.simplefilter("always", UserWarning)
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._caught.__exit__(kind, error, trace)
         self._lock.release()
         for message in {str(warned.message) for warned in self._warned if warned.category is UserWarning}:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -175,11 +175,11 @@ def explain(
             ) as segmenter:
                 segmentations[method] = segmenter(rgb, classes)
     found = {name: np.stack(values) for name, values in refocused.found.items()}
-    views = plain.view(), refocused.view()
-    return Explanation(small, grid, config, places, kept, *views, **found, segmentations=segmentations)
+    before, after = plain.view(), refocused.view()
+    return Explanation(small, grid, config, places, kept, before, after, **found, segmentations=segmentations)
 
 
-def busiest(moved: Sequence[np.ndarray], distraction: Sequence[np.ndarray]) -> int | None:
+def busiest(moved: Iterable[np.ndarray], distraction: Iterable[np.ndarray]) -> int | None:
     """The number, from 1, of the block that moves the most attention, or else distracts most; None if nothing does."""
     for amounts in ([np.abs(block).sum() for block in moved], [block.sum() for block in distraction]):
         if any(amounts):

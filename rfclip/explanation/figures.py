@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -80,10 +81,11 @@ def report(found: Explanation, pictures: Mapping[str, bytes], title: str, facts:
 
 def describe(found: Explanation) -> str:
     """What RF-CLIP did to the picture seen whole, in sentences with figures."""
-    if not found.distraction.any():
+    number = busiest(found.moved, found.distraction)
+    if number is None or not found.distraction.any():
         return "RF-CLIP finds no distraction token here: it amounts to the layer-averaged key-key attention."
-    blocks, block = found.distraction.any(axis=1), busiest(found.moved, found.distraction) - 1
-    said = f"RF-CLIP finds {found.distraction.sum()} distraction tokens in {blocks.sum()} of {len(blocks)} blocks."
+    blocks, block = np.count_nonzero(found.distraction.any(axis=1)), number - 1
+    said = f"RF-CLIP finds {found.distraction.sum()} distraction tokens in {blocks} of {len(found.distraction)} blocks."
     if found.moved.any():
         distraction, defocused = found.distraction[block], found.defocused[block]
         (gave, gives), (got, gets) = (
@@ -91,7 +93,7 @@ def describe(found: Explanation) -> str:
             for tokens in (distraction, defocused)
         )
         said += (
-            f" In block {block + 1}, where most is moved, {distraction.sum()} of {distraction.size} patches distract: "
+            f" In block {number}, where most is moved, {distraction.sum()} of {distraction.size} patches distract: "
             f"they receive {gives} of the attention instead of {gave}, and {defocused.sum()} defocused ones {gets} "
             f"instead of {got}."
         )
@@ -231,7 +233,7 @@ def _titled(figure: Figure, axes: np.ndarray, columns: list[str], rows: tuple[st
     return figure
 
 
-def _over(ax: Axes, found: Explanation, values: np.ndarray, **options: object) -> None:
+def _over(ax: Axes, found: Explanation, values: np.ndarray, **options: Any) -> None:
     """Values [N] as a translucent map over the grey picture."""
     extent = (-0.5, found.image.width - 0.5, found.image.height - 0.5, -0.5)
     ax.imshow(found.image.convert("L"), cmap="gray")

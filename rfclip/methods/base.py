@@ -87,10 +87,10 @@ class Method:
         """Each block with its input in the plain tower, and its q, k and v."""
         x = self.tower.embed(patches)
         for number, block in enumerate(self.tower.blocks, 1):
-            q, k, v = block.query_key_value(x)
-            yield block, x, (q, k, v)
+            qkv = block.query_key_value(x)
+            yield block, x, qkv
             if number < len(self.tower.blocks):
-                x = block.finish(x, F.scaled_dot_product_attention(q, k, v))
+                x = block.finish(x, F.scaled_dot_product_attention(*qkv))
 
     def last(self, patches: Tensor) -> tuple[Tensor, QKV]:
         """x[L], in most methods that of the plain tower, and its q, k and v."""

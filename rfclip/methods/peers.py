@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -55,5 +57,5 @@ class CLIPtrase(Method):
     def tokens(self, patches: Tensor) -> Tensor:
         x, qkv = self.last(patches)
         prefix, v = self.tower.prefix, qkv[2]
-        gathered = sum(self.ops.self_attention(u, v, prefix=prefix) for u in qkv)
+        gathered = reduce(torch.add, (self.ops.self_attention(u, v, prefix=prefix) for u in qkv))
         return self.tower.blocks[-1].finish(x, gathered)[:, prefix:]

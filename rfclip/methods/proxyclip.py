@@ -27,7 +27,7 @@ class ProxyCLIP(Method):
 
     def __init__(self, *args: Any, dino: nn.Module | None = None) -> None:
         super().__init__(*args)
-        self.dino = load_dino() if dino is None else dino
+        self.dino: Any = load_dino() if dino is None else dino
 
     def dense(self, patches: Tensor, images: Tensor | None = None) -> Tensor:
         from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

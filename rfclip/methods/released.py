@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rfclip.config import RefocusConfig
 from rfclip.methods.base import Method
 from rfclip.methods.cosines import cosines
 from rfclip.ops.numerics import matmul
@@ -21,25 +22,28 @@ class Released(Method):
     tau are read.
     """
 
+    config: RefocusConfig
+
     def stream(self, patches: Tensor) -> Tensor:
         x, *_ = self._run(patches)
         return x
 
     def tokens(self, patches: Tensor) -> Tensor:
         _, before, guide, keys = self._run(patches)
-        prefix, last, z = self.tower.prefix, self.tower.blocks[-1], 0
+        prefix, last, terms = self.tower.prefix, self.tower.blocks[-1], []
         W = cosines(guide[:, prefix:])
         W = W.where(W >= 0.4, 0)
         for x in (before, guide):
             aggregated = torch.cat([x[:, :prefix], matmul(W, x[:, prefix:]).to(x.dtype)], dim=1)
             _, keys[-1], v = last.query_key_value(aggregated)
-            z = z + last.project(self.ops.proxy_attention(keys, v, prefix=prefix))
-        return z / 2
+            terms.append(last.project(self.ops.proxy_attention(keys, v, prefix=prefix)))
+        return (terms[0] + terms[1]) / 2
 
     def _run(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """F[L], F[L-1], the mean of F[1..L], and the blocks' keys [L, B, H, T, D]."""
-        grid, blocks, total, keys = patches.shape[2:], self.tower.blocks, 0, []
+        grid, blocks, keys = patches.shape[2:], self.tower.blocks, []
         x = self.tower.embed(patches)
+        total = torch.zeros_like(x)
         for block in blocks:
             before = x
             q, k, v = block.query_key_value(x)

@@ -6,54 +6,55 @@ all blocks' SS(k).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfclip.methods.base import Method
+from rfclip.config import RefocusConfig
+from rfclip.methods.base import QKV, Method
 from rfclip.ops.key_average import KeyAverage
 from rfclip.towers import Block
-
-
-class LastBlock(NamedTuple):
-    """The input of the last block after its repair [B, T, d], that block's q (if wanted), k and v, and the average."""
-
-    x: Tensor
-    q: Tensor | None
-    k: Tensor
-    v: Tensor
-    average: KeyAverage
 
 
 class RFCLIP(Method):
     """RF-CLIP in every form that its config allows. Steps are those of docs/method.md."""
 
-    def last(self, patches: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    config: RefocusConfig
+
+    def last(self, patches: Tensor) -> tuple[Tensor, QKV]:
         """With every block refocused; the last one then runs unchanged."""
-        x, q, k, v, _ = self._run(patches)
+        x, distraction, _ = self._run(patches)
+        q, k, v = self.tower.blocks[-1].query_key_value(x)
+        self.observe(len(self.tower.blocks), x, q, k, distraction, None, None)
         return x, (q, k, v)
 
     def tokens(self, patches: Tensor) -> Tensor:
         """The last block's values gathered by the proxy attention [P 14]: step 6."""
         proxy, last, prefix = self.config.proxy, self.tower.blocks[-1], self.tower.prefix
-        x, q, k, v, average = self._run(
-            patches, gathers=proxy == "kk-mean", last_query=proxy not in ("kk", "kk-mean", "vv")
-        )
         if proxy == "none":
-            return last.finish(x, F.scaled_dot_product_attention(q, k, v))[:, prefix:]
+            return self.stream(patches)[:, prefix:]
+        x, _, average = self._run(patches, gathers=proxy == "kk-mean")
         if proxy == "qk":  # like the others without the rows and columns of the prefix, not renormalized [D]
+            q, k, v = last.query_key_value(x)
             patches_only = torch.cat([torch.zeros_like(v[:, :, :prefix]), v[:, :, prefix:]], dim=2)
             gathered = F.scaled_dot_product_attention(q, k, patches_only)[:, :, prefix:]
-        elif proxy == "kk-mean":
-            gathered = average.gather(v)
+        elif proxy == "qq":
+            q, _, v = last.query_key_value(x)
+            gathered = self.ops.proxy_attention(q[None], v, prefix=prefix)
         else:
-            gathered = self.ops.proxy_attention({"kk": k, "qq": q, "vv": v}[proxy][None], v, prefix=prefix)
+            k, v = last.key_value(x)
+            if proxy == "kk-mean":
+                average.add(k)
+                gathered = average.gather(v)
+            else:
+                gathered = self.ops.proxy_attention({"kk": k, "vv": v}[proxy][None], v, prefix=prefix)
         return last.project(gathered)
 
-    def _run(self, patches: Tensor, gathers: bool = False, last_query: bool = True) -> LastBlock:
-        """All blocks except the last one's attention; the average can `gather` if asked to."""
+    def _run(self, patches: Tensor, gathers: bool = False) -> tuple[Tensor, Tensor | None, KeyAverage]:
+        """The last block's input after its repair [B, T, d], T_dis there, and the average over the blocks before it.
+
+        T_dis is None if the block stays plain. The average can `gather` if asked to, once the last keys are added.
+        """
         config, ops, blocks, prefix = self.config, self.ops, self.tower.blocks, self.tower.prefix
         grid = patches.shape[2], patches.shape[3]
         x = self.tower.embed(patches)
@@ -63,7 +64,7 @@ class RFCLIP(Method):
         # The similarity is averaged over the blocks up to this one.
         averaged = min(max(refocused, default=0), len(blocks) - 1) if cut and config.similarity == "kk-mean" else 0
         average = ops.key_average(layers=len(blocks), similar=averaged, gathers=gathers, prefix=prefix)
-        fiedler = None
+        fiedler: Tensor | None = None
         for number, block in enumerate(blocks, 1):
             distraction = None
             if number in refocused:
@@ -72,26 +73,27 @@ class RFCLIP(Method):
                     distraction = None
                 else:
                     x = self._repair(x, distraction, grid)
-            q, k, v = block.query_key_value(x, query=last_query or number < len(blocks))
+            if number == len(blocks):
+                break
+            q, k, v = block.query_key_value(x)
             if number <= averaged or gathers:
                 average.add(k)
-            if number == len(blocks):
-                self.observe(number, x, q, k, distraction, None, None)
-                break
             target = None
             if distraction is None or config.beta == 0:
                 attended = F.scaled_dot_product_attention(q, k, v)
             else:
                 if cut:
-                    similarity = average.similarity
-                    if config.similarity != "kk-mean":
+                    if config.similarity == "kk-mean":
+                        assert average.similarity is not None  # this block's keys are in it
+                        similarity = average.similarity
+                    else:
                         similarity = ops.key_similarity({"kk": k, "qq": q, "vv": v}[config.similarity], prefix=prefix)
                     fiedler = ops.fiedler_vector(similarity, fiedler)
                 target = self._target(distraction, fiedler)
                 attended = ops.refocused_attention(q, k, v, distraction, target, config.beta, prefix=prefix)
             self.observe(number, x, q, k, distraction, fiedler if cut and target is not None else None, target)
             x = block.finish(x, attended)
-        return LastBlock(x, q, k, v, average)
+        return x, distraction, average
 
     def _locate(self, block: Block, x: Tensor, number: int) -> Tensor:
         """T_dis, bool [B, N], from the input of a block [B, T, d]: steps 1 and 2."""
@@ -132,7 +134,7 @@ class RFCLIP(Method):
     def _target(self, distraction: Tensor, fiedler: Tensor | None) -> Tensor:
         """The tokens that receive the budget, bool [B, N] over patches or [B, T] over all tokens."""
         target, prefix = self.config.target, self.tower.prefix
-        if target == "defocused":
+        if fiedler is not None:  # the target is "defocused"
             return self.ops.defocus_mask(fiedler, threshold=self.config.cut_threshold) & ~distraction
         if target == "non-distraction":
             return ~distraction
@@ -143,13 +145,16 @@ class RFCLIP(Method):
         self,
         number: int,
         x: Tensor,
-        q: Tensor | None,
+        q: Tensor,
         k: Tensor,
         distraction: Tensor | None,
         fiedler: Tensor | None,
         target: Tensor | None,
     ) -> None:
-        """Called for every block with its repaired input and what was found there; explanations override it."""
+        """Called with a block's repaired input and what was found there; explanations override it.
+
+        This happens to every block except a last one whose attention a proxy replaces.
+        """
 
 
 def _known_empty(mask: Tensor) -> bool:

@@ -25,9 +25,12 @@ class SCCLIP(Method):
     """
 
     def tokens(self, patches: Tensor) -> Tensor:
-        grid, prefix, Y, kept = tuple(patches.shape[2:]), self.tower.prefix, 0, {}
+        grid, prefix, kept = tuple(patches.shape[2:]), self.tower.prefix, {}
         for number, (_, x, _) in enumerate(self.inputs(patches)):  # x is F[number]
-            Y = Y + x if 4 <= number <= 10 else Y
+            if number == 4:
+                Y = x
+            elif 4 < number <= 10:
+                Y = Y + x
             if number in (4, 9):
                 kept[number] = x[:, prefix:]
         outliers = _outliers(x[:, prefix:])
@@ -40,7 +43,7 @@ class SCCLIP(Method):
     def _guided(self, x: Tensor, cls: Tensor, P: Tensor) -> Tensor:
         """G of patches x [B, N, d] and a class token [B, 1, d]."""
         last = self.tower.blocks[-1]
-        _, k, v = last.query_key_value(x, query=False)
+        k, v = last.key_value(x)
         own = self.ops.self_attention(k, v, prefix=0)
         return last.project((matmul(P[:, None], v).to(v.dtype) + own) / 2) + 0.3 * cls
 

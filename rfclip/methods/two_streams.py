@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,10 +19,12 @@ class TwoStreams(Method):
     """The second stream; a subclass says what a block's heads gather."""
 
     def tokens(self, patches: Tensor) -> Tensor:
-        z, first = None, len(self.tower.blocks) - BLOCKS
+        first = len(self.tower.blocks) - BLOCKS
         for number, (block, x, qkv) in enumerate(self.inputs(patches)):
+            if number == first:
+                z = x
             if number >= first:
-                z = (x if z is None else z) + block.project(self._gather(block, x, qkv))
+                z = z + block.project(self._gather(block, x, qkv))
         return z[:, self.tower.prefix :]
 
     def _gather(self, block: Block, x: Tensor, qkv: QKV) -> Tensor:
@@ -45,9 +50,9 @@ class GEM(TwoStreams):
         y, v, prefix = block.ln_1(x), qkv[2], self.tower.prefix
         theta = y.to(computing_dtype(y)).norm(dim=-1).mean(dim=1) / v.shape[-1] ** 0.5
         root = theta.sqrt()[:, None, None, None].to(v.dtype)  # per image, while the operation has one scale for all
-        gathered = 0
+        gathered = []
         for u in qkv:
             u = F.normalize(u, dim=-1)
             u = F.normalize(self.ops.self_attention(root * u, u, scale=1.0, prefix=prefix), dim=-1)
-            gathered = gathered + self.ops.self_attention(root * u, v, scale=1.0, prefix=prefix)
-        return gathered / 3
+            gathered.append(self.ops.self_attention(root * u, v, scale=1.0, prefix=prefix))
+        return reduce(torch.add, gathered) / 3

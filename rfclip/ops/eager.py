@@ -14,6 +14,8 @@ Half-precision inputs are computed in float32, except in flash attention, which 
 """
 
 from collections.abc import Iterable, Iterator
+from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +73,7 @@ class KeyAverage(key_average.KeyAverage):
     It does so if the sums, [B, H, N, N], fit into `HEADS_BUDGET`.
     """
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._heads: Tensor | None = None
 
@@ -175,9 +177,7 @@ def self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, pref
 
 def proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int) -> Tensor:
     """A flash attention per layer."""
-    out = 0
-    for term in _proxy_terms(keys, v, scale, prefix):
-        out = out + term
+    out = reduce(torch.add, _proxy_terms(keys, v, scale, prefix))
     return (out / len(keys)).to(v.dtype)
 
 
@@ -235,7 +235,7 @@ def _by_groups(
     if len(order) < FLASH_TOKENS:
         A = torch.softmax(matmul(q, k.mT.to(computing_dtype(k)) * scale), dim=-1)
         groups = A.split(sizes, dim=-1)[:2]
-        mass = [group.sum(dim=-1, keepdim=True) for group in groups]
+        mass = groups[0].sum(dim=-1, keepdim=True), groups[1].sum(dim=-1, keepdim=True)
         for group, before, after in zip(groups, mass, _after_giving(*mass, beta, prefix), strict=True):
             # The quotient by the mass comes first: it is at most 1.
             group.div_(before.where(before > 0, 1)).mul_(after)

@@ -4,6 +4,8 @@
 called with checked arguments and with every default filled in. None reads a value back from the device.
 """
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -130,7 +132,8 @@ def self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, pref
 
 
 def proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int) -> Tensor:
-    total = sum(_attention(k, k, scale)[:, :, prefix:, prefix:] for k in keys)  # one layer's matrix at a time
+    matrices = (_attention(k, k, scale)[:, :, prefix:, prefix:] for k in keys)  # one layer's at a time
+    total = reduce(torch.add, matrices)
     return matmul(total / len(keys), v[:, :, prefix:]).to(v.dtype)
 
 
@@ -226,7 +229,7 @@ def neighbour_sum(planes: Tensor, size: int) -> Tensor:
     (gh, gw), centre = planes.shape[2:], size // 2
     padded = F.pad(planes, (centre,) * 4)
     places = [(r, c) for r in range(size) for c in range(size) if (r, c) != (centre, centre)]
-    return sum(padded[:, :, r : r + gh, c : c + gw] for r, c in places).flatten(2)
+    return reduce(torch.add, (padded[:, :, r : r + gh, c : c + gw] for r, c in places)).flatten(2)
 
 
 def _columns(x: Tensor, dims: list[int]) -> Tensor:

@@ -6,6 +6,7 @@ Labels are the paper's. Which blocks table 7 compares is not published: this pro
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from rfclip.config import RefocusConfig
 
@@ -43,9 +44,10 @@ def variants(ablation: str, config: RefocusConfig, layers: int) -> dict[str, Ref
         f"blocks {third + 1} to {layers - third}": tuple(range(third + 1, layers - third + 1)),
         f"blocks {layers - third + 1} to {layers}": tuple(range(layers - third + 1, layers + 1)),
     }
-    uncut = {"similarity": "kk-mean", "cut_threshold": "mean"}  # the only legal ones where nothing is cut
-    alone = {"neighbourhood": 3}  # and the only legal one where no neighbour is read
-    changes: dict[str, dict[str, object]] = {
+    # The only legal values where nothing is cut, and where no neighbour is read.
+    uncut: dict[str, Any] = {"similarity": "kk-mean", "cut_threshold": "mean"}
+    alone: dict[str, Any] = {"neighbourhood": 3}
+    changes: dict[str, dict[str, dict[str, Any]]] = {
         "1": {
             "no refocusing": {"distraction_dims": ()},
             "attention masked to -inf": {"embedding": "none", "target": "rest", "beta": 1.0} | uncut | alone,
@@ -79,8 +81,8 @@ def variants(ablation: str, config: RefocusConfig, layers: int) -> dict[str, Ref
         },
         "tau": {f"tau {value:g} / d": {"tau": value} for value in TAUS},
         "beta": {f"beta {value:g}": {"beta": value} for value in BETAS},
-    }[ablation]
+    }
     try:
-        return {label: replace(config, **change) for label, change in changes.items()}
+        return {label: replace(config, **change) for label, change in changes[ablation].items()}
     except ValueError as error:
         raise ValueError(f"ablation {ablation} does not go with this config: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def finish(run: Run, scorer: Scorer) -> Scores:
     for rank, (_, item) in enumerate(worst, 1):
         rgb, labels = dataset.read(item)
         pair = _side_by_side(scorer.predict(rgb), np.asarray(labels))
-        saves[run.folder / f"worst-{rank}.jpg"] = lambda part, pair=pair: pair.save(part, "JPEG", quality=90)
+        saves[run.folder / f"worst-{rank}.jpg"] = partial(pair.save, format="JPEG", quality=90)
     write_whole(saves)
     for old in set(written(run.folder)) - saves.keys():  # of a run over more pictures
         old.unlink()

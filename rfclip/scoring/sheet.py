@@ -37,7 +37,7 @@ def contact_sheet(dataset: Dataset, items: list[Item], scorers: Iterator[tuple[s
     found = {label: [scorer.predict(rgb).labels for rgb, _ in pictures] for label, scorer in scorers}
     rows = math.ceil((2 + len(found)) / COLUMNS)
     figure = Figure(figsize=(2 * COLUMNS, 2.2 * rows * len(pictures)), layout="constrained")
-    for number, part in enumerate(np.atleast_1d(figure.subfigures(len(pictures)))):
+    for number, part in enumerate(figure.subfigures(len(pictures), squeeze=False).ravel()):
         pixels, labels = np.asarray(pictures[number][0]), pictures[number][1]
         present = _present(labels, classes)
         cells = {"picture": pixels, "labels": _coloured(labels, pixels, present, classes)}

@@ -104,7 +104,9 @@ class Segmenter:
         self.batch, self.memory_limit = batch, memory_limit
         self.logit_scale = protocol.logit_scale if logit_scale is None else logit_scale
         self._handle = None if present else refocus(self.model, config, method=card.name, backend=backend)
-        self._method = present or installed(self.model)
+        running = installed(self.model)
+        assert running is not None
+        self._method = running
 
     @property
     def backend(self) -> str:
@@ -212,7 +214,7 @@ class Segmenter:
             images = windows.cut(x, corners[part]) if method.card.sees_images else None
             features = F.normalize(method.dense(torch.stack(patches[part]), images).float(), dim=1)
             logits.append((text @ features.flatten(2)).unflatten(-1, features.shape[2:]))
-        averaged = method.ops.average_windows(torch.cat(logits), corners, windows.window, tuple(x.shape[1:]))
+        averaged = method.ops.average_windows(torch.cat(logits), corners, windows.window, (x.shape[1], x.shape[2]))
         return method.ops.pamr(x[None], averaged[None])[0] if pamr else averaged
 
     def _labels(
@@ -226,7 +228,7 @@ class Segmenter:
         """Labels [H, W] from logits [K, h, w] and, on request, probabilities [C, H, W], one band of rows at a time."""
         ops, (height, width) = self._method.ops, size
         first_names = [names[0] for names in named]
-        dtype = np.dtype(np.uint8 if len(named) < 256 else np.uint16)
+        dtype: np.dtype[np.unsignedinteger] = np.dtype(np.uint8) if len(named) < 256 else np.dtype(np.uint16)
         below = first_names.index("background") if "background" in first_names else np.iinfo(dtype).max
         class_of_name = torch.tensor([c for c, names in enumerate(named) for _ in names], device=logits.device)
         found = ops.upsample_argmax(logits, size, self.logit_scale, class_of_name, threshold).cpu().numpy()

@@ -43,7 +43,7 @@ class TextEmbeddings:
         cache: str | os.PathLike | bool | None,
     ) -> None:
         self._model, self._tower, self._tokenizer, self._templates = model, tower, tokenizer, tuple(templates)
-        self._cache = user_cache_path("rfclip") / "text" if cache in (None, True) else cache
+        self._cache = user_cache_path("rfclip") / "text" if cache is None or cache is True else cache
         self._known: dict[str, Tensor] = {}
         self._weights: str | None = None
         if not self._templates:
@@ -51,7 +51,7 @@ class TextEmbeddings:
 
     def __call__(self, names: tuple[str, ...]) -> Tensor:
         """As `Segmenter.text_embeddings`."""
-        trained = getattr(self._model, "trained_on", None)
+        trained: tuple[str, ...] = getattr(self._model, "trained_on", None) or ()
         strange = [name for name in names if trained and name.lower() not in trained]
         if strange:
             warnings.warn(

@@ -158,7 +158,7 @@ def _place(rng: np.random.Generator, taken: np.ndarray, opaque: np.ndarray, size
     best, least = (0, 0), np.inf
     for _ in range(8):
         left, top = int(rng.integers(0, size - width + 1)), int(rng.integers(0, size - height + 1))
-        hidden = np.count_nonzero(taken[top : top + height, left : left + width] & opaque)
+        hidden = int(np.count_nonzero(taken[top : top + height, left : left + width] & opaque))
         if hidden < least:
             best, least = (left, top), hidden
         if least == 0:

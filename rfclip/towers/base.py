@@ -5,8 +5,8 @@ Nothing here changes or copies a weight. Tokens are always [B, T, d], even where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,16 +33,22 @@ class Block:
     ) -> None:
         self.heads, self.ln_1, self.out, self.ln_2, self.mlp = heads, ln_1, out, ln_2, mlp
 
-    def query_key_value(self, x: Tensor, *, query: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
-        """q (None if not wanted), k and v of x [B, T, d], each a [B, H, T, D] view of a projection."""
-        q, k, v = (
-            None if u is None else u.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for u in self._projections(self.ln_1(x), query)
-        )
+    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of x [B, T, d], each a [B, H, T, D] view of a projection."""
+        q, k, v = self._split(self._projections(self.ln_1(x), query=True))
         return q, k, v
 
-    def _projections(self, y: Tensor, query: bool) -> Iterable[Tensor | None]:
-        """q (None if not wanted), k and v of the normalized stream, each [B, T, d]."""
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v alone, where q is not needed."""
+        k, v = self._split(self._projections(self.ln_1(x), query=False))
+        return k, v
+
+    def _split(self, projections: Sequence[Tensor]) -> list[Tensor]:
+        """Views by head [B, H, T, D] of projections [B, T, d]."""
+        return [u.unflatten(-1, (self.heads, -1)).transpose(1, 2) for u in projections]
+
+    def _projections(self, y: Tensor, query: bool) -> Sequence[Tensor]:
+        """q (if wanted), k and v of the normalized stream, each [B, T, d]."""
         raise NotImplementedError
 
     def project(self, heads: Tensor) -> Tensor:
@@ -71,7 +77,7 @@ class Tower:
     image_parts: ClassVar[tuple[str, ...]]
     prefix: int
     module: nn.Module
-    conv: nn.Module
+    conv: nn.Conv2d
     ln_pre: nn.Module
     ln_post: nn.Module
     blocks: list[Block]
@@ -185,7 +191,7 @@ class Tower:
         """Text-aligned embeddings [..., C] of tokens [..., d] from the last block: proj(ln_post(tokens))."""
         raise NotImplementedError
 
-    def images(self, *args: object, **kwargs: object) -> Tensor:
+    def images(self, *args: Any, **kwargs: Any) -> Tensor:
         """The images [B, 3, height, width] among the arguments of the module's `forward`."""
         raise NotImplementedError
 

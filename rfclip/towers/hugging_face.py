@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,14 +21,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class HuggingFaceBlock(Block):
     """A `CLIPEncoderLayer`, which projects query, key and value separately."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         self.attention = layer.self_attn
         out, mlp = [layer.self_attn.out_proj], [layer.mlp]
         super().__init__(layer.self_attn.num_heads, layer.layer_norm1, out, layer.layer_norm2, mlp)
 
-    def _projections(self, y: Tensor, query: bool) -> Iterable[Tensor | None]:
+    def _projections(self, y: Tensor, query: bool) -> Sequence[Tensor]:
         attention = self.attention
-        return attention.q_proj(y) if query else None, attention.k_proj(y), attention.v_proj(y)
+        q = [attention.q_proj(y)] if query else []
+        return [*q, attention.k_proj(y), attention.v_proj(y)]
 
 
 class HuggingFaceTower(Tower):
@@ -39,6 +41,7 @@ class HuggingFaceTower(Tower):
 
     image_parts = ("vision_model", "visual_projection")
     prefix = 1
+    module: Any  # a CLIPVisionTransformer
 
     @classmethod
     def reads(cls, model: nn.Module) -> bool:
@@ -87,7 +90,7 @@ class HuggingFaceTower(Tower):
     def tokenizer(cls, name: str) -> None:
         return None
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         vision, config = model.vision_model, model.vision_model.config
         self.module, self.proj = vision, model.visual_projection
         self.conv = vision.embeddings.patch_embedding
@@ -123,12 +126,12 @@ class HuggingFaceTower(Tower):
 
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=self.ln_post(x[:, 0]))
 
-    def encode_image(self, model: nn.Module, images: Tensor) -> Tensor:
+    def encode_image(self, model: Any, images: Tensor) -> Tensor:
         return self.proj(model.vision_model(images, interpolate_pos_encoding=True).pooler_output)
 
-    def encode_text(self, model: nn.Module, tokens: Tensor) -> Tensor:
+    def encode_text(self, model: Any, tokens: Tensor) -> Tensor:
         return model.get_text_features(tokens).pooler_output
 
-    def vocabulary(self, model: nn.Module) -> tuple[int | None, int | None]:
+    def vocabulary(self, model: Any) -> tuple[int | None, int | None]:
         text = getattr(model.config, "text_config", None)
         return getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None)

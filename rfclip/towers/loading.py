@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -45,6 +46,7 @@ def load_model(
         ValueError: there is no such model or tag, or the weights are missing or not safetensors.
         ConnectionError: the weights could not be downloaded.
     """
+    model: Any  # also holds what is set below
     name = canonical_name(name)
     if name == TINY:
         if pretrained is not None:

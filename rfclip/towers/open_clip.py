@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -22,18 +23,17 @@ SOURCES = ("hf-hub:", "local-dir:")  # prefixes of names that are not in open_cl
 class OpenCLIPBlock(Block):
     """Blocks with `nn.MultiheadAttention`, batch first or not, and with open_clip's own `Attention`."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Any) -> None:
         self.attention = block.attn
         # LayerScale and the norm in open_clip's custom blocks belong to the branch; in CLIP both are identities.
         norms = [block.ln_attn] if hasattr(block, "ln_attn") else []
         out, mlp = [block.attn.out_proj, *norms, block.ls_1], [block.mlp, block.ls_2]
         super().__init__(block.attn.num_heads, block.ln_1, out, block.ln_2, mlp)
 
-    def _projections(self, y: Tensor, query: bool) -> Iterable[Tensor | None]:
+    def _projections(self, y: Tensor, query: bool) -> Sequence[Tensor]:
         attention, unwanted = self.attention, 0 if query else y.shape[-1]
         bias = None if attention.in_proj_bias is None else attention.in_proj_bias[unwanted:]
-        *q, k, v = F.linear(y, attention.in_proj_weight[unwanted:], bias).split(y.shape[-1], dim=-1)
-        return q[0] if query else None, k, v
+        return F.linear(y, attention.in_proj_weight[unwanted:], bias).split(y.shape[-1], dim=-1)
 
 
 class OpenCLIPTower(Tower):
@@ -41,6 +41,7 @@ class OpenCLIPTower(Tower):
 
     image_parts = ("visual",)
     prefix = 1
+    module: VisionTransformer
 
     @classmethod
     def reads(cls, model: nn.Module) -> bool:
@@ -96,7 +97,7 @@ class OpenCLIPTower(Tower):
     def tokenizer(cls, name: str) -> Callable[[list[str]], Tensor] | None:
         return open_clip.get_tokenizer(name)
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         visual = getattr(model, "visual", None)
         if visual is None:
             raise ValueError(f"got a {type(model).__name__}; {SUPPORTED}")
@@ -129,13 +130,13 @@ class OpenCLIPTower(Tower):
             pooled = pooled @ self.module.proj
         return (pooled, tokens) if self.module.output_tokens else pooled
 
-    def encode_image(self, model: nn.Module, images: Tensor) -> Tensor:
+    def encode_image(self, model: Any, images: Tensor) -> Tensor:
         return model.encode_image(images)
 
-    def encode_text(self, model: nn.Module, tokens: Tensor) -> Tensor:
+    def encode_text(self, model: Any, tokens: Tensor) -> Tensor:
         return model.encode_text(tokens)
 
-    def vocabulary(self, model: nn.Module) -> tuple[int | None, int | None]:
+    def vocabulary(self, model: Any) -> tuple[int | None, int | None]:
         return getattr(model, "vocab_size", None), getattr(model, "context_length", None)
 
 
@@ -146,7 +147,7 @@ def can_refocus(name: str) -> bool:
     return standard and not vision.get("attentional_pool") and vision.get("pool_type", "tok") in ("tok", "avg")
 
 
-def _check_block(block: nn.Module) -> None:
+def _check_block(block: Any) -> None:
     attn = getattr(block, "attn", None)
     if getattr(attn, "in_proj_weight", None) is None or not hasattr(block, "ls_1"):
         raise ValueError(

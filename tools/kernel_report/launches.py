@@ -7,6 +7,8 @@ arguments and options, so that what is compiled and counted cannot drift from wh
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -57,13 +59,14 @@ class Launch:
 
     kernel: JITFunction
     grid: tuple[int, ...]
-    arguments: dict[str, object]
+    arguments: dict[str, Any]
     products: Products
 
     @property
     def operations(self) -> np.ndarray:
         """Of the products, padding included, for each possible count of target keys."""
         a = self.arguments
+        assert self.products.tiles is not None
         columns = np.array(self.products.tiles(a)) * a["BN"] + self.products.vectors(a)
         return columns * math.prod(self.grid) * 2.0 * a["BM"] * a["BD"]
 
@@ -86,7 +89,7 @@ class CountingMode(FakeTensorMode):
         self.recording = recording
         self.inside = False  # an operator, whose parts do not count again
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         counts = func.namespace == "aten" and not self.inside
         self.inside |= counts
         try:
@@ -106,7 +109,7 @@ def record(op: Example, shape: Shape, hip: bool = False, function: Callable | No
     """Call an operation, or another function of its inputs, on tensors without data, as on a CUDA or a ROCm device."""
     recording, function = Recording(), function or getattr(rfclip_kernels, op.operation)
 
-    def run(kernel: JITFunction, *, grid: tuple[int, ...], warmup: bool, **arguments) -> None:
+    def run(kernel: JITFunction, *, grid: tuple[int, ...], warmup: bool, **arguments: Any) -> None:
         tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
         mocks = {name: MockTensor(value.dtype, value.shape) for name, value in tensors.items()}
         products = op.kernels.get(kernel.__name__, Products())
@@ -151,7 +154,7 @@ class Cost:
             (self.flash, MOST_OPERATIONS, "flash attention's operations"),
             (self.moved, MOST_BYTES, "the least bytes"),
         )
-        return [f"{ratio:.4f} of {name}" for ratio, most, name in goals if ratio > most]
+        return [f"{ratio:.4f} of {name}" for ratio, most, name in goals if ratio is not None and ratio > most]
 
 
 def cost(op: Example, shape: Shape) -> Cost:
@@ -165,5 +168,5 @@ def cost(op: Example, shape: Shape) -> Cost:
     rows, heads = sweep.rows(sizes), sweep.count(sizes) * sizes.H
     flash = heads * 2 * cdiv(rows, a["BM"]) * cdiv(sizes.T, a["BN"]) * 2 * a["BM"] * a["BN"] * a["BD"]
     least = heads * 2 * rows * (sizes.T + (sweep.products - 1) * sizes.N) * sizes.D  # the prefix starts the sum
-    operations = sum(launch.operations for launch in matrix)
+    operations = reduce(np.add, (launch.operations for launch in matrix))
     return Cost(moved, operations.mean() / flash, operations.max() / flash, operations.mean() / least)

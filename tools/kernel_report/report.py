@@ -114,8 +114,9 @@ def specialize(launch: Launch, target: str) -> Job:
     kernel, backend = launch.kernel, make_backend(TARGETS[target].gpu)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(**launch.arguments)
-    _, *parts = kernel._pack_args(backend, options, bound, specialization, options)
-    return Job(target, kernel.__module__, kernel.__name__, launch.products.tiles is not None, *parts, options)
+    _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+    counted = launch.products.tiles is not None
+    return Job(target, kernel.__module__, kernel.__name__, counted, signature, constants, attributes, options)
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _inspect(compiled: CompiledKernel, job: Job) -> Outcome:
     meta, multiplies = compiled.metadata, job.counted or "tt.dot" in compiled.asm["ttir"]
     if "amdgcn" in compiled.asm:
         code = compiled.asm["amdgcn"]
-        found = [int(re.search(rf"\.{key}:\s*(\d+)", code)[1]) for key in ("vgpr_count", "vgpr_spill_count")]
+        found = [int(re.findall(rf"\.{key}:\s*(\d+)", code)[0]) for key in ("vgpr_count", "vgpr_spill_count")]
         registers, spilled = found[0], 4 * found[1]
     else:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -154,7 +155,7 @@ def _inspect(compiled: CompiledKernel, job: Job) -> Outcome:
             file.flush()
             usage = _tool("cuobjdump", "-res-usage", file.name)
             code = _tool("nvdisasm", "--print-code", "--no-dataflow", file.name) if multiplies else ""
-        registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        registers, spilled = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
     tensor_cores, tensor_memory = len(TENSOR_CORES.findall(code)), getattr(meta, "tmem_size", None) or 0
     occupancy = TARGETS[job.target].occupancy(registers, meta.shared, meta.num_warps, tensor_memory)
     faults = {

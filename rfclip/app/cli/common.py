@@ -75,7 +75,7 @@ def clear_errors() -> Iterator[None]:
 def _warnings_to(show: Callable[[str], None]) -> Iterator[None]:
     shown: set[str] = set()
 
-    def line(message: Warning | str, category: type[Warning], *rest: object) -> None:
+    def line(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
         if category is UserWarning and str(message) not in shown:
             shown.add(str(message))
             show(f"[yellow]warning:[/] {escape(str(message))}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,6 +45,7 @@ def explain(
 
         found = _without_results(found, out, set(figures.CAPTIONS))
         clip, refocusing = common.load(model, pretrained, device, given, ["rf-clip"])
+        known: Any = clip.trained_on  # names, or None
         assert refocusing is not None
         refocusing = injection.injected(refocusing) if inject_distraction else refocusing
         profiles, done = [], []
@@ -60,7 +61,7 @@ def explain(
                             refocusing,
                             points=places or None,
                             layers=numbers,
-                            classes=classes or clip.trained_on,
+                            classes=classes or known,
                             backend=backend,
                             tokenizer=load_tokenizer(model),
                         )
@@ -80,10 +81,11 @@ def explain(
                 profiles.append(seen.before.profile)
                 done.append(folder)
         if len(done) > 1:
-            mean = figures.png(figures.draw_profile(sum(profiles) / len(profiles), refocusing.distraction_dims))
+            mean = sum(profiles[1:], profiles[0]) / len(profiles)
+            picture = figures.png(figures.draw_profile(mean, refocusing.distraction_dims))
             try:
                 common.check_new(out / "profile.png", overwrite)
-                write_whole({out / "profile.png": partial(_write_bytes, mean)})
+                write_whole({out / "profile.png": partial(_write_bytes, picture)})
             except (ValueError, OSError) as error:
                 failed.append((str(out / "profile.png"), str(error)))
     common.print_failed(failed)

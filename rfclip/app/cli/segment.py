@@ -65,7 +65,8 @@ def segment(
                 common.available(where.here)
                 with common.loading(model):
                     segmenter = stack.enter_context(job.segmenter(device=where.here))
-                record, stale = described(job, segmenter, named, threshold), []
+                record = described(job, segmenter, named, threshold)
+                stale: list[Path] = []
                 if format == "png":
                     tasks, skipped, clashing = plan_files(found, out, overwrite)
                     failed += clashing
