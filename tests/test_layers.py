@@ -10,16 +10,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # lowest first, as in docs/extending.md
     ("rfclip_kernels",),
-    ("rfclip", "rfclip.config", "rfclip.images", "rfclip.files", "rfclip.tiny"),
+    ("rfclip", "rfclip.config", "rfclip.images", "rfclip.files", "rfclip.outputs", "rfclip.tiny"),
     ("rfclip.datasets",),
     ("rfclip.ops", "rfclip.reference"),
     ("rfclip.towers",),
     ("rfclip.methods",),
-    ("rfclip.plugin", "rfclip.calibration", "rfclip.injection"),
+    ("rfclip.plugin", "rfclip.calibration", "rfclip.simulated_distraction"),
     ("rfclip.segment",),
     ("rfclip.explanation",),
     ("rfclip.scoring",),
-    ("rfclip.app", "rfclip.outputs", "rfclip.__main__"),
+    ("rfclip.app", "rfclip.__main__"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -20,16 +20,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from rfclip.app.outputs import described, save
+from rfclip.app.writer import described, save
 from rfclip.config import PRESETS, TINY, RefocusConfig
 from rfclip.explanation import explain, figures
 from rfclip.files import OUTPUTS
 from rfclip.images import to_rgb
-from rfclip.injection import inject_distraction, injected
 from rfclip.methods import METHODS, RF_CLIP, find_method
 from rfclip.segment.classes import ClassNames, parse_classes, split_classes
 from rfclip.segment.job import Job
 from rfclip.segment.result import Segmentation, palette
+from rfclip.simulated_distraction import inject_distraction, injected
 from rfclip.tiny.scenes import CLASSES, make_scene
 from rfclip.towers.loading import tiny_folder
 

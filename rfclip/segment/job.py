@@ -14,9 +14,9 @@ from torch import nn
 
 from rfclip import __version__
 from rfclip.config import TINY, RefocusConfig
-from rfclip.injection import inject_distraction
 from rfclip.methods import RF_CLIP, Protocol
 from rfclip.segment.segmenter import Segmenter
+from rfclip.simulated_distraction import inject_distraction
 from rfclip.towers.loading import absolute_names, load_model, load_tokenizer
 
 

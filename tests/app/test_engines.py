@@ -18,7 +18,7 @@ from miniatures import JOB, NAMES, halves, make, same, save_labels, save_picture
 from PIL import Image
 
 from rfclip.app import engines
-from rfclip.app.outputs import Writer, described, plan_files, plan_shards
+from rfclip.app.writer import Writer, described, plan_files, plan_shards
 from rfclip.datasets import find_dataset
 from rfclip.outputs import read_masks
 from rfclip.scoring.run import Run, Scorer

@@ -11,8 +11,8 @@ from torchvision.transforms.v2 import functional as TF
 import rfclip
 from rfclip.config import CHOICES
 from rfclip.images import to_rgb
-from rfclip.injection import INJECTED_DIMS, inject_distraction
 from rfclip.methods import METHODS
+from rfclip.simulated_distraction import INJECTED_DIMS, inject_distraction
 from rfclip.towers import read_tower
 from rfclip.towers.loading import tiny_folder
 

@@ -8,10 +8,10 @@ from miniatures import scores_of
 import rfclip
 from rfclip import RefocusConfig, Segmenter, reference
 from rfclip.datasets.scenes import Scenes
-from rfclip.injection import INJECTED_DIMS, inject_distraction
 from rfclip.scoring.metrics import confusion_matrix
 from rfclip.scoring.run import Scorer
 from rfclip.segment.job import Job
+from rfclip.simulated_distraction import INJECTED_DIMS, inject_distraction
 from rfclip.tiny.scenes import CLASSES, GROUNDS, OBJECTS, make_scene, sprites
 
 

@@ -22,10 +22,10 @@ import rfclip
 from rfclip.app.cli import app
 from rfclip.config import PRESETS, RefocusConfig
 from rfclip.datasets.scenes import Scenes
-from rfclip.injection import inject_distraction
 from rfclip.methods import METHODS
 from rfclip.scoring.run import Scorer
 from rfclip.segment.job import Job
+from rfclip.simulated_distraction import inject_distraction
 from rfclip.towers.loading import load_model, tiny_folder
 
 CONFIG = RefocusConfig(DIMS, tau=3.0)

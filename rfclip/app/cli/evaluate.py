@@ -205,7 +205,7 @@ def _open(name: str | None, **options: object) -> list[Dataset]:
 
 
 def _injected(config: RefocusConfig | None, share: float) -> RefocusConfig | None:
-    from rfclip.injection import injected
+    from rfclip.simulated_distraction import injected
 
     return injected(config) if config is not None and share else config
 

@@ -38,7 +38,7 @@ def explain(
         places, numbers = _places(points or []), _numbers(layers)
         common.check_folder(out)
         given = common.read_config(config)
-        from rfclip import injection
+        from rfclip import simulated_distraction
         from rfclip.explanation import explain as look
         from rfclip.explanation import figures
         from rfclip.towers.loading import load_tokenizer
@@ -47,14 +47,14 @@ def explain(
         clip, refocusing = common.load(model, pretrained, device, given, ["rf-clip"])
         known: Any = clip.trained_on  # names, or None
         assert refocusing is not None
-        refocusing = injection.injected(refocusing) if inject_distraction else refocusing
+        refocusing = simulated_distraction.injected(refocusing) if inject_distraction else refocusing
         profiles, done = [], []
         with common.progress() as progress:
             for file, result in progress.track(found, description="explaining"):
                 folder = out / result
                 try:
                     common.check_new(folder / "report.html", overwrite)
-                    with injection.inject_distraction(clip, inject_distraction):
+                    with simulated_distraction.inject_distraction(clip, inject_distraction):
                         seen = look(
                             clip,
                             file,

@@ -57,7 +57,7 @@ def segment(
         done, skipped, rate = 0, 0, _Rate()
         if found:
             from rfclip.app.engines import start
-            from rfclip.app.outputs import Writer, described, plan_files, plan_shards
+            from rfclip.app.writer import Writer, described, plan_files, plan_shards
             from rfclip.segment.job import Job
 
             job = Job(model, pretrained, refocusing, method, backend, device, precision, pamr=pamr)

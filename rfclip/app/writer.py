@@ -1,8 +1,6 @@
-"""What `rfclip segment` writes: three files per picture, or Parquet files with many pictures' run-length masks.
+"""Workers that segment pictures and write the results: three files per picture, or many masks per Parquet file.
 
-A row of a Parquet file is a picture: `image`, its path as given; `path`, the full path, which tells pictures apart;
-`width`, `height`, `seconds`; and the mask as runs in row-major order: `lengths` pixels have the label in `values`. The
-file's metadata "rfclip" is JSON that says what the labels mean and how they were made.
+`plan_files` and `plan_shards` divide the pictures into tasks, and a `Writer` does a task.
 """
 
 from __future__ import annotations
@@ -12,14 +10,11 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from rfclip.files import OUTPUTS, printable, write_whole
+from rfclip.outputs import encode, read_rows, shards, write_shard
 from rfclip.segment.classes import ClassNames
 from rfclip.segment.job import Job
 from rfclip.segment.result import Segmentation
@@ -135,7 +130,7 @@ def plan_shards(
         differing = [key for key in record if before.get(key) != record[key]]
         if differing:
             raise ValueError(f"{path} was made with other {', '.join(differing)}: another --out, or --overwrite")
-        done.update(row["path"] for row in _rows(path, ["path"]))
+        done.update(row["path"] for row in read_rows(path, ["path"]))
     todo = [picture for picture in (_picture(path) for path, _ in found) if printable(picture["path"]) not in done]
     size = min(max(SHARD[0], len(todo) // SHARD[1]), SHARD[1])
     tasks = []
@@ -159,77 +154,3 @@ def _is_record(record: Path, path: Path) -> bool:
         return json.loads(record.read_text("utf-8"))["path"] == printable(os.path.realpath(path))
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def encode(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """The runs of labels [H, W] in row-major order: `np.repeat(values, lengths).reshape(H, W)` restores them."""
-    flat = labels.ravel()
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(flat)) + 1])
-    return {"values": flat[starts], "lengths": np.diff(starts, append=flat.size)}
-
-
-def write_shard(path: Path, rows: list[dict], record: dict[str, object]) -> None:
-    """Write pictures' rows, and what their labels mean, to a Parquet file."""
-    pyarrow, parquet = _pyarrow()
-    columns = {"image": "string", "path": "string", "width": "int32", "height": "int32", "seconds": "float64"}
-    schema = pyarrow.schema(
-        [
-            *columns.items(),
-            ("values", pyarrow.list_(pyarrow.uint8())),
-            ("lengths", pyarrow.list_(pyarrow.uint32())),
-        ],
-        metadata={"rfclip": json.dumps(record)},
-    )
-    table = pyarrow.Table.from_pylist(rows, schema=schema)
-
-    def save(part: Path) -> None:
-        with part.open("wb") as file:  # pyarrow takes only UTF-8 paths
-            parquet.write_table(table, file)
-
-    write_whole({path: save})
-
-
-def shards(folder: Path) -> Iterator[tuple[Path, dict[str, object]]]:
-    """The Parquet files that `write_shard` wrote to a folder, and what their labels mean.
-
-    Raises:
-        ValueError: pyarrow is not installed, or a file of such a name is not one of these.
-    """
-    _, parquet = _pyarrow()
-    for path in sorted(folder.glob("masks-*.parquet")):
-        try:
-            with path.open("rb") as file:
-                record = dict(json.loads(parquet.read_schema(file).metadata[b"rfclip"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a file of masks that `rfclip segment` wrote: {error}") from error
-        yield path, record
-
-
-def read_masks(folder: Path | str) -> Iterator[tuple[str, np.ndarray]]:
-    """Every picture in a folder's Parquet files: its path as given, and its labels, uint8 [H, W].
-
-    Raises:
-        ValueError: as `shards`, or a file is damaged.
-    """
-    for path, _ in shards(Path(folder)):
-        for row in _rows(path, ["image", "height", "width", "values", "lengths"]):
-            labels = np.repeat(np.array(row["values"], np.uint8), row["lengths"])
-            yield row["image"], labels.reshape(row["height"], row["width"])
-
-
-def _rows(path: Path, columns: list[str]) -> list[dict]:
-    _, parquet = _pyarrow()
-    try:
-        with path.open("rb") as file:
-            return parquet.read_table(file, columns=columns).to_pylist()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def _pyarrow() -> tuple[ModuleType, ModuleType]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ValueError('--format parquet needs pyarrow: pip install "rfclip[parquet]"') from error
-    return pyarrow, parquet

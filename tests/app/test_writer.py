@@ -1,43 +1,12 @@
-"""Files of masks in Parquet."""
+"""Tasks for the workers that write Parquet files of masks."""
 
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from miniatures import JOB, NAMES, same
 
-from rfclip.app.outputs import Writer, described, encode, plan_shards, write_shard
+from rfclip.app.writer import Writer, described, plan_shards
 from rfclip.outputs import read_masks
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (7, 5)], ids=str)
-def test_runs_of_labels(tmp_path, shape):
-    """Against a loop, and through a file; labels that change often, seldom and never."""
-    pytest.importorskip("pyarrow")
-    rng = np.random.default_rng(0)
-    images = {}
-    for number, classes in enumerate((1, 2, 255)):
-        labels = rng.integers(0, classes, shape).astype(np.uint8)
-        labels[labels == classes // 2] = 255
-        runs = []
-        for value in labels.ravel().tolist():
-            if runs and runs[-1][0] == value:
-                runs[-1][1] += 1
-            else:
-                runs.append([value, 1])
-        found = encode(labels)
-        assert [list(pair) for pair in zip(found["values"].tolist(), found["lengths"].tolist(), strict=True)] == runs
-        row = {
-            "image": f"{number}.png",
-            "path": f"/{number}.png",
-            "height": shape[0],
-            "width": shape[1],
-            "seconds": 0.5,
-        } | found
-        images[row["image"]] = labels
-        write_shard(tmp_path / f"masks-{number}.parquet", [row], {"nothing": 255})
-    same(read_masks(tmp_path), images)
 
 
 def test_shards_that_are_there(tmp_path, pictures, segmenter, masks):
@@ -76,9 +45,3 @@ def test_a_file_that_is_no_shard(tmp_path, content):
         with pytest.raises(ValueError, match="masks-0.parquet is not a file of masks"):
             plan_shards([], tmp_path, {}, overwrite)
     assert path.exists()
-
-
-def test_without_pyarrow(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r'--format parquet needs pyarrow: pip install "rfclip\[parquet\]"'):
-        list(read_masks(tmp_path))
