@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.measure import DEVICE, DTYPE, alternate
-from bench.towers import MODEL, Case, TowerTime, config_for, pictures, plain, plain_name, planted, tower_operations
+from bench.towers import MODEL, Case, TowerTime, config_for, pictures, plain, plain_name, planted, tower_size
 from rfclip.methods import METHODS
 from rfclip.methods.base import Method
 from rfclip.towers import read_tower
@@ -41,13 +41,11 @@ def features(method: Method, images: Tensor) -> Callable[[], Tensor]:
 def time_methods(name: str, quick: bool) -> Iterator[TowerTime]:
     """Check every method at every size, and time those that are correct."""
     model = planted(name)
-    visual, proxy = model.visual, dino(small=quick)
+    proxy = dino(small=quick)
     backend = "triton" if DEVICE == "cuda" else "eager"
     for case in QUICK_CASES if quick else CASES:
         images = pictures(case)
-        grid = read_tower(model).grid(images)
-        tokens = grid[0] * grid[1] + 1
-        operations = tower_operations(tokens, visual.conv1.out_channels, len(visual.transformer.resblocks))
+        tokens, operations = tower_size(read_tower(model), images)
         runs, errors = {plain_name(model, case): plain(model, images)}, {}
         for method in METHODS:
             runs[method] = features(build(method, model, backend, proxy), images)

@@ -24,7 +24,7 @@ def sdpa_with_bias(i, grid):
     (gh, gw), bias = grid, i["bias"]
     row, column = torch.arange(gh * gw, device=DEVICE) // gw, torch.arange(gh * gw, device=DEVICE) % gw
     matrix = bias[row[:, None] - row + gh - 1, column[:, None] - column + gw - 1]
-    matrix = F.pad(matrix, (1, 0, 1, 0)).to(DTYPE)
+    matrix = F.pad(matrix, (i["prefix"], 0, i["prefix"], 0)).to(DTYPE)
     return lambda: F.scaled_dot_product_attention(i["u"], i["u"], i["v"], attn_mask=matrix)
 
 
@@ -34,21 +34,21 @@ def flex(i, grid, score_mod=None):
 
 
 def flex_with_bias(i, grid):
-    (gh, gw), bias = grid, i["bias"]
+    (gh, gw), bias, prefix = grid, i["bias"], i["prefix"]
 
     def offset_bias(score, batch, head, query, key):
-        a, b = (query - 1).clamp(min=0), (key - 1).clamp(min=0)
+        a, b = (query - prefix).clamp(min=0), (key - prefix).clamp(min=0)
         added = bias[a // gw - b // gw + gh - 1, a % gw - b % gw + gw - 1]
-        return score + torch.where((query > 0) & (key > 0), added, 0.0)
+        return score + torch.where((query >= prefix) & (key >= prefix), added, 0.0)
 
     return flex(i, grid, offset_bias)
 
 
 def sdpa_layers(i, grid):
-    keys, v = i["keys"], i["v"]
-    patches_only = torch.cat([torch.zeros_like(v[:, :, :1]), v[:, :, 1:]], dim=2)
+    keys, v, prefix = i["keys"], i["v"], i["prefix"]
+    patches_only = torch.cat([torch.zeros_like(v[:, :, :prefix]), v[:, :, prefix:]], dim=2)
     sweeps = lambda: sum(F.scaled_dot_product_attention(k, k, patches_only) for k in keys) / len(keys)  # noqa: E731
-    return lambda: sweeps()[:, :, 1:]
+    return lambda: sweeps()[:, :, prefix:]
 
 
 # What PyTorch itself has for the same result, or for plain attention of the same sizes.

@@ -21,7 +21,7 @@ import rfclip
 from bench.measure import DEVICE, DTYPE, DTYPE_NAME, alternate, captured, in_fresh_process, peak_bytes
 from rfclip.ops.eager import KeyAverage
 from rfclip.plugin import installed
-from rfclip.towers import read_tower
+from rfclip.towers import Tower, read_tower
 
 MODEL = "ViT-B-16"
 CONFIG = rfclip.RefocusConfig.preset("ViT-B-16", "openai")
@@ -258,21 +258,21 @@ def check(model: nn.Module, images: Tensor, case: Case) -> tuple[float | None, s
     return error, f"{share}; {100 * differing:.2g} % of the masks differ from the reference's"
 
 
-def tower_operations(tokens: int, width: int, layers: int, patch: int = 16) -> float:
-    """Floating-point operations of a plain image tower for one image: matrix products, without the readout."""
-    return layers * (24.0 * tokens * width**2 + 4.0 * tokens**2 * width) + 6.0 * (tokens - 1) * patch**2 * width
+def tower_size(tower: Tower, images: Tensor) -> tuple[int, float]:
+    """Tokens T of one image, and the floating-point operations of the plain tower's matrix products, less the readout."""
+    gh, gw = tower.grid(images)
+    tokens, width = gh * gw + tower.prefix, tower.width
+    blocks = len(tower.blocks) * (24.0 * tokens * width**2 + 4.0 * tokens**2 * width)
+    return tokens, blocks + 2.0 * gh * gw * tower.conv.weight.numel()
 
 
 @torch.inference_mode()
 def time_towers(name: str, cases: Iterable[Case]) -> Iterator[TowerTime]:
     """Check each case before timing it."""
     model = planted(name)
-    visual = model.visual
     for case in cases:
         images = pictures(case)
-        tokens = read_tower(model).grid(images)
-        tokens = tokens[0] * tokens[1] + 1
-        operations = tower_operations(tokens, visual.conv1.out_channels, len(visual.transformer.resblocks))
+        tokens, operations = tower_size(read_tower(model), images)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=case.bf16):
             try:
                 error, note = check(model, images, case)

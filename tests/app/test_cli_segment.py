@@ -220,7 +220,7 @@ def test_existing_results_stay(pictures):
 
 
 @pytest.mark.parametrize("kept", sorted(results("picture")))
-def test_any_existing_file_stays_and_is_told(folder, kept):
+def test_any_existing_file_stays_and_is_reported(folder, kept):
     """Somebody else's file, or one of three that a killed command left behind."""
     scene(1).save("picture.png")
     (folder / "rfclip-out").mkdir()

@@ -162,7 +162,7 @@ def test_errors_of_workers_come_back(tmp_path, ray):
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
-def test_a_killed_run_goes_on(tmp_path, request, engine):
+def test_a_killed_command_resumes(tmp_path, request, engine):
     """The whole command is killed after its first results, and run once more."""
     folder, rng = tmp_path / "data/VOCdevkit/VOC2012", np.random.default_rng(0)
     for number in range(20):

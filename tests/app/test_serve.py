@@ -239,7 +239,7 @@ def test_class_lists(page, classes, said):
 
 
 def test_a_model_that_cannot_be_had(page):
-    """Offline, the other models say how to get them; the page goes on with the one in the package."""
+    """Offline, the other models say how to get them; the page keeps the bundled one."""
     upload(page, SCENE)
     page.get_by_label("Model").click()
     page.get_by_role("option", name="ViT-B-16, openai").click()

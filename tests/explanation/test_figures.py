@@ -130,7 +130,7 @@ def test_names_of_files(tmp_path):
     assert len(list(out.glob("*/report.html"))) == 3
 
 
-def test_earlier_results_are_passed_over(tmp_path):
+def test_earlier_outputs_are_skipped(tmp_path):
     """Figures of earlier runs do not count as pictures; a profile of other pictures is only replaced on demand."""
     for name in ("one.png", "two.png", "three.png", "maps.png"):
         (tmp_path / name).write_bytes((tiny_folder() / "scene.png").read_bytes())

@@ -141,7 +141,7 @@ def test_the_image_embedding_of_the_released_code():
     assert relative_error(got, want) < 1e-12
 
 
-def test_methods_are_told_apart():
+def test_methods_differ():
     model, images = tower(), pictures(height=56, width=56)
     found = {name: features(name, model, images) for name in METHODS if name != "proxyclip"}
     for name, one in found.items():

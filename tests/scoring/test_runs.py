@@ -30,7 +30,7 @@ def test_background_is_what_no_class_is_sure_of(tmp_path):
     assert (predicted.labels == 0).all()
 
 
-def test_a_stopped_run_goes_on(tmp_path):
+def test_an_interrupted_run_resumes(tmp_path):
     root = make(tmp_path / "data", "ade20k")
     whole = score(root, "ade20k", tmp_path / "whole")
     stopped = Reader(fail_at=1)
@@ -65,7 +65,7 @@ def test_a_run_of_other_settings_is_refused(tmp_path):
             open_run(root, "ade20k", tmp_path / "run", pamr=True).__enter__()
 
 
-def test_what_a_kill_leaves_is_gone_on_with(tmp_path):
+def test_a_killed_run_resumes(tmp_path):
     """Killed in the middle of the first file, and of starting anew."""
     root = make(tmp_path / "data", "ade20k")
     (tmp_path / "new").mkdir()

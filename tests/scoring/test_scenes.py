@@ -108,7 +108,7 @@ def test_injection_makes_distraction_tokens_and_leaves_no_trace():
     assert not torch.allclose(before, during, atol=1e-2)
 
 
-def test_refocusing_wins_back_what_injection_costs():
+def test_refocusing_recovers_what_injection_costs():
     model = rfclip.load_model()
     scenes = [make_scene((1, 0, number)) for number in range(6)]
 

@@ -39,7 +39,7 @@ def test_output_tokens(config):
     assert differs(tokens, plain[1]) == (config is DEFAULT)
 
 
-def test_text_and_logits_go_on(model):
+def test_text_and_logits_still_work(model):
     text = torch.randint(1, 31, (2, 8), generator=torch.Generator().manual_seed(1))
     images, want = pictures(), model.encode_text(text)
     with rfclip.refocus(model, DEFAULT):
