@@ -259,7 +259,7 @@ def check(model: nn.Module, images: Tensor, case: Case) -> tuple[float | None, s
 
 
 def tower_size(tower: Tower, images: Tensor) -> tuple[int, float]:
-    """Tokens T of one image, and the floating-point operations of the plain tower's matrix products, less the readout."""
+    """Tokens T of an image, and the floating-point operations of the plain tower's matrix products but the readout."""
     gh, gw = tower.grid(images)
     tokens, width = gh * gw + tower.prefix, tower.width
     blocks = len(tower.blocks) * (24.0 * tokens * width**2 + 4.0 * tokens**2 * width)
