@@ -160,7 +160,7 @@ class RefocusConfig:
         Raises:
             ValueError: for any other checkpoint, which must be calibrated.
         """
-        key = (_plain_name(name), pretrained.lower() if pretrained else None)
+        key = (plain_name(name), pretrained.lower() if pretrained else None)
         if key not in PRESETS:
             known = ", ".join(f"{model} with {weights!r}" if weights else model for model, weights in PRESETS)
             raise ValueError(
@@ -171,9 +171,14 @@ class RefocusConfig:
         return PRESETS[key]
 
 
-def _plain_name(name: str) -> str:
-    """open_clip's spelling of a model's name, without the suffix that only selects the activation."""
-    return name if ":" in name else name.replace("/", "-").removesuffix("-quickgelu")
+def canonical_name(name: str) -> str:
+    """A model's name as its library lists it: ViT-B/16 is ViT-B-16."""
+    return name if ":" in name else name.replace("/", "-")
+
+
+def plain_name(name: str) -> str:
+    """The canonical name of a model without the suffix that only selects the activation."""
+    return name if ":" in name else canonical_name(name).removesuffix("-quickgelu")
 
 
 def _whole_numbers(name: str, values: object, least: int) -> tuple[int, ...]:

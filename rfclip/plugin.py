@@ -43,13 +43,14 @@ class Handle:
         self.remove()
 
 
-def installed(model: nn.Module) -> Method | None:
-    """The method that refocuses a model; None for a plain one.
+def installed(model: nn.Module | Tower) -> Method | None:
+    """The method that refocuses a model, or the model of a tower; None for a plain one.
 
     Raises:
         ValueError: the model has no tower of standard blocks.
     """
-    present = vars(read_tower(model).module).get("forward")
+    tower = model if isinstance(model, Tower) else read_tower(model)
+    present = vars(tower.module).get("forward")
     return present if isinstance(present, Method) else None
 
 
@@ -142,5 +143,6 @@ def dense_features(model: nn.Module, images: Tensor) -> Tensor:
     Raises:
         ValueError: the tower is of another kind, or the images are of another shape.
     """
-    method = installed(model) or METHODS["clip"](read_tower(model), None, "reference")
+    tower = read_tower(model)
+    method = installed(tower) or METHODS["clip"](tower, None, "reference")
     return method.dense(method.tower.patches(images), images)

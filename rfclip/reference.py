@@ -3,8 +3,19 @@
 The contracts are those of `rfclip_kernels.operations.Operations`; the code that runs is in `rfclip.ops.reference`.
 """
 
+from typing import Any
+
 from rfclip.ops.dispatch import backend
 from rfclip_kernels.operations import OPERATIONS
 
 __all__ = list(OPERATIONS)
-globals().update({name: getattr(backend("reference"), name) for name in OPERATIONS})
+
+
+def __getattr__(name: str) -> Any:
+    if name not in OPERATIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(backend("reference"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

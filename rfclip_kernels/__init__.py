@@ -7,6 +7,7 @@ that this package also imports where Triton is missing.
 
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 from rfclip_kernels.operations import Operations
 from rfclip_kernels.registry import KERNELS
@@ -26,7 +27,7 @@ def _operations() -> Operations:
     return Operations(launchers())
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name not in KERNELS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(_operations(), name)

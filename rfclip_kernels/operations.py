@@ -10,6 +10,7 @@ authors released, [D] a decision of this project where neither says. Steps are n
 """
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -493,13 +494,13 @@ class Operations:
         """
         sizes = tensor_sizes("image", image, "B CI H W")
         tensor_sizes("mask", mask, "B C H W", sizes)
-        checks.integer("iterations", iterations, 0)
-        whole = isinstance(dilations, Sequence) and all(isinstance(d, int) and d >= 1 for d in dilations)
+        iterations = checks.integer("iterations", iterations, 0)
+        whole = isinstance(dilations, Sequence) and all(isinstance(d, Integral) and d >= 1 for d in dilations)
         if not whole or not dilations:
             raise ValueError(
                 f"dilations must be a sequence of integers of at least 1, and not empty, got {dilations!r}"
             )
-        return self._run["pamr"](image, mask, iterations, list(dilations))
+        return self._run["pamr"](image, mask, iterations, [int(d) for d in dilations])
 
 
 OPERATIONS = tuple(name for name in vars(Operations) if not name.startswith("_"))

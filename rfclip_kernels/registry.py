@@ -92,7 +92,7 @@ class Sizes:
         return x
 
     def mask(self, every: int) -> Tensor:
-        """bool [B, N], True at every so many of the patches, from another one in each image."""
+        """bool [B, N], True at every `every`-th patch, at another offset in each image."""
         if self.seed is None:
             return torch.empty((self.B, self.N), dtype=torch.bool, device=self.device)
         patch = torch.arange(self.N, device=self.device) + torch.arange(self.B, device=self.device)[:, None]

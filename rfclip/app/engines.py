@@ -68,9 +68,10 @@ class RayEngine(Engine):
             raise ValueError(f"Ray could not continue: {error}") from error
 
 
-@contextlib.contextmanager
-def start(name: str = "local", workers: int | None = None, device: str = "cpu") -> Iterator[Engine]:
-    """An engine.
+def start(
+    name: str = "local", workers: int | None = None, device: str = "cpu"
+) -> contextlib.AbstractContextManager[Engine]:
+    """An engine, for a `with` statement; arguments are checked at once.
 
     Args:
         name: "local", or "ray": the Ray cluster that this process finds, or else a local one.
@@ -85,10 +86,14 @@ def start(name: str = "local", workers: int | None = None, device: str = "cpu") 
     if workers is not None and (name == "local" or workers < 1):
         raise ValueError(f"--workers {workers}: expected at least 1, with --engine ray")
     if name == "local":
-        yield Engine(device)
-        return
+        return contextlib.nullcontext(Engine(device))
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device {device}: --engine ray takes cpu or cuda; Ray decides which GPU a worker gets")
+    return _on_ray(workers, device)
+
+
+@contextlib.contextmanager
+def _on_ray(workers: int | None, device: str) -> Iterator[Engine]:
     # Unless the user says otherwise, no usage statistics are sent, and a warning about the arguments of actors is
     # hidden, which does not apply while this process lives.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

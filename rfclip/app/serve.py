@@ -246,7 +246,7 @@ def _read(file: str) -> Image.Image:
         raise ValueError(str(error).replace(file, Path(file).name)) from error
     if max(rgb.size) > ASPECT_LIMIT * min(rgb.size):
         raise ValueError(
-            f"a strip of {rgb.width} x {rgb.height} pixels: at most {ASPECT_LIMIT} times as long as wide here"
+            f"a strip of {rgb.width} x {rgb.height} pixels: at most {ASPECT_LIMIT} times as long as it is wide"
         )
     return rgb
 

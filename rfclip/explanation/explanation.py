@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 from rfclip.config import PLAIN, RefocusConfig
 from rfclip.images import ImageLike, to_rgb
 from rfclip.methods import METHODS, RF_CLIP
-from rfclip.methods.rf_clip import RFCLIP
+from rfclip.methods.rf_clip import RFCLIP, Observed
 from rfclip.ops import operations
 from rfclip.ops.numerics import matmul
 from rfclip.ops.reference import attention_sets, move_attention
@@ -130,7 +130,7 @@ def explain(
     tower, rgb = read_tower(model), to_rgb(image)
     config = checked_config(model, tower, config)
     tower.check_eval()
-    if installed(model) is not None:
+    if installed(tower) is not None:
         raise RuntimeError(
             "this model is already refocused: undo that first (handle.remove()); explain refocuses it on its own"
         )
@@ -211,16 +211,8 @@ class _Watched(RFCLIP):
         weights, received, pointed, profile = (np.stack(values) for values in zip(*self._views, strict=True))
         return View(weights, received, pointed, self._attention, profile.mean(axis=0))
 
-    def observe(
-        self,
-        number: int,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        distraction: Tensor | None,
-        fiedler: Tensor | None,
-        target: Tensor | None,
-    ) -> None:
+    def observe(self, seen: Observed) -> None:
+        number, x, q, k, distraction, fiedler, target = seen
         prefix, T = self.tower.prefix, x.shape[1]
         patches, N = x[:, prefix:], T - prefix
         nobody = torch.zeros(1, T, dtype=torch.bool, device=x.device)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from rfclip.config import PLAIN, RefocusConfig
-from rfclip.datasets import find_dataset
+from rfclip.datasets import check_dataset
 
 if TYPE_CHECKING:
     from rfclip.methods.base import Method
@@ -41,7 +41,7 @@ class Protocol:
 
     def __post_init__(self) -> None:
         for name in self.datasets:
-            find_dataset(name)
+            check_dataset(name)
 
     def on(self, dataset: str) -> Protocol:
         """What applies to a dataset.
@@ -49,7 +49,7 @@ class Protocol:
         Raises:
             ValueError: there is no such dataset.
         """
-        find_dataset(dataset)
+        check_dataset(dataset)
         return replace(self, **self.datasets.get(dataset, {}))
 
 
@@ -81,8 +81,7 @@ class MethodCard:
 
     def load(self) -> type[Method]:
         """The class."""
-        module, _, name = self.target.partition(":")
-        return getattr(import_module(f"rfclip.methods.{module}"), name)
+        return resolve_name(f"rfclip.methods.{self.target}")
 
     def __call__(self, tower: Tower, config: RefocusConfig | None, backend: str, **options: Any) -> Method:
         """The method on a tower. A config goes with `configured` methods only; options are the class's own."""

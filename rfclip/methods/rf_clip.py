@@ -6,6 +6,8 @@ all blocks' SS(k).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,18 @@ from rfclip.config import RefocusConfig
 from rfclip.methods.base import QKV, Method
 from rfclip.ops.key_average import KeyAverage
 from rfclip.towers import Block
+
+
+class Observed(NamedTuple):
+    """A block's number, from 1, its repaired input, queries and keys, and what was found there."""
+
+    number: int
+    x: Tensor
+    q: Tensor
+    k: Tensor
+    distraction: Tensor | None
+    fiedler: Tensor | None
+    target: Tensor | None
 
 
 class RFCLIP(Method):
@@ -25,7 +39,7 @@ class RFCLIP(Method):
         """With every block refocused; the last one then runs unchanged."""
         x, distraction, _ = self._run(patches)
         q, k, v = self.tower.blocks[-1].query_key_value(x)
-        self.observe(len(self.tower.blocks), x, q, k, distraction, None, None)
+        self.observe(Observed(len(self.tower.blocks), x, q, k, distraction, None, None))
         return x, (q, k, v)
 
     def tokens(self, patches: Tensor) -> Tensor:
@@ -91,7 +105,8 @@ class RFCLIP(Method):
                     fiedler = ops.fiedler_vector(similarity, fiedler)
                 target = self._target(distraction, fiedler)
                 attended = ops.refocused_attention(q, k, v, distraction, target, config.beta, prefix=prefix)
-            self.observe(number, x, q, k, distraction, fiedler if cut and target is not None else None, target)
+            seen = Observed(number, x, q, k, distraction, fiedler if cut and target is not None else None, target)
+            self.observe(seen)
             x = block.finish(x, attended)
         return x, distraction, average
 
@@ -141,17 +156,8 @@ class RFCLIP(Method):
         patches = torch.zeros_like(distraction) if target == "cls" else ~distraction
         return F.pad(patches, (prefix, 0), value=True)
 
-    def observe(
-        self,
-        number: int,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        distraction: Tensor | None,
-        fiedler: Tensor | None,
-        target: Tensor | None,
-    ) -> None:
-        """Called with a block's repaired input and what was found there; explanations override it.
+    def observe(self, seen: Observed) -> None:
+        """Called once for a block; explanations override it.
 
         This happens to every block except a last one whose attention a proxy replaces.
         """

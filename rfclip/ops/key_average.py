@@ -32,12 +32,11 @@ class KeyAverage:
         self.similarity: Tensor | None = None
         self.count = 0
         self._keys: Tensor | None = None
-        self._kept = 0
 
     @property
     def keys(self) -> Tensor:
         assert self._keys is not None
-        return self._keys[: self._kept]
+        return self._keys[: len(self._keys) + self.count - self.layers]
 
     def add(self, k: Tensor) -> None:
         """Add the keys of the next layer, [B, H, T, D]."""
@@ -48,8 +47,7 @@ class KeyAverage:
         if self.gathers:
             if self._keys is None:
                 self._keys = k.new_empty((self.layers - self.count, *k.shape))
-            self._keys[self._kept] = k
-            self._kept += 1
+            self._keys[self.count - self.layers] = k  # counted from the end: the first layers need not be kept
         self.count += 1
 
     def gather(self, v: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from rfclip.datasets import Dataset
+from rfclip.config import plain_name
+from rfclip.datasets.base import Dataset
 from rfclip.files import printable, write_whole
 from rfclip.methods import RF_CLIP
 from rfclip.scoring.metrics import Scores
@@ -61,7 +62,7 @@ class Row:
 
 def paper_figure(dataset: type[Dataset] | Dataset, model: str, method: str, comparable: bool) -> float | None:
     """RF-CLIP's mIoU in percent from the paper's table 2, where it can be compared."""
-    known = dataset.paper.get(model.replace("/", "-").removesuffix("-quickgelu"))
+    known = dataset.paper.get(plain_name(model))
     return known if comparable and method == RF_CLIP else None
 
 

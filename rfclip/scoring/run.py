@@ -23,8 +23,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from torch import nn
 
-from rfclip.datasets import Dataset
-from rfclip.datasets.base import Item
+from rfclip.datasets.base import Dataset, Item
 from rfclip.files import write_whole
 from rfclip.images import to_rgb
 from rfclip.methods import find_method

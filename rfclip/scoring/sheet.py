@@ -10,8 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from rfclip.datasets import Dataset
-from rfclip.datasets.base import IGNORED, Item
+from rfclip.datasets.base import IGNORED, Dataset, Item
 from rfclip.scoring.metrics import confusion_matrix, mean_iou
 from rfclip.scoring.run import Scorer
 from rfclip.segment.result import palette

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from rfclip import __version__
-from rfclip.config import TINY, RefocusConfig
+from rfclip.config import TINY, RefocusConfig, canonical_name
 from rfclip.methods import RF_CLIP, Protocol
 from rfclip.segment.segmenter import Segmenter
 from rfclip.simulated_distraction import inject_distraction
@@ -47,7 +47,7 @@ class Job:
     def __str__(self) -> str:
         return ", ".join(filter(None, self.shown))
 
-    def load(self, device: str | None = None) -> nn.Module:
+    def load(self, device: str | None = None) -> Any:
         """The model, on the job's device or on another."""
         return load_model(self.model, self.pretrained, device=device or self.device, precision=self.precision)
 
@@ -93,7 +93,7 @@ class Job:
         """What a result depends on; `weights` is the segmenter's digest if that is known."""
         windows = segmenter.windows
         return {
-            "model": self.model,
+            "model": canonical_name(self.model),
             "pretrained": self.pretrained,
             "weights": weights or segmenter.digest(),
             "method": segmenter.method,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from rfclip.config import TINY, RefocusConfig
+from rfclip.config import TINY, RefocusConfig, canonical_name
 from rfclip.images import ImageLike, to_rgb
 from rfclip.methods import RF_CLIP, Protocol, find_method
 from rfclip.plugin import installed, refocus
@@ -21,7 +21,7 @@ from rfclip.segment.result import Segmentation
 from rfclip.segment.text import TextEmbeddings, digest
 from rfclip.segment.windows import Windows
 from rfclip.towers import Tower, read_tower
-from rfclip.towers.loading import canonical_name, check_model, load_model, load_tokenizer
+from rfclip.towers.loading import check_model, load_model, load_tokenizer
 
 
 class Segmenter:
@@ -93,7 +93,7 @@ class Segmenter:
         self._text = TextEmbeddings(
             self.model, self.tower, tokenizer or _clip_tokenizer(self.name, self.model, self.tower), templates, cache
         )
-        present = installed(self.model)
+        present = installed(self.tower)
         if present is not None and (config is not None or method is not None):
             raise ValueError("config, method: this model is already refocused, with its own")
         card = present.card if present else find_method(method or RF_CLIP)
@@ -104,7 +104,7 @@ class Segmenter:
         self.batch, self.memory_limit = batch, memory_limit
         self.logit_scale = protocol.logit_scale if logit_scale is None else logit_scale
         self._handle = None if present else refocus(self.model, config, method=card.name, backend=backend)
-        running = installed(self.model)
+        running = installed(self.tower)
         assert running is not None
         self._method = running
 
@@ -175,7 +175,7 @@ class Segmenter:
 
         A name may stand in several classes: those have the same score for it, and the first of them wins.
         """
-        if installed(self.model) is not self._method:
+        if installed(self.tower) is not self._method:
             raise RuntimeError("this segmenter is closed, or its model was restored: make another Segmenter")
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold!r}: expected a probability, from 0 to 1")

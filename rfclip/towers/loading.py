@@ -9,9 +9,9 @@ from typing import Any
 
 import open_clip
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rfclip.config import TINY, RefocusConfig
+from rfclip.config import TINY, RefocusConfig, canonical_name
 from rfclip.tiny.scenes import CLASSES
 from rfclip.towers import FAMILIES, Tower
 
@@ -27,7 +27,7 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     precision: str = "fp32",
-) -> nn.Module:
+) -> Any:
     """A CLIP in eval mode that knows its refocusing config, if one is known.
 
     Args:
@@ -39,14 +39,14 @@ def load_model(
         precision: "fp32", "bf16" or "fp16".
 
     Returns:
-        The model, with `refocus_config` (a `RefocusConfig`, or None if the dimensions are not known) and `trained_on`
-        (the class names that rfclip-tiny knows; None for others).
+        The model, of its library's own class, with `refocus_config` (a `RefocusConfig`, or None if the dimensions are
+        not known) and `trained_on` (the class names that rfclip-tiny knows; None for others).
 
     Raises:
         ValueError: there is no such model or tag, or the weights are missing or not safetensors.
         ConnectionError: the weights could not be downloaded.
     """
-    model: Any  # also holds what is set below
+    model: Any
     name = canonical_name(name)
     if name == TINY:
         if pretrained is not None:
@@ -74,11 +74,6 @@ def load_tokenizer(name: str = TINY) -> Callable[[list[str]], Tensor] | None:
 def check_model(name: str, pretrained: str | None) -> None:
     """Raise ValueError if a model or its weights cannot be used, before anything is built or downloaded."""
     _family(name).check_name(name, pretrained)
-
-
-def canonical_name(name: str) -> str:
-    """A model's name as its library lists it: ViT-B/16 is ViT-B-16."""
-    return name if ":" in name else name.replace("/", "-")
 
 
 def absolute_names(name: str, pretrained: str | None) -> tuple[str, str | None]:

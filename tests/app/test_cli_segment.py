@@ -319,7 +319,7 @@ ERRORS = {
     "config-unknown-key": (["--config", "unknown.json"], ["unknown.json", "taw", "known:", "tau_attn"]),
     "config-binary": (["--config", "picture.png"], ["--config picture.png"]),
     "config-of-another-model": (["--config", "wide.json"], ["distraction_dims [5000]"]),
-    "out-is-a-file": (["--out", "picture.png"], ["picture.png"]),
+    "out-is-a-file": (["--out", "picture.png"], ["--out picture.png", "expected a folder"]),
     "model": (["--model", "ViT-Z-99", "--pretrained", "openai"], ["'ViT-Z-99'", "rfclip models"]),
     "tag": (["--model", "ViT-B-16", "--pretrained", "mine"], ["'mine'", "openai, "]),
     "no-tag": (["--model", "ViT-B-16"], ["needs pretrained weights", "openai, "]),

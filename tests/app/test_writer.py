@@ -25,6 +25,8 @@ def test_shards_that_are_there(tmp_path, pictures, segmenter, masks):
     assert plan_shards(pictures, tmp_path, record, False) == ([], 18, [])
     with pytest.raises(ValueError, match="other threshold, pamr: another --out, or --overwrite"):
         plan_shards(pictures, tmp_path, record | {"pamr": True, "threshold": 0.5}, False)
+    later = record | {"setting": "of a later version"}
+    assert plan_shards(pictures, tmp_path, later, False) == ([], 18, [])  # what an old file does not say is not held
     before = sorted(tmp_path.iterdir())
     (task,), skipped, stale = plan_shards(pictures[:8], tmp_path, record | {"pamr": True}, True)
     assert skipped == 0 and sorted([*stale, Path(task["shard"])]) == before  # the rewritten one may stay

@@ -1,5 +1,6 @@
 """From the logits of windows to the classes of pixels, and their refinement, against brute force."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,7 @@ def test_the_lowest_of_equal_classes_wins(impl):
 
 @dtypes()
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (7, 1), (5, 8)], ids=str)
-@pytest.mark.parametrize("dilations", [(1,), (2, 1), (1, 8, 16)], ids=str)
+@pytest.mark.parametrize("dilations", [(1,), (2, 1), (1, 8, 16), (np.int64(2),)], ids=str)
 def test_pamr(impl, size, dilations, dtype):
     image, mask = rand(2, 3, *size, seed=11).to(dtype), rand(2, 2, *size, seed=12).to(dtype)
     for iterations in (0, 1, 3):

@@ -11,7 +11,7 @@ from miniatures import make
 from PIL import Image
 
 import rfclip.methods
-from rfclip.datasets import DATASETS, PAPER
+from rfclip.datasets import find_dataset, in_paper
 from rfclip.segment import job
 from rfclip.segment.segmenter import Segmenter
 from rfclip.tiny.scenes import CLASSES
@@ -105,7 +105,7 @@ def test_evaluate_with_wrong_arguments(folder, arguments, words):
 def test_evaluate_all(tmp_path, monkeypatch):
     """All eight of them on the shipped model, which knows hardly any of their classes."""
     monkeypatch.chdir(tmp_path)
-    for name in PAPER:
+    for name in in_paper():
         if name not in ("voc20", "context59"):
             make(Path("data"), name)
     one_prompt = partial(Segmenter, templates=[lambda name: f"a {name}."])
@@ -113,9 +113,9 @@ def test_evaluate_all(tmp_path, monkeypatch):
     result = run("evaluate", "--all", "--root", "data", "--limit", 1, "--batch", 4)
     assert result.exit_code == 0, result.output
     rows = Path("rfclip-runs/table.md").read_text().splitlines()
-    titles = [DATASETS[name].title for name in PAPER]
+    titles = [find_dataset(name).title for name in in_paper()]
     assert [row.split("|")[2].strip() for row in rows[4:]] == [*titles, "mean"]
-    for name in PAPER:
+    for name in in_paper():
         assert json.loads(Path("rfclip-runs", name, "result.json").read_text())["images"] == 1
 
 
@@ -142,6 +142,7 @@ def test_evaluate_several_methods(tmp_path, monkeypatch):
     [
         ([], "--all"),
         (["voc21", "--all"], "--all"),
+        (["--all", "--root", ".", "--sheet", "sheet.png"], "--sheet shows one dataset"),
         (["photos"], "expected one of scenes, voc21"),
         (["scenes", "--count", 0], "--count"),
         (["scenes", "--count", -3], "--count"),

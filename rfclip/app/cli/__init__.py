@@ -1,4 +1,7 @@
-"""The `rfclip` command, one file per group of commands. PyTorch is imported only once arguments have been checked."""
+"""The `rfclip` command, one file per group of commands.
+
+PyTorch is imported only once the arguments that can be checked without it have been.
+"""
 
 from __future__ import annotations
 

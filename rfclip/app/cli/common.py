@@ -22,7 +22,6 @@ from rfclip.files import OUTPUTS
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 out_console = Console()
 console = Console(stderr=True)
@@ -216,18 +215,18 @@ def method_names(given: str) -> list[str]:
 
 def load(
     model: str, pretrained: str | None, device: str, given: RefocusConfig | None, methods: list[str]
-) -> tuple[nn.Module, RefocusConfig | None]:
+) -> tuple[Any, RefocusConfig | None]:
     """A model, and the settings for those of the methods that have any: those given, the model's own, or a preset's."""
     from rfclip.methods import find_method
 
     read = any(find_method(name).configured for name in methods)
     if given is not None and not read:
-        raise ValueError(f"--config: {', '.join(methods)} has nothing to configure; leave it out")
+        have = "has" if len(methods) == 1 else "have"
+        raise ValueError(f"--config: {', '.join(methods)} {have} nothing to configure; leave it out")
     from rfclip.towers.loading import load_model
 
     with loading(model):
         clip = load_model(model, pretrained, device=available(device))
     if not read:
         return clip, None
-    own: Any = clip.refocus_config
-    return clip, given or own or RefocusConfig.preset(model, pretrained)
+    return clip, given or clip.refocus_config or RefocusConfig.preset(model, pretrained)

@@ -14,14 +14,14 @@ from rich.table import Table
 
 from rfclip.app.cli import common
 from rfclip.config import TINY, RefocusConfig
+from rfclip.datasets import DATASETS
 from rfclip.files import write_whole
 
 if TYPE_CHECKING:
     from torch import nn
 
     from rfclip.app.engines import Engine
-    from rfclip.datasets import Dataset
-    from rfclip.datasets.base import Item
+    from rfclip.datasets.base import Dataset, Item
     from rfclip.scoring.metrics import Scores
     from rfclip.scoring.report import Row
     from rfclip.scoring.run import Scorer
@@ -50,10 +50,7 @@ Methods = Annotated[
 def evaluate(
     dataset: Annotated[
         str | None,
-        typer.Argument(
-            metavar="NAME",
-            help="scenes, voc21, voc20, context60, context59, coco_stuff, coco_object, cityscapes or ade20k.",
-        ),
+        typer.Argument(metavar="NAME", help=f"One of {', '.join(DATASETS)}."),
     ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="The eight datasets of the paper's table 2, beside its figures.")
@@ -83,13 +80,18 @@ def evaluate(
     with common.clear_errors():
         if every == (dataset is not None):
             raise ValueError("give one dataset's NAME, or --all")
+        if every and sheet is not None:
+            raise ValueError("--sheet shows one dataset: give its NAME in place of --all")
         common.check_new(sheet, overwrite)
+        common.check_folder(out or RUNS)
         names = common.method_names(method) if method else []
         given = common.read_config(config)
         opened = _open(None if every else dataset, root=root, count=count, seed=seed)
         names = names or list(opened[0].methods)
         items = {data.name: data.items(limit) for data in opened}
         from rfclip.app.engines import start
+
+        starting = start(engine, workers, device)
         from rfclip.scoring.report import Row, paper_figure
         from rfclip.segment.job import Job
 
@@ -97,7 +99,7 @@ def evaluate(
         plain = not (pamr or limit or config or inject_distraction)
         comparable = (pretrained or "").lower() == "openai" and plain
         rows: list[Row] = []
-        with start(engine, workers, device) as where:
+        with starting as where:
             clip, refocusing = common.load(model, pretrained, where.here, given, names)
             shared = Job(
                 model, pretrained, None, "rf-clip", backend, device, batch=batch, pamr=pamr, inject=inject_distraction
@@ -148,17 +150,20 @@ def ablate(
         from rfclip.scoring.ablations import check_ablation, variants
 
         check_ablation(ablation)
+        common.check_folder(out or RUNS)
         given = common.read_config(config)
         (opened,) = _open(dataset, root=root, count=count, seed=seed)
         items = opened.items(limit)
         from rfclip.app.engines import start
+
+        starting = start(engine, workers, device)
         from rfclip.scoring.report import Row
         from rfclip.segment.job import Job
         from rfclip.towers import read_tower
 
         out = out or RUNS / f"{dataset}-ablation-{ablation}"
         rows: list[Row] = []
-        with start(engine, workers, device) as where:
+        with starting as where:
             clip, refocusing = common.load(model, pretrained, where.here, given, ["rf-clip"])
             refocusing = _injected(refocusing, inject_distraction)
             assert refocusing is not None
@@ -199,9 +204,9 @@ def prepare(
 
 def _open(name: str | None, **options: object) -> list[Dataset]:
     """The dataset of that name or, without one, those of the paper's table 2."""
-    from rfclip.datasets import PAPER, find_dataset
+    from rfclip.datasets import find_dataset, in_paper
 
-    return [find_dataset(each).open(**options) for each in (PAPER if name is None else [name])]
+    return [find_dataset(each).open(**options) for each in (in_paper() if name is None else [name])]
 
 
 def _injected(config: RefocusConfig | None, share: float) -> RefocusConfig | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -45,7 +45,6 @@ def explain(
 
         found = _without_results(found, out, set(figures.CAPTIONS))
         clip, refocusing = common.load(model, pretrained, device, given, ["rf-clip"])
-        known: Any = clip.trained_on  # names, or None
         assert refocusing is not None
         refocusing = simulated_distraction.injected(refocusing) if inject_distraction else refocusing
         profiles, done = [], []
@@ -61,7 +60,7 @@ def explain(
                             refocusing,
                             points=places or None,
                             layers=numbers,
-                            classes=classes or known,
+                            classes=classes or clip.trained_on,
                             backend=backend,
                             tokenizer=load_tokenizer(model),
                         )

@@ -6,7 +6,7 @@ from rich.table import Column, Table
 
 from rfclip import __version__
 from rfclip.app.cli import common
-from rfclip.config import PRESETS, TINY
+from rfclip.config import PRESETS, TINY, plain_name
 
 
 def info(device: common.Device = "cpu", backend: common.Backend = "auto") -> None:
@@ -52,7 +52,7 @@ def models() -> None:
         tags = open_clip.list_pretrained_tags_by_model(name)
         if not tags or not can_refocus(name):
             continue
-        preset = (name.removesuffix("-quickgelu"), "openai") in PRESETS and "openai" in tags
+        preset = (plain_name(name), "openai") in PRESETS and "openai" in tags
         table.add_row(name, ", ".join(tags), "known for openai, else calibrate" if preset else "calibrate")
     known = ", ".join(name.removeprefix(HUGGING_FACE) for name, _ in PRESETS if name.startswith(HUGGING_FACE))
     table.add_row(f"{HUGGING_FACE}NAME", f"{known}, other CLIPModels on the hub, or a folder", "known for these two")

@@ -53,15 +53,18 @@ def segment(
         refocusing = common.read_config(config)
         if format == "png":
             common.check_distinct(found)
+        common.check_folder(out)
+        from rfclip.app.engines import start
+
+        starting = start(engine, workers, device)
         out.mkdir(parents=True, exist_ok=True)
         done, skipped, rate = 0, 0, _Rate()
         if found:
-            from rfclip.app.engines import start
             from rfclip.app.writer import Writer, described, plan_files, plan_shards
             from rfclip.segment.job import Job
 
             job = Job(model, pretrained, refocusing, method, backend, device, precision, pamr=pamr)
-            with start(engine, workers, device) as where, contextlib.ExitStack() as stack:
+            with starting as where, contextlib.ExitStack() as stack:
                 common.available(where.here)
                 with common.loading(model):
                     segmenter = stack.enter_context(job.segmenter(device=where.here))

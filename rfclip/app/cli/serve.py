@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from rfclip.app.cli import common
-from rfclip.config import TINY
+from rfclip.config import TINY, canonical_name
 
 
 def serve(
@@ -34,7 +34,7 @@ def serve(
             from rfclip.app import serve as page
         except ImportError as error:
             raise ValueError('the page needs gradio: pip install "rfclip[serve]"') from error
-        from rfclip.towers.loading import canonical_name, check_model
+        from rfclip.towers.loading import check_model
 
         common.available(device)
         name = canonical_name(model)
