@@ -25,12 +25,12 @@ from torch import nn
 
 from rfclip.datasets.base import Dataset, Item
 from rfclip.files import write_whole
-from rfclip.images import to_rgb
 from rfclip.methods import find_method
 from rfclip.scoring.metrics import Scores, confusion_matrix
 from rfclip.segment.job import Job
 from rfclip.segment.result import Segmentation
 from rfclip.segment.segmenter import Segmenter
+from rfclip.segment.windows import prepared
 from rfclip.towers import read_tower
 
 LONG_SIDE = 2048  # of a resized picture at most, for a tower trained at 224, and scaled for others
@@ -97,13 +97,10 @@ class Scorer:
     @torch.inference_mode()
     def classify(self, rgb: Image.Image) -> int:
         """The dataset's candidate whose name is nearest to the image embedding."""
-        segmenter = self.segmenter
-        tower = segmenter.tower
+        segmenter, tower = self.segmenter, self.segmenter.tower
         text = segmenter.text_embeddings(self.dataset.candidates)
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (tower.image_mean, tower.image_std))
-        image = torch.from_numpy(np.array(to_rgb(rgb))).permute(2, 0, 1)[None].float() / 255
-        image = F.interpolate(image, size=tower.image_size, mode="bicubic", antialias=True).clamp(0, 1)
-        embedding = tower.encode_image(segmenter.model, ((image - mean) / std).to(tower.weight))
+        image = prepared(rgb, tower.image_size, tower).to(tower.weight.dtype)
+        embedding = tower.encode_image(segmenter.model, image[None])
         return int((F.normalize(embedding.float(), dim=-1).cpu() @ text.T).argmax())
 
 

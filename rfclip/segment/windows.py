@@ -68,10 +68,7 @@ class Windows:
 
     def picture(self, rgb: Image.Image, tower: Tower) -> Tensor:
         """The picture resized and normalized for the tower, float32 [3, h, w] on its device."""
-        x = TF.to_dtype(TF.pil_to_tensor(rgb).to(tower.weight.device), torch.float32, scale=True)
-        size = list(self.resized(rgb.height, rgb.width))
-        x = TF.resize(x, size, TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-        return TF.normalize(x, list(tower.image_mean), list(tower.image_std))
+        return prepared(rgb, self.resized(rgb.height, rgb.width), tower)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width with the short side as set, or less if the long one would be too long, aspect kept."""
@@ -124,3 +121,10 @@ class Windows:
         attention = 7 * tower.blocks[0].heads * tokens**2
         stream = (2 * len(tower.blocks) + 16) * tokens * tower.width
         return 4 * (attention + stream + names * (tokens - tower.prefix))
+
+
+def prepared(rgb: Image.Image, size: tuple[int, int], tower: Tower) -> Tensor:
+    """A picture resized to (height, width) and normalized for a tower, float32 [3, height, width] on its device."""
+    x = TF.to_dtype(TF.pil_to_tensor(rgb).to(tower.weight.device), torch.float32, scale=True)
+    x = TF.resize(x, list(size), TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+    return TF.normalize(x, list(tower.image_mean), list(tower.image_std))
