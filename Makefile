@@ -1,9 +1,13 @@
-# Two commands for a newcomer: `make demo` and `make test`. Both create the environment first.
+# Two commands for a newcomer: `make demo` and `make test`. Both create the environment first, around the PyTorch of
+# $(PYTHON) if it has one.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+# The oldest versions that pyproject.toml allows, with any Python 3.10.
+OLDEST_PYTHON ?= 3.10
+OLDEST := build/oldest
 
-.PHONY: demo test lint report docs bench clean
+.PHONY: demo test test-oldest lint report docs bench clean
 
 demo: $(READY)
 	$(BIN)/rfclip segment rfclip/tiny/scene.png --classes "dog, cactus, octopus, sailboat, cat, bus, grass, sky" --out demo --overwrite
@@ -14,6 +18,14 @@ test: export OMP_NUM_THREADS = 1
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --ignore tests/kernels
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal tests/kernels
+
+# What depends on PyTorch, open_clip, transformers and Triton, on the oldest of each.
+test-oldest: export OMP_NUM_THREADS = 1
+test-oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/python -m pytest --numprocesses auto --dist worksteal -W ignore::DeprecationWarning \
+		tests/methods tests/ops tests/segment tests/towers tests/test_plugin.py tests/test_calibration.py
+	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist worksteal \
+		tests/kernels/test_every_kernel.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -33,11 +45,14 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench
 
-# torch and torchvision first, as a pinned pair: another torch may lack Triton or not match torchvision.
-$(READY): pyproject.toml Makefile
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1
+$(READY): pyproject.toml Makefile tools/environment.py tools/requirements-torch.txt
+	$(PYTHON) tools/environment.py .venv
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(OLDEST)/ready: pyproject.toml $(READY)
+	$(BIN)/uv venv --quiet --clear --python $(OLDEST_PYTHON) $(OLDEST)
+	$(BIN)/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct --editable ".[parquet,transformers,test]"
 	touch $@
 
 clean:

@@ -50,7 +50,7 @@ def installed(model: nn.Module | Tower) -> Method | None:
         ValueError: the model has no tower of standard blocks.
     """
     tower = model if isinstance(model, Tower) else read_tower(model)
-    present = vars(tower.module).get("forward")
+    present = tower.module.__dict__.get("forward")  # torch 2.8 does not compile vars()
     return present if isinstance(present, Method) else None
 
 

@@ -20,9 +20,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
-from rfclip_kernels.checks import check_launch, interpreted, on_device
+from rfclip_kernels.launch import check_launch, interpreted, on_device, wrap_triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

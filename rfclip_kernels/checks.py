@@ -1,15 +1,13 @@
 """Argument checks: each raises ValueError with what was expected and what was given.
 
-`rfclip_kernels.operations` checks what an operation means; `check_launch` checks what only the kernels demand.
+`rfclip_kernels.operations` calls them; `rfclip_kernels.launch` checks what only the kernels demand.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 
 def tensor_sizes(
@@ -143,48 +141,3 @@ def covering_windows(
         if right < w:
             raise ValueError(f"corners: no window covers pixel {(row, right)} of a picture {h} x {w}")
     return corners
-
-
-def check_launch(D: int | None = None, **tensors: Tensor | None) -> None:
-    """Refuse what the kernels cannot do: float64, gradients, two devices, a CPU, and heads of more than 128 dimensions.
-
-    A CPU is accepted in Triton's interpreter, and so is any device for tensors without data, as a tracer passes them.
-
-    Args:
-        D: the head dimension, for kernels that multiply matrices.
-        tensors: everything that is handed to the kernel, by name.
-    """
-    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    (leader, first), *_ = present.items()
-    for name, tensor in present.items():
-        if tensor.dtype == torch.float64:
-            raise ValueError(
-                f"{name} is float64: the Triton kernels take float32, float16 or bfloat16; use the reference"
-            )
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} requires a gradient, and the Triton kernels have none: use rfclip.reference, or run under "
-                "torch.inference_mode()"
-            )
-        if tensor.device != first.device:
-            raise ValueError(f"{name} is on {tensor.device} and {leader} on {first.device}: expected one device")
-        if tensor.device.type != "cuda" and not isinstance(tensor, FakeTensor) and not interpreted():
-            raise ValueError(
-                f"{name} is on {tensor.device}: the Triton kernels run on CUDA and ROCm devices, and in Triton's "
-                "interpreter (set TRITON_INTERPRET=1 before the first import); use the reference"
-            )
-    if D is not None and D > 128:
-        raise ValueError(f"the Triton kernels take heads of at most 128 dimensions, got {D}; use another backend")
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager:
-    """Make the tensor's GPU the current one, where Triton launches, if there are several."""
-    several = tensor.is_cuda and torch.cuda.device_count() > 1
-    return torch.cuda.device(tensor.device) if several else nullcontext()
-
-
-def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, on the CPU."""
-    import triton
-
-    return triton.knobs.runtime.interpret

@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
-from rfclip_kernels.checks import check_launch, on_device
 from rfclip_kernels.krylov import BREAKDOWN, STEPS, start_of_cut
+from rfclip_kernels.launch import check_launch, on_device, wrap_triton
 
 BASIS = STEPS + 1  # the known vector, and one a step
 SQUARINGS = 16

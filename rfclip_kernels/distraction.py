@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
-from rfclip_kernels.checks import check_launch, on_device
+from rfclip_kernels.launch import check_launch, on_device, wrap_triton
 
 BLOCK_TOKENS = 16
 BLOCK_WIDTH = 128

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from rfclip_kernels.attention import strides
-from rfclip_kernels.checks import check_launch, on_device
+from rfclip_kernels.launch import check_launch, on_device, wrap_triton
 
 BLOCK = 2048  # places of a tile [BP, BX]: 16 a thread
 NUM_WARPS = 4

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from rfclip_kernels.attention import LOG2E, constants, dot, key_logits, softmax_step, strides
-from rfclip_kernels.checks import check_launch, on_device
+from rfclip_kernels.launch import check_launch, on_device, wrap_triton
 
 
 @triton.jit(do_not_specialize=["H", "T"])
@@ -102,7 +102,8 @@ def key_similarity_kernel(
         p_lse += T
     m_out = (o_m < T)[:, None] & (o_n < T)[None, :]
     p_out = running_ptr + i_b * stride_sb + (o_m - PREFIX)[:, None] * stride_sm + (o_n - PREFIX)[None, :] * stride_sn
-    b_before = tl.load(p_out, mask=m_out & (count > 0), other=0.0)
+    m_before = m_out & (o_m < T * (count > 0))[:, None]
+    b_before = tl.load(p_out, mask=m_before, other=0.0)
     tl.store(p_out, (b_before * count + b_mean / H) / (count + 1), mask=m_out)
 
 

@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from rfclip_kernels.attention import LOG2E, strides
-from rfclip_kernels.checks import check_launch, on_device
+from rfclip_kernels.launch import check_launch, on_device, wrap_triton
 
 BLOCK_NAMES = 4
 BLOCK_COLUMNS = 128

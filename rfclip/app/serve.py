@@ -98,7 +98,8 @@ class Page:
             own = config if find_method(method).configured else None
             job = replace(offered, config=own, method=method, pamr=pamr, inject=inject)
             with job.segmenter(model, long_side=LONG_SIDE, cache=self.folder / "text") as segmenter:
-                with warnings.catch_warnings(action="ignore"):  # segmenting warns about all names at once
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # segmenting warns about all names at once
                     for name in progress.tqdm([name for names in named for name in names], desc="class names"):
                         segmenter.text_embeddings((name,))
                 progress(0.4, desc="segmenting")

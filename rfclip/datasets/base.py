@@ -121,8 +121,8 @@ class FolderDataset(Dataset):
 
     @cached_property
     def classes(self) -> list[tuple[str, ...]]:
-        lines = resources.files(__package__).joinpath("classes", f"{self.name}.txt").read_text("utf-8").splitlines()
-        return [tuple(line.split(", ")) for line in lines]
+        names = resources.files(__package__) / "classes" / f"{self.name}.txt"
+        return [tuple(line.split(", ")) for line in names.read_text("utf-8").splitlines()]
 
     @property
     def folder(self) -> Path:

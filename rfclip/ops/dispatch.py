@@ -12,7 +12,7 @@ import rfclip_kernels
 from rfclip.config import BACKENDS
 from rfclip.ops import eager, reference
 from rfclip.ops.key_average import KeyAverage
-from rfclip_kernels.checks import interpreted
+from rfclip_kernels.launch import interpreted
 from rfclip_kernels.operations import OPERATIONS, Operations
 
 REFERENCE = {name: getattr(reference, name) for name in OPERATIONS}

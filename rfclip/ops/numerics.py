@@ -17,7 +17,12 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         return a.to(dtype) @ b.to(dtype)
 
 
+@torch.compiler.assume_constant_result  # torch 2.8 cannot trace it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """Products in the dtype of their factors. Does nothing where autocast is off or unknown to the device."""
-    lowered = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    lowered = _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if lowered else nullcontext()

@@ -46,7 +46,7 @@ class HuggingFaceTower(Tower):
     @classmethod
     def reads(cls, model: nn.Module) -> bool:
         library = sys.modules.get("transformers.models.clip.modeling_clip")  # imported if there is a model of it
-        return library is not None and isinstance(model, library.CLIPModel | library.CLIPVisionModelWithProjection)
+        return library is not None and isinstance(model, (library.CLIPModel, library.CLIPVisionModelWithProjection))
 
     @classmethod
     def takes(cls, name: str) -> bool:
@@ -130,7 +130,8 @@ class HuggingFaceTower(Tower):
         return self.proj(model.vision_model(images, interpolate_pos_encoding=True).pooler_output)
 
     def encode_text(self, model: Any, tokens: Tensor) -> Tensor:
-        return model.get_text_features(tokens).pooler_output
+        found = model.get_text_features(tokens)
+        return found if isinstance(found, Tensor) else found.pooler_output  # transformers 4, and 5
 
     def vocabulary(self, model: Any) -> tuple[int | None, int | None]:
         text = getattr(model.config, "text_config", None)
