@@ -4,6 +4,10 @@ import pytest
 import torch
 from helpers import assert_close
 
+from rfclip_kernels.launch import interpreted
+
+DEVICE = "cpu" if interpreted() else "cuda"  # where the kernels run
+
 # The largest relative RMS error allowed against float64 on the same rounded inputs.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -29,7 +33,7 @@ sizes = pytest.mark.parametrize(("size", "dtype"), CASES, ids=NAMES)
 
 def inside_nan(tensor):
     """The same values in a strided view that is surrounded by NaN along every axis."""
-    padded = torch.full([side + 2 for side in tensor.shape], float("nan"), dtype=tensor.dtype)
+    padded = torch.full([side + 2 for side in tensor.shape], float("nan"), dtype=tensor.dtype, device=tensor.device)
     view = padded[tuple(slice(1, -1) for _ in tensor.shape)]
     view.copy_(tensor)
     return view
@@ -37,12 +41,13 @@ def inside_nan(tensor):
 
 def randn(*shape, seed, dtype=torch.float32, spread=1.5):
     """Normal samples, always drawn in float32 and then rounded to `dtype`."""
-    return (spread * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+    return (spread * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(DEVICE, dtype)
 
 
 def masks(B, N, pattern):
-    u = torch.rand(B, N, generator=torch.Generator().manual_seed(9))
-    every, none, one = torch.ones_like(u) > 0, torch.zeros_like(u) > 0, torch.arange(N).expand(B, N) == N // 2
+    u = torch.rand(B, N, generator=torch.Generator().manual_seed(9)).to(DEVICE)
+    every, none = torch.ones_like(u) > 0, torch.zeros_like(u) > 0
+    one = torch.arange(N, device=DEVICE).expand(B, N) == N // 2
     return {
         "some": (u < 0.3, u > 0.6),
         "no distraction": (none, u > 0.6),

@@ -1,24 +1,23 @@
-"""What every test in this folder runs under: Triton's interpreter, poisoned outputs and checked addresses.
+"""What every test in this folder runs under: a GPU or Triton's interpreter, poisoned outputs and checked addresses.
 
-Triton reads TRITON_INTERPRET when it is imported, so these tests need a process of their own, as in `make test`:
-TRITON_INTERPRET=1 pytest tests/kernels. Buffers that a kernel writes are poisoned with NaN and have guard bands on
-either side. Every address that a kernel reads or writes is checked against the tensors of its launch. (The tests
-themselves embed the inputs in NaN, so that a value read from outside shows in the result.)
+Without a GPU these tests need a process of their own, as in `make test`, since Triton reads the variable when it is
+imported: TRITON_INTERPRET=1 pytest tests/kernels. Buffers that a kernel writes are poisoned with NaN and have guard
+bands on either side. In the interpreter, every address that a kernel reads or writes is checked against the tensors
+of its launch. (The tests themselves embed the inputs in NaN, so that a value read from outside shows in the result.)
 """
 
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
-from kernel_cases import GUARD
+from kernel_cases import DEVICE, GUARD
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 
 @pytest.fixture(autouse=True, scope="session")
-def interpreted():
-    assert os.environ.get("TRITON_INTERPRET") == "1", "run as TRITON_INTERPRET=1 pytest tests/kernels"
+def somewhere_to_run():
+    assert DEVICE == "cpu" or torch.cuda.is_available(), "no GPU: run as TRITON_INTERPRET=1 pytest tests/kernels"
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +31,8 @@ def guarded(monkeypatch):
             return original(tensor, shape, dtype=dtype, **options)
         dtype = dtype or tensor.dtype
         count = math.prod(shape) * dtype.itemsize
-        buffer = torch.full((count + 2 * GUARD,), 0xFF, dtype=torch.uint8)  # NaN in every float dtype
+        # 0xFF is NaN in every float dtype.
+        buffer = torch.full((count + 2 * GUARD,), 0xFF, dtype=torch.uint8, device=tensor.device)
         buffers.append(buffer)
         return buffer[GUARD : GUARD + count].view(dtype).view(shape)
 
@@ -46,6 +46,8 @@ def guarded(monkeypatch):
 @pytest.fixture(autouse=True)
 def bounded(monkeypatch):
     """Refuse every load and store outside the tensors of the kernel's launch, its masks and indices included."""
+    if DEVICE != "cpu":
+        return
     extents = []
     to_host = GridExecutor._init_args_hst
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from kernel_cases import TOLERANCE, check, dtypes, inside_nan
+from kernel_cases import DEVICE, TOLERANCE, check, dtypes, inside_nan
 
 import rfclip_kernels
 from rfclip import reference
 from rfclip_kernels.registry import EXAMPLES, KERNELS, Sizes
 
-SIZES = {"B": 2, "H": 2, "L": 2, "grid": (3, 7), "names": 7, "patch": 3, "iterations": 2}
+SIZES = {"B": 2, "H": 2, "L": 2, "grid": (3, 7), "names": 7, "patch": 3, "iterations": 2, "device": DEVICE}
 HEADS = [example for example in EXAMPLES if example.sweep]
 every_example = pytest.mark.parametrize(
     "example", [example for example in EXAMPLES if example.module], ids=lambda example: example.name
@@ -61,7 +61,7 @@ def test_a_prefix(example, prefix, D):
 def test_targets_in_the_prefix(prefix, chosen):
     (example,) = (example for example in EXAMPLES if example.operation == "refocused_attention")
     inputs = example.inputs(Sizes(D=32, prefix=prefix, dtype=torch.float32, **SIZES))
-    given = torch.zeros(2, prefix, dtype=torch.bool)
+    given = torch.zeros(2, prefix, dtype=torch.bool, device=DEVICE)
     given[:, {"none": slice(0, 0), "one": slice(prefix - 1, prefix), "all": slice(None)}[chosen]] = True
     for patches in (inputs["target"], torch.zeros_like(inputs["target"])):
         inputs["target"] = torch.cat([given, patches], dim=1)

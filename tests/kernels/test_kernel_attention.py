@@ -1,4 +1,4 @@
-"""The attention kernels in Triton's interpreter, against the float64 reference."""
+"""The attention kernels against the float64 reference."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import check, dtypes, inside_nan, masks, randn, sizes
+from kernel_cases import DEVICE, check, dtypes, inside_nan, masks, randn, sizes
 
 import rfclip_kernels
 from rfclip import reference
@@ -46,7 +46,7 @@ def test_masks(pattern, beta, dtype):
 def test_targets_that_hold_cls(target):
     q, k, v = (randn(2, 2, 37, 32, seed=seed) for seed in range(3))
     dis, _ = masks(2, 36, "some")
-    cls = torch.ones(2, 1, dtype=torch.bool)
+    cls = torch.ones_like(dis[:, :1])
     given = torch.cat([cls, torch.zeros_like(dis) if target == "cls" else ~dis], dim=1)
     want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, given, 0.7)
     check(rfclip_kernels.refocused_attention(q, k, v, dis, given, 0.7), want, torch.float32)
@@ -55,7 +55,7 @@ def test_targets_that_hold_cls(target):
 def test_masks_of_any_strides():
     q, k, v = (randn(3, 2, 21, 32, seed=seed) for seed in range(3))
     dis, target = masks(3, 20, "some")
-    given = torch.cat([torch.ones(3, 1, dtype=torch.bool), target], dim=1)
+    given = torch.cat([torch.ones_like(target[:, :1]), target], dim=1)
     for goal in (target, given):
         want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, goal, 0.7)
         got = rfclip_kernels.refocused_attention(q, k, v, dis.T.contiguous().T, goal.T.contiguous().T, 0.7)
@@ -77,11 +77,11 @@ def test_images_of_a_batch_keep_their_own_groups():
 def test_scores_from_minus_sixty_to_sixty(dtype):
     """All queries are alike, with logits from -60 to 60: the mass on the target can be e^-120 of the row's."""
     T, D = 50, 32
-    q, k = torch.zeros(1, 1, T, D), torch.zeros(1, 1, T, D)
+    v = randn(1, 1, T, D, seed=2, dtype=dtype)
+    q, k, patch = torch.zeros_like(v), torch.zeros_like(v), torch.arange(T - 1, device=DEVICE)[None]
     q[..., 0] = 1
     k[0, 0, :, 0] = torch.linspace(-60, 60, T)
-    q, k, v = q.to(dtype), k.to(dtype), randn(1, 1, T, D, seed=2, dtype=dtype)
-    low, high = torch.arange(T - 1)[None] < 10, torch.arange(T - 1)[None] >= 40
+    low, high = patch < 10, patch >= 40
     for dis, target in ((low, high), (high, low)):
         want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, target, 0.7, scale=1.0)
         check(rfclip_kernels.refocused_attention(q, k, v, dis, target, 0.7, scale=1.0), want, dtype)
@@ -103,13 +103,13 @@ def test_packed_projections_are_read_in_place_and_written_as_the_output_projecti
 def test_invariants(seed, T, beta, spread):
     """Logits reach about 90 at the largest spread."""
     generator = torch.Generator().manual_seed(seed)
-    q, k, v = (spread * torch.randn(1, 2, T, 32, generator=generator) for _ in range(3))
-    u = torch.rand(1, T - 1, generator=generator)
+    q, k, v = (spread * torch.randn(1, 2, T, 32, generator=generator).to(DEVICE) for _ in range(3))
+    u = torch.rand(1, T - 1, generator=generator).to(DEVICE)
     dis, target = u < 0.3, u > 0.5
     rows = rfclip_kernels.refocused_attention(q, k, torch.ones_like(v), dis, target, beta)
     torch.testing.assert_close(rows, torch.ones_like(rows))
-    order = torch.randperm(T - 1, generator=generator)
-    tokens = torch.cat([torch.zeros(1, dtype=torch.long), order + 1])
+    order = torch.randperm(T - 1, generator=generator).to(DEVICE)
+    tokens = torch.cat([torch.zeros_like(order[:1]), order + 1])
     out = rfclip_kernels.refocused_attention(q, k, v, dis, target, beta)
     permuted = (*(t[:, :, tokens] for t in (q, k, v)), dis[:, order], target[:, order])
     check(rfclip_kernels.refocused_attention(*permuted, beta), out[:, :, tokens].double(), torch.float32)

@@ -1,11 +1,11 @@
-"""The kernels of the graph cut in Triton's interpreter, against the float64 reference."""
+"""The kernels of the graph cut against the float64 reference."""
 
 import math
 
 import pytest
 import torch
 from helpers import assert_close
-from kernel_cases import dtypes, inside_nan, randn
+from kernel_cases import DEVICE, dtypes, inside_nan, randn
 
 import rfclip_kernels
 from rfclip import reference
@@ -74,20 +74,20 @@ def test_what_fifteen_steps_cannot_resolve():
 
 
 def test_fiedler_vector_of_a_single_patch_and_of_tokens_like_no_other():
-    assert rfclip_kernels.fiedler_vector(torch.ones(2, 1, 1)).tolist() == [[0.0], [0.0]]
+    assert rfclip_kernels.fiedler_vector(torch.ones(2, 1, 1, device=DEVICE)).tolist() == [[0.0], [0.0]]
     S = clusters(2, (3, 4))
     S[:, 5], S[:, :, 5] = 0, 0
     got = rfclip_kernels.fiedler_vector(S)
     check_vectors(got, S, 1e-5)
     assert (got[:, 5] == 0).all()
     degree = ((S + S.mT) / 2).sum(dim=-1)
-    torch.testing.assert_close((degree * got**2).sum(dim=-1), torch.ones(2))
+    torch.testing.assert_close((degree * got**2).sum(dim=-1), torch.ones(2, device=DEVICE))
     assert (got.gather(1, got.abs().argmax(dim=1, keepdim=True)) > 0).all()
 
 
 def test_separate_groups():
     """With no similarity between two groups, the second eigenvalue is 1 as well, and its vector separates them."""
-    S = torch.block_diag(torch.ones(5, 5), torch.ones(9, 9))[None]
+    S = torch.block_diag(torch.ones(5, 5), torch.ones(9, 9))[None].to(DEVICE)
     check_vectors(rfclip_kernels.fiedler_vector(S), S, 1e-5)
 
 
@@ -96,9 +96,9 @@ def test_separate_groups():
 @pytest.mark.parametrize("N", [1, 2, 17, 300])
 def test_defocus_mask(N, threshold, dtype):
     y = randn(3, N, seed=13, dtype=dtype)
-    y[0] = torch.where(torch.arange(N) % 3 == 0, y[0] + 2, y[0] * 0.1)
+    y[0] = torch.where(torch.arange(N, device=DEVICE) % 3 == 0, y[0] + 2, y[0] * 0.1)
     want = reference.defocus_mask(y.double(), threshold=threshold)
     assert N == 1 or want.any(dim=1).all()
     assert torch.equal(rfclip_kernels.defocus_mask(inside_nan(y), threshold=threshold), want)
-    equal = rfclip_kernels.defocus_mask(torch.full((1, N), 0.25, dtype=dtype), threshold=threshold)
+    equal = rfclip_kernels.defocus_mask(torch.full_like(y[:1], 0.25), threshold=threshold)
     assert not equal.any()

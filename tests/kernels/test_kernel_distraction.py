@@ -1,10 +1,10 @@
-"""The kernels that find and repair distraction tokens, in Triton's interpreter, against the float64 reference."""
+"""The kernels that find and repair distraction tokens, against the float64 reference."""
 
 import math
 
 import pytest
 import torch
-from kernel_cases import check, dtypes, inside_nan, masks, randn
+from kernel_cases import DEVICE, check, dtypes, inside_nan, masks, randn
 
 import rfclip_kernels
 from rfclip import reference
@@ -29,7 +29,7 @@ def test_distraction(dtype, shifted, B, N, d):
 def test_scores_of_a_large_mean_and_of_equal_values():
     x = randn(1, 20, 256, seed=2) + 1000
     check(rfclip_kernels.distraction_scores(x, [3]), reference.distraction_scores(x.double(), [3]), torch.float32)
-    assert rfclip_kernels.distraction_scores(torch.full((1, 2, 5), 7.0), [0]).tolist() == [[0.0, 0.0]]
+    assert rfclip_kernels.distraction_scores(torch.full((1, 2, 5), 7.0, device=DEVICE), [0]).tolist() == [[0.0, 0.0]]
     assert rfclip_kernels.distraction_scores(x, []).count_nonzero() == 0
     assert not rfclip_kernels.distraction_mask(x, [], -1.0).any()
 
@@ -48,6 +48,6 @@ def test_redistribution(dtype, grid, size, pattern):
     assert rfclip_kernels.redistribute_embeddings(view, mask, [0, 7], grid, size=size, inplace=True) is view
     assert torch.equal(view, got)
     assert view._base.isnan().sum() == view._base.numel() - view.numel()
-    untouched = torch.ones(x.shape, dtype=torch.bool)
+    untouched = torch.ones_like(x, dtype=torch.bool)
     untouched[..., [0, 7]] = ~mask[..., None]
     assert torch.equal(got[untouched], x[untouched])

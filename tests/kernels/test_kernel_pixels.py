@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import check, dtypes, inside_nan, randn
+from kernel_cases import DEVICE, check, dtypes, inside_nan, randn
 
 import rfclip_kernels
 from rfclip import reference
@@ -30,7 +30,7 @@ def test_average_windows(case, dtype):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("threshold", [None, 0.0, 0.5, 1.0], ids=str)
 def test_upsample_argmax(size, threshold, dtype):
-    names = torch.tensor([2, 0, 1, 2, 0, 3])
+    names = torch.tensor([2, 0, 1, 2, 0, 3], device=DEVICE)
     logits = randn(len(names), 3, 4, seed=10, dtype=dtype)
     shares = reference.class_probabilities(logits.double(), size, 3.0, names, 4)
     best, second = shares.topk(2, dim=0).values
@@ -47,7 +47,7 @@ def test_upsample_argmax(size, threshold, dtype):
 def test_the_lowest_of_equal_classes_wins():
     logits = torch.cat([randn(1, 3, 4, seed=10) - 9, randn(1, 3, 4, seed=11).expand(3, -1, -1)])
     for names, lowest in (([0, 3, 1, 2], 1), ([3, 2, 2, 1], 1), ([0, 5, 5, 5], 5)):
-        got = rfclip_kernels.upsample_argmax(logits, (5, 7), 9.0, torch.tensor(names))
+        got = rfclip_kernels.upsample_argmax(logits, (5, 7), 9.0, torch.tensor(names, device=DEVICE))
         assert got.unique().tolist() == [lowest]
 
 

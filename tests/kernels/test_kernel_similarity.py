@@ -1,4 +1,4 @@
-"""The kernels for key similarity and received attention in Triton's interpreter, against the float64 reference."""
+"""The kernels for key similarity and received attention, against the float64 reference."""
 
 import torch
 from kernel_cases import check, inside_nan, randn, sizes

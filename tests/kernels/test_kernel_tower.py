@@ -1,9 +1,10 @@
-"""Whole image towers on the Triton kernels, in Triton's interpreter, against the reference."""
+"""Whole image towers on the Triton kernels, against the reference."""
 
 import numpy as np
 import pytest
 import torch
 from helpers import relative_error
+from kernel_cases import DEVICE
 from open_clip.transformer import VisionTransformer
 from small_models import DIMS, pictures, small_clip, to_hugging_face
 from torchvision.transforms.v2 import functional as TF
@@ -42,7 +43,7 @@ def test_the_configs_cover_every_choice():
 
 def features(model, images, config, backend, read=rfclip.dense_features):
     """The dense features (or whatever `read` returns), and the distraction masks of all blocks."""
-    masks = []
+    model, images, masks = model.to(DEVICE), images.to(DEVICE), []
     with rfclip.refocus(model, config, backend=backend), torch.inference_mode():
         forward = read_tower(model).module.forward
         locate = forward._locate
@@ -68,10 +69,10 @@ def test_a_small_tower(case):
 def test_other_methods(method):
     """Between them, these call every kernel that the methods share, each in its own way."""
     config = rfclip.RefocusConfig(distraction_dims=DIMS) if METHODS[method].configured else None
-    images = pictures(count=2, height=16, width=24)
+    images = pictures(count=2, height=16, width=24).to(DEVICE)
     found = []
     for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference")):
-        model = small_clip(layers=METHODS[method].blocks, dtype=dtype)
+        model = small_clip(layers=METHODS[method].blocks, dtype=dtype).to(DEVICE)
         with rfclip.refocus(model, config, method=method, backend=backend), torch.inference_mode():
             found.append(rfclip.dense_features(model, images.to(dtype)))
     assert relative_error(*found) <= 1e-5
@@ -92,7 +93,7 @@ def test_the_cls_embedding():
         for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference"))
     )
     assert relative_error(got, want) <= 1e-5
-    assert relative_error(small_clip().encode_image(images), want) > 0.01
+    assert relative_error(small_clip().encode_image(images).to(DEVICE), want) > 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -128,7 +129,7 @@ def test_a_block_of_vit_b_16():
 @pytest.mark.parametrize(("share", "short_side"), [(0.0, None), (0.1, 112)], ids=["as it is", "injected distraction"])
 def test_the_shipped_scene(share, short_side):
     """As `rfclip segment` does it, in four windows; and in a single one, with something to refocus."""
-    model = rfclip.load_model("rfclip-tiny")
+    model = rfclip.load_model("rfclip-tiny", device=DEVICE)
     config = rfclip.RefocusConfig(distraction_dims=INJECTED_DIMS) if share else model.refocus_config
     classes, found = "dog, cactus, octopus, sailboat, grass, sky", {}
     for backend in ("triton", "reference"):
