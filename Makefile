@@ -7,7 +7,7 @@ READY := .venv/ready
 OLDEST_PYTHON ?= 3.10
 OLDEST := build/oldest
 
-.PHONY: demo test test-oldest lint report docs bench clean
+.PHONY: demo test test-oldest lint report docs bench gpu gpu-bundle clean
 
 demo: $(READY)
 	$(BIN)/rfclip segment rfclip/tiny/scene.png --classes "dog, cactus, octopus, sailboat, cat, bus, grass, sky" --out demo --overwrite
@@ -45,6 +45,20 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench
 
+# Everything a GPU can tell, in under ten minutes and without a network: build/gpu/report.md. DEVICE=cpu is a dry run.
+# It needs no environment: any Python with PyTorch, and the wheels of `make gpu-bundle` in place of what that lacks.
+DEVICE ?= cuda
+gpu:
+	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) -m bench.gpu --device $(DEVICE)
+
+BUNDLE := open_clip_torch timm ftfy wcwidth colorcet platformdirs filelock typer shellingham rich \
+	torchmetrics lightning_utilities pytest_xdist execnet pytest_benchmark py_cpuinfo hypothesis sortedcontainers
+gpu-bundle:
+	rm -rf gpu-bundle
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --dest gpu-bundle \
+		--python-version 3.10 --implementation py --abi none --platform any $(BUNDLE)
+	du -sh gpu-bundle
+
 $(READY): pyproject.toml Makefile tools/environment.py tools/requirements-torch.txt
 	$(PYTHON) tools/environment.py .venv
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
@@ -56,4 +70,4 @@ $(OLDEST)/ready: pyproject.toml $(READY)
 	touch $@
 
 clean:
-	rm -rf .venv demo build *.egg-info
+	rm -rf .venv demo build gpu-bundle *.egg-info

@@ -25,8 +25,7 @@ def timed(benchmark):
 
     def run(function, group, graph=False):
         benchmark.group = f"{group}, {DEVICE}, {DTYPE_NAME}"
-        graph = graph and DEVICE == "cuda"
-        benchmark.extra_info["cuda_graph"] = graph
+        benchmark.extra_info["cuda_graph"] = graph and DEVICE == "cuda"
         with torch.inference_mode():
             function = captured(function) if graph else function
             benchmark.pedantic(function, rounds=20 if DEVICE == "cuda" else 5, warmup_rounds=2)

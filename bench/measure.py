@@ -27,6 +27,8 @@ Result = TypeVar("Result")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # PyTorch calls ROCm devices so, too
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
+# What is measured: the kernels, in Triton's interpreter if that is asked for, or else fast PyTorch.
+BACKEND = "triton" if DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1" else "eager"
 DTYPE_NAME = {torch.float16: "fp16", torch.float32: "fp32"}[DTYPE]
 
 
@@ -52,13 +54,19 @@ def clock() -> Callable[[], float]:
     return DeviceClock() if DEVICE == "cuda" else time.perf_counter
 
 
-def captured(function: Callable[[], object]) -> Callable[[], object]:
-    """The function as a CUDA graph, so that launches from the host are not part of what is timed."""
+def captured(function: Callable[[], object], calls: int = 1) -> Callable[[], object]:
+    """Calls of a function as one CUDA graph, so that the host is no part of what is timed.
+
+    A CPU has no graphs, and calls it once.
+    """
+    if DEVICE == "cpu":
+        return function
     function()  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        function()
+        for _ in range(calls):
+            function()
     return graph.replay
 
 

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from bench.measure import DEVICE, DTYPE, alternate
+from bench.measure import BACKEND, DEVICE, DTYPE, alternate
 from bench.towers import MODEL, Case, TowerTime, config_for, pictures, plain, plain_name, planted, tower_size
 from rfclip.methods import METHODS
 from rfclip.methods.base import Method
@@ -42,13 +42,12 @@ def time_methods(name: str, quick: bool) -> Iterator[TowerTime]:
     """Check every method at every size, and time those that are correct."""
     model = planted(name)
     proxy = dino(small=quick)
-    backend = "triton" if DEVICE == "cuda" else "eager"
     for case in QUICK_CASES if quick else CASES:
         images = pictures(case)
         tokens, operations = tower_size(read_tower(model), images)
         runs, errors = {plain_name(model, case): plain(model, images)}, {}
         for method in METHODS:
-            runs[method] = features(build(method, model, backend, proxy), images)
+            runs[method] = features(build(method, model, BACKEND, proxy), images)
             want = features(build(method, model, "reference", proxy), images)().float()
             errors[method] = ((runs[method]().float() - want).norm() / want.norm()).item()
             if errors[method] > (1e-4 if DTYPE is torch.float32 else 5e-2):

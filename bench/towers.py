@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rfclip
-from bench.measure import DEVICE, DTYPE, DTYPE_NAME, alternate, captured, in_fresh_process, peak_bytes
+from bench.measure import BACKEND, DEVICE, DTYPE, DTYPE_NAME, alternate, captured, in_fresh_process, peak_bytes
 from rfclip.ops.eager import KeyAverage
 from rfclip.plugin import installed
 from rfclip.towers import Tower, read_tower
@@ -177,6 +177,14 @@ def sdpa_tower(model: nn.Module, images: Tensor) -> Tensor:
     return tower.pool(x)
 
 
+def compiled_tower(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    """The plain tower with compiled blocks; all blocks share one compilation."""
+    model = twin(model)
+    for block in model.visual.transformer.resblocks:
+        block.compile(dynamic=False)
+    return lambda: plain_tower(model, images)
+
+
 def plain_name(model: nn.Module, case: Case) -> str:
     return "open_clip" if case.size == tuple(model.visual.image_size) else "plain tower"
 
@@ -195,18 +203,22 @@ def refocused(model: nn.Module, images: Tensor, backend: str) -> Callable[[], Te
 
 
 def implementations(model: nn.Module, images: Tensor, case: Case) -> dict[str, Callable[[], Tensor]]:
-    """What is timed side by side, plain CLIP first."""
+    """What is timed side by side, plain CLIP first. Names that end in "graph" run as CUDA graphs."""
+    name, baseline = plain_name(model, case), plain(model, images)
+    if BACKEND == "triton":
+        # "eager" and the reference read from the device along the way, which a CUDA graph forbids.
+        kernels = refocused(model, images, "triton")
+        return {
+            name: baseline,
+            f"{name}, graph": captured(baseline),
+            "sdpa, graph": captured(lambda: sdpa_tower(model, images)),
+            "eager": refocused(model, images, "eager"),
+            "triton": kernels,
+            "triton, graph": captured(kernels),
+        }
     if case.alone:
         return {"eager": refocused(model, images, "eager")}
-    found = {plain_name(model, case): plain(model, images)}
-    if DEVICE == "cuda":
-        compiled = torch.compile(plain_tower)
-        # The reference and "eager" read from the device along the way, which a CUDA graph forbids.
-        found = {name: captured(function) for name, function in found.items()}
-        found["sdpa"] = captured(lambda: sdpa_tower(model, images))
-        found["torch.compile"] = captured(lambda: compiled(model, images))
-        found["triton"] = captured(refocused(model, images, "triton"))
-    return found | {backend: refocused(model, images, backend) for backend in ("reference", "eager")}
+    return {name: baseline} | {backend: refocused(model, images, backend) for backend in ("reference", "eager")}
 
 
 def features_and_masks(model: nn.Module, images: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -239,8 +251,7 @@ def check(model: nn.Module, images: Tensor, case: Case) -> tuple[float | None, s
     Raises:
         AssertionError: the result is wrong, or the case has nothing to refocus and so does not show what that costs.
     """
-    backend = "triton" if DEVICE == "cuda" else "eager"
-    got, masks = features_and_masks(model, images, backend)
+    got, masks = features_and_masks(model, images, BACKEND)
     shares = masks.float().mean(dim=(2, 3))
     least, most = shares.amin().item(), shares.amax().item()
     assert least > 0 and most < 1, f"a block's mask is empty or full: shares from {least} to {most}"
@@ -282,7 +293,7 @@ def time_towers(name: str, cases: Iterable[Case]) -> Iterator[TowerTime]:
             found = alternate(implementations(model, images, case), case.rounds)
         baseline = found.get(plain_name(model, case))
         for implementation, times in found.items():
-            ours = implementation == ("triton" if DEVICE == "cuda" else "eager")
+            ours = implementation == BACKEND
             yield TowerTime(
                 str(case),
                 tokens,

@@ -1,0 +1,431 @@
+"""The sections of `make gpu`: each yields its cases one after another, and every case becomes a line when it ends.
+
+python -m bench.gpu.sections SECTION LINES UNTIL
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rfclip
+from bench import end_to_end, roofline, towers
+from bench.gpu.lines import DROPPED, FAILED, Line, append
+from bench.measure import BACKEND, DEVICE, DTYPE, alternate, captured, versions
+from bench.operations import BY_NAME, CASES, capturable, prepare
+from bench.towers import Case
+from rfclip.towers.loading import tiny_folder
+from rfclip_kernels.registry import Sizes
+from tools.kernel_report.launches import Shape
+
+Figures = dict[str, object]
+Cases = Iterator[tuple[str, Callable[[], Figures]]]  # each named, and run when its turn comes
+ROOT = Path(__file__).parents[2]
+ON_GPU = DEVICE == "cuda"
+TINY = f"local-dir:{tiny_folder()}"
+MODEL = towers.MODEL if ON_GPU else TINY
+CALLS = 10 if ON_GPU else 1  # of an operation in one CUDA graph
+PACKAGES = ("numpy", "timm", "transformers", "torchvision", "pytest")
+if ON_GPU:
+    SMALL, LARGE = Case((224, 224), rounds=50), Case((1024, 2048), rounds=5, alone=True)
+    MIDDLE: list[Case] = [
+        Case((224, 224), 8, 30),
+        Case((224, 224), 32, 20),
+        Case((336, 448), rounds=30),
+        Case((672, 896), rounds=10),
+    ]
+    GRIDS = {"224x224": Sizes(grid=(14, 14), dtype=DTYPE, device=DEVICE, names=60, patch=8)}
+    GRIDS["336x448"] = replace(GRIDS["224x224"], grid=(21, 28))
+else:
+    SMALL, LARGE, MIDDLE = Case((32, 32), rounds=1), Case((32, 48), rounds=1, alone=True), []
+    GRIDS = {"24x40": Sizes(H=2, L=2, D=32, grid=(3, 5), dtype=DTYPE, names=7, patch=2, iterations=2)}
+
+
+class Skip(Exception):
+    """A case that cannot run here."""
+
+
+def here() -> Cases:
+    """The GPU, the driver, the clocks and the versions."""
+    yield "device", device
+    yield "clocks", clocks
+    yield "versions", lambda: versions() | {name: _version(name) for name in PACKAGES}
+    yield "host", lambda: {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+
+
+def device() -> Figures:
+    if not ON_GPU:
+        if BACKEND != "triton":
+            raise RuntimeError("PyTorch sees no CUDA or ROCm device here: run `make gpu DEVICE=cpu` for a dry run")
+        return {"name": "no GPU: a dry run on the CPU, which says nothing about speed"}
+    found = torch.cuda.get_device_properties(0)
+    return {
+        "name": found.name,
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "memory GB": round(found.total_memory / 1e9, 1),
+        "multiprocessors": found.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+    }
+
+
+def clocks() -> Figures:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        raise Skip("nvidia-smi is not here")
+    asked = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.limit,temperature.gpu"
+    command = [tool, f"--query-gpu={asked}", "--format=csv,noheader"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    return dict(zip(asked.split(","), found.split(", "), strict=True))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+# Correctness
+
+
+class Recorder:
+    """A pytest plugin that writes a line for every test, and stops the run when its time is up."""
+
+    def __init__(self, lines: Path, until: float) -> None:
+        self.lines, self.until = lines, until
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        name = report.nodeid.removeprefix("tests/kernels/")
+        if report.failed:
+            last = str(report.longrepr).strip().splitlines()[-1:]
+            append(self.lines, Line("tests", name, FAILED, detail=f"{report.when}: {' '.join(last)}"))
+        elif report.skipped:
+            append(self.lines, Line("tests", name, "skipped", detail=str(report.longrepr[2])))
+        elif report.when == "call":
+            append(self.lines, Line("tests", name, "passed", {"seconds": round(report.duration, 2)}))
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        if time.time() > self.until:
+            raise pytest.exit.Exception("no time was left", returncode=0)
+
+
+def tests(lines: Path, until: float) -> None:
+    """The tests of `tests/kernels` on the device, on several processes since most of their time is the compiler's."""
+    processes = min(8, os.cpu_count() or 1) if ON_GPU else 0
+    only = [] if ON_GPU else ["-k", "guards"]  # `make test` runs all of them in the interpreter
+    options = ["-q", "-W", "default::UserWarning", "-p", "no:cacheprovider", "--numprocesses", str(processes)]
+    code = pytest.main([str(ROOT / "tests/kernels"), *options, *only], plugins=[Recorder(lines, until)])
+    if time.time() > until:
+        append(lines, Line("tests", "the rest", DROPPED, detail="no time was left"))
+    elif code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        append(lines, Line("tests", "pytest", FAILED, detail=f"exit code {code}"))
+
+
+def tower() -> Cases:
+    """Dense features and masks of a whole tower, relative to the reference in float64."""
+    model, images = towers.planted(MODEL).double(), towers.pictures(SMALL).double()
+    wanted: list[tuple[Tensor, Tensor]] = []
+
+    def compare(dtype: torch.dtype, backend: str) -> Figures:
+        if not wanted:
+            wanted.append(towers.features_and_masks(model, images, "reference"))
+        want, want_masks = wanted[0]
+        got, masks = towers.features_and_masks(copy.deepcopy(model).to(dtype), images.to(dtype), backend)
+        error = ((got.double() - want).norm() / want.norm()).item()
+        differing = (masks != want_masks).double().mean().item()
+        found: Figures = {"relative error": error, "share of masks that differ": differing}
+        if dtype == torch.float32:
+            assert error <= 1e-5 and not differing, found
+        assert error <= 1.5 * errors.setdefault(dtype, error), found  # the reference in this dtype comes first
+        return found
+
+    errors: dict[torch.dtype, float] = {}
+    yield f"{SMALL.size}, fp32, kernels", partial(compare, torch.float32, "triton")
+    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        for backend in ("reference", "triton"):
+            yield f"{SMALL.size}, {name}, {backend}", partial(compare, dtype, backend)
+
+
+def operations(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Every operation that has a kernel, on its example inputs."""
+    for name, example in BY_NAME.items():
+        if example.module:
+            yield name, prepare(name, "triton", sizes)
+
+
+def graphs() -> Cases:
+    """A graph replayed on other values gives what a direct call on them gives."""
+    model, case = towers.twin(towers.planted(MODEL)), [SMALL, *MIDDLE][-1]
+    rfclip.refocus(model, towers.config_for(model), backend=BACKEND)
+    first, second = towers.pictures(case), towers.pictures(case).flip(-1).contiguous()
+
+    def replay() -> Figures:
+        want, images, kept = rfclip.dense_features(model, second), first.clone(), []
+        run = captured(lambda: kept.append(rfclip.dense_features(model, images)))
+        images.copy_(second)
+        run()
+        error = ((kept[-1].float() - want.float()).norm() / want.float().norm()).item()
+        assert error <= 1e-3, error
+        return {"relative error": error}
+
+    def again(function: Callable[[], Tensor]) -> Figures:
+        want, kept = function(), []
+        run = captured(lambda: kept.append(function()))
+        run()
+        assert torch.equal(kept[-1], want)
+        return {"equal to the bit": True}
+
+    yield f"the tower at {case}", replay
+    for name, function in operations(Sizes(B=2, H=2, L=2, D=32, grid=(3, 7), dtype=DTYPE, device=DEVICE, names=7)):
+        yield name, partial(again, function) if capturable(name, "triton") else _not_captured
+
+
+def _not_captured() -> Figures:
+    raise Skip("the corners of its windows are on the host")
+
+
+class Dense(nn.Module):
+    """Dense features as a module's forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return rfclip.dense_features(self.model, images)
+
+
+def compiled() -> Cases:
+    """A refocused tower through torch.compile: with Inductor on a GPU, traced to single operators on a CPU."""
+    model, images = towers.twin(towers.planted(TINY)), towers.pictures(Case((32, 32)))
+    backend = "inductor" if ON_GPU else "aot_eager"
+    # Interpreted kernels cannot be compiled.
+    rfclip.refocus(model, towers.config_for(model), backend="triton" if ON_GPU else "eager")
+
+    def run() -> Figures:
+        want = rfclip.dense_features(model, images)
+        began = time.perf_counter()
+        got = torch.compile(Dense(model), fullgraph=True, backend=backend)(images)
+        error = ((got.float() - want.float()).norm() / want.float().norm()).item()
+        assert error <= (1e-4 if torch.float32 == DTYPE else 2e-2), error
+        return {"relative error": error, "seconds to compile": round(time.perf_counter() - began, 1)}
+
+    yield f"the bundled model at 32x32, {backend}, one graph", run
+
+
+# Speed
+
+
+def launches() -> Cases:
+    """Kernels that one pass launches, and how long the host takes to launch them."""
+    model, images = towers.planted(MODEL), towers.pictures(SMALL)
+    for name, run in (
+        ("plain CLIP", towers.plain(model, images)),
+        ("RF-CLIP on the kernels", towers.refocused(model, images, BACKEND)),
+    ):
+        yield f"{name}, {SMALL}", partial(_launches, run)
+
+
+def _launches(run: Callable[[], object]) -> Figures:
+    run()
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * ON_GPU
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+        if ON_GPU:
+            torch.cuda.synchronize()
+    events = profile.events()
+    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    own = [event for event in kernels if not event.name.lower().startswith(("memcpy", "memset"))]
+    host = []
+    for _ in range(20 if ON_GPU else 1):
+        if ON_GPU:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        host.append(time.perf_counter() - began)
+    figures: Figures = {"operators": sum(event.name.startswith(("aten::", "rfclip::")) for event in events)}
+    if ON_GPU:
+        figures |= {
+            "kernels": len(own),
+            "copies": len(kernels) - len(own),
+            "ms on the device": sum(event.device_time for event in kernels) / 1000,
+        }
+    return figures | {"ms on the host": 1000 * statistics.median(host)}
+
+
+def time_case(case: Case) -> Figures:
+    """Milliseconds of every implementation in alternating rounds."""
+    model, images = towers.planted(MODEL), towers.pictures(case)
+    error, note = towers.check(model, images, case)
+    runs = towers.implementations(model, images, case)
+    times = alternate(runs, case.rounds)
+    plain = next(iter(runs))
+    figures: Figures = {f"{name}, ms": 1000 * found.median for name, found in times.items()}
+    figures |= {
+        "triton over plain": times["triton"].median / times[plain].median,
+        "graph over graph": times["triton, graph"].median / times[f"{plain}, graph"].median,
+        "relative error": error,
+    }
+    peak = roofline.peak_of(torch.cuda.get_device_name()) if ON_GPU else None
+    if peak:
+        _, flops = towers.tower_size(towers.read_tower(model), images)
+        figures["plain graph, share of peak"] = case.batch * flops / times[f"{plain}, graph"].median / peak.flops
+    return figures | {"masks": note}
+
+
+def time_compiled(case: Case) -> Figures:
+    """Plain CLIP with its blocks compiled by Inductor, beside itself."""
+    model, images = towers.planted(MODEL), towers.pictures(case)
+    runs = {"plain": towers.plain(model, images), "compiled": towers.compiled_tower(model, images)}
+    times = alternate({name: captured(run) for name, run in runs.items()}, case.rounds)
+    return {f"{name}, graph, ms": 1000 * found.median for name, found in times.items()}
+
+
+def time_towers() -> Cases:
+    """From one small picture to a large one."""
+    for case in [SMALL, *MIDDLE]:
+        yield str(case), partial(time_case, case)
+    yield f"{SMALL}, compiled blocks", partial(time_compiled, SMALL)
+
+
+def large() -> Cases:
+    """The one case that may take long."""
+    yield str(LARGE), partial(time_case, LARGE)
+
+
+def time_kernels() -> Cases:
+    """Each operation by every implementation, once it is right; the share is of the time that the roofline allows."""
+    for size, sizes in GRIDS.items():
+        for name, example in BY_NAME.items():
+            if example.module:
+                hows = [how for case, how in CASES if case == name and (ON_GPU or how != "flex_attention")]
+                yield f"{name}, {size}", partial(_time_kernel, name, hows, sizes, size)
+
+
+def _time_kernel(name: str, hows: list[str], sizes: Sizes, size: str) -> Figures:
+    want = prepare(name, "reference", sizes)().float()
+    runs = {how: prepare(name, how, sizes) for how in hows}
+    got = runs["triton"]().float()
+    error = ((got - want).norm() / want.norm()).item()
+    assert error < (1e-4 if torch.float32 == DTYPE else 1e-2), error
+    graphs = {how: captured(run, CALLS) for how, run in runs.items() if capturable(name, how)}
+    times = alternate(runs | graphs, 20 if ON_GPU else 1)
+    figures: Figures = {
+        f"{how}, µs": 1e6 * found.median / (CALLS if how in graphs else 1) for how, found in times.items()
+    }
+    figures["relative error"] = error
+    peak = roofline.peak_of(torch.cuda.get_device_name()) if ON_GPU else None
+    # The report counts a larger picture and more names than are timed here, so pixels have no share.
+    if peak and BY_NAME[name].batched and name != "pamr":
+        shape = Shape("ViT-B/16", tuple(map(int, size.split("x"))))
+        least = roofline.count(BY_NAME[name], shape).seconds(peak)
+        figures["share of the roofline"] = least / (times["triton"].median / CALLS)
+    return figures
+
+
+def pictures() -> Cases:
+    """Photographs to labels, beside plain CLIP in a plainly written loop."""
+    yield "photographs of 336 pixels", _pictures
+
+
+def _pictures() -> Figures:
+    rows = end_to_end.throughput(towers.MODEL if ON_GPU else "ViT-S-32", quick=not ON_GPU)
+    return {f"{row.implementation}, pictures per second": row.images_per_second for row in rows}
+
+
+# Sanitizers
+
+
+def sanitized(tool: str) -> Cases:
+    """Every operation on one small case under compute-sanitizer, in a process of its own."""
+    yield "every operation on small tensors", partial(_sanitized, tool)
+
+
+def _sanitized(tool: str) -> Figures:
+    program = shutil.which("compute-sanitizer")
+    small = [sys.executable, "-m", "bench.gpu.sections", "small"]
+    if not ON_GPU and tool == "memcheck":
+        subprocess.run(small, check=True, cwd=ROOT)  # its code runs, at least
+    if not ON_GPU:
+        raise Skip("no GPU")
+    if program is None:
+        raise Skip("compute-sanitizer is not here")
+    # PyTorch's allocator would hide an access beyond a tensor.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [program, "--tool", tool, "--error-exitcode", "9", *small]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    summary = [line for line in done.stdout.splitlines() if line.startswith("=========")][-1:]
+    assert done.returncode == 0, f"exit code {done.returncode}: {' '.join(summary) or done.stderr[-500:]}"
+    return {"summary": " ".join(summary).strip("= ")}
+
+
+def small() -> None:
+    """One call of every operation."""
+    for dtype in (torch.float32, torch.float16) if ON_GPU else (torch.float32,):
+        sizes = Sizes(B=2, H=2, L=2, D=32, grid=(3, 7), dtype=dtype, device=DEVICE, names=7, patch=3, iterations=2)
+        for _, function in operations(sizes):
+            function()
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+SECTIONS: dict[str, Callable[[], Cases]] = {
+    "here": here,
+    "tower": tower,
+    "launches": launches,
+    "towers": time_towers,
+    "kernels": time_kernels,
+    "graphs": graphs,
+    "compile": compiled,
+    "pictures": pictures,
+    "memcheck": partial(sanitized, "memcheck"),
+    "racecheck": partial(sanitized, "racecheck"),
+    "large": large,
+}
+MEASURED = ("here", "launches", "towers", "kernels", "pictures", "large")
+
+
+@torch.inference_mode()
+def run(section: str, lines: Path, until: float) -> None:
+    """Write a line for every case of a section."""
+    for case, function in SECTIONS[section]():
+        if time.time() > until:
+            append(lines, Line(section, case, DROPPED, detail="no time was left"))
+            continue
+        try:
+            line = Line(section, case, "measured" if section in MEASURED else "passed", function())
+        except Skip as reason:
+            line = Line(section, case, "skipped", detail=str(reason))
+        except Exception as error:  # of any kind: it is what this case has to tell
+            traceback.print_exc()
+            line = Line(section, case, FAILED, detail=f"{type(error).__name__}: {str(error)[:300]}")
+        append(lines, line)
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # open_clip warns that weights are random
+    if sys.argv[1] == "small":
+        small()
+    elif sys.argv[1] == "tests":
+        tests(Path(sys.argv[2]), float(sys.argv[3]))
+    else:
+        run(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]))
