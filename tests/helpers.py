@@ -1,8 +1,12 @@
-"""Comparisons and random inputs for the whole suite."""
+"""Comparisons and random inputs for the whole suite, and what some tests need."""
 
 import math
+from importlib.util import find_spec
 
+import pytest
 import torch
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
 def relative_error(got, want):

@@ -5,6 +5,7 @@ No GPU is needed: the model and its input are CUDA tensors without data. The ref
 
 import pytest
 import torch
+from helpers import needs_triton
 from open_clip.model import CLIP
 from small_models import DIMS, pictures, small_clip
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -64,6 +65,7 @@ def operators(graph):
     return {name.removesuffix(".default") for name in names if name.startswith("rfclip.")}
 
 
+@needs_triton
 @every_config
 def test_nothing_waits_for_the_device(tower, case):
     model, images, mode = tower
@@ -84,6 +86,7 @@ def test_what_waiting_looks_like(tower):
                 call()
 
 
+@needs_triton
 def test_two_devices_are_refused(tower):
     *_, mode = tower
     with mode:
@@ -95,6 +98,7 @@ def test_two_devices_are_refused(tower):
             rfclip_kernels.redistribute_embeddings(q[0], mask[:, :1].cpu().expand(2, 5), [1], (1, 5))
 
 
+@needs_triton
 @every_config
 def test_export(tower, case):
     model, images, mode = tower
@@ -105,6 +109,7 @@ def test_export(tower, case):
     assert operators(exported.graph) == expected
 
 
+@needs_triton
 @every_config
 @pytest.mark.parametrize("function", ["dense_features", "encode_image"])
 def test_compile_in_one_graph(tower, case, function):
@@ -124,6 +129,7 @@ def test_compile_in_one_graph(tower, case, function):
     assert operators(graphs[0]) == expected - ({"rfclip.self_attention"} if function == "encode_image" else set())
 
 
+@needs_triton
 def test_compile_down_to_single_operators(tower):
     model, images, mode = tower
     config = rfclip.RefocusConfig(distraction_dims=DIMS)
