@@ -52,6 +52,8 @@ class NeverWaits(TorchDispatchMode):
 @pytest.fixture
 def tower(monkeypatch):
     """A model and images as CUDA tensors without data, and the mode to run them in."""
+    if not torch.backends.cuda.is_built():
+        pytest.skip("this PyTorch is built without CUDA")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     vision = {"image_size": 32, "patch_size": 8, "width": 48, "head_width": 16, "layers": 4, "mlp_ratio": 2.0}
     text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
