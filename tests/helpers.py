@@ -9,7 +9,7 @@ import torch
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 linux_only = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="about /proc, or about file names that are not Unicode"
+    not sys.platform.startswith("linux"), reason="needs /proc, or names of files that only Linux allows"
 )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import refused, run, segment
+from helpers import linux_only
 from miniatures import scene
 
 import rfclip
@@ -138,6 +139,7 @@ def test_names_that_differ_in_case(folder, monkeypatch, system, same):
             common.check_distinct(found)
 
 
+@linux_only
 def test_a_drives_colon(folder):
     """In the names of models and weights that the page shows."""
     path = Path("C:/weights/mine.safetensors")
