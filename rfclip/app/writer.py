@@ -127,7 +127,7 @@ def plan_shards(
     there = list(shards(out))
     done: set[str] = set()
     for path, before in [] if overwrite else there:
-        differing = [key for key in record.keys() & before.keys() if before[key] != record[key]]
+        differing = [key for key in record if key in before and before[key] != record[key]]
         if differing:
             raise ValueError(f"{path} was made with other {', '.join(differing)}: another --out, or --overwrite")
         done.update(row["path"] for row in read_rows(path, ["path"]))
