@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,11 @@ OUTPUTS = (".mask.png", ".overlay.png", ".json")  # endings of the files that `r
 def printable(path: Path | str) -> str:
     """A path as text that any file can hold; distinct paths stay distinct."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def same_name(path: Path) -> str:
+    """Text that is equal for paths which name the same file: macOS and Windows ignore the case."""
+    return str(path).casefold() if sys.platform in ("darwin", "win32") else str(path)
 
 
 def write_whole(saves: Mapping[Path, Callable[[Path], object]]) -> None:

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import numpy as np
 
+from rfclip.extras import require
 from rfclip.files import write_whole
 
 
@@ -88,9 +89,8 @@ def read_rows(path: Path, columns: list[str]) -> list[dict]:
 
 
 def _pyarrow() -> tuple[ModuleType, ModuleType]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ValueError('--format parquet needs pyarrow: pip install "rfclip[parquet]"') from error
+    require("--format parquet", "parquet", "pyarrow")
+    import pyarrow
+    from pyarrow import parquet
+
     return pyarrow, parquet

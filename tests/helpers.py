@@ -1,8 +1,16 @@
-"""Comparisons and random inputs for the whole suite."""
+"""Comparisons and random inputs for the whole suite, and what some tests need."""
 
 import math
+import sys
+from importlib.util import find_spec
 
+import pytest
 import torch
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+linux_only = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="needs /proc, or names of files that only Linux allows"
+)
 
 
 def relative_error(got, want):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import needs_triton
 
 import rfclip
 
@@ -22,7 +23,9 @@ STATEMENTS = [
     "from rfclip.reference import distraction_mask, fiedler_vector, upsample_argmax",
     "from rfclip.outputs import read_masks",
     "from rfclip.config import RefocusConfig, PRESETS",
-    "from rfclip_kernels import refocused_attention, proxy_attention, average_windows",
+    pytest.param(
+        "from rfclip_kernels import refocused_attention, proxy_attention, average_windows", marks=needs_triton
+    ),
     "import rfclip.plugin, rfclip.calibration, rfclip.explanation; rfclip.refocus, rfclip.calibrate, rfclip.explain; "
     "assert callable(rfclip.explain) and callable(rfclip.calibrate) and callable(rfclip.refocus)",
 ]

@@ -13,6 +13,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 
+from rfclip.extras import require
+
 Worker = Callable[[dict], dict]
 
 CORES = 4  # CPU cores per worker, unless the number of workers is given
@@ -89,6 +91,7 @@ def start(
         return contextlib.nullcontext(Engine(device))
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device {device}: --engine ray takes cpu or cuda; Ray decides which GPU a worker gets")
+    require("--engine ray", "ray", "ray", "pyarrow")
     return _on_ray(workers, device)
 
 
@@ -98,11 +101,9 @@ def _on_ray(workers: int | None, device: str) -> Iterator[Engine]:
     # hidden, which does not apply while this process lives.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ValueError('--engine ray needs Ray: pip install "rfclip[ray]"') from error
+    import ray
+    import ray.data
+
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     own = not ray.is_initialized()

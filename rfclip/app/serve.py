@@ -363,7 +363,8 @@ def serve(jobs: list[Job], folder: Path, host: str, port: int, ready: Callable[[
         except OSError as error:
             raise OSError(f"--host {host} --port {port}: cannot listen there; the port may be taken") from error
         ready(launched[1])
-        threading.Event().wait()
+        while True:  # an Event's wait() is deaf to Ctrl-C on Windows
+            time.sleep(1)
     except KeyboardInterrupt:
         pass
     finally:

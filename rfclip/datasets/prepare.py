@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from rfclip.datasets.base import IGNORED, read_indices
+from rfclip.extras import require
 from rfclip.files import write_whole
 
 # COCO's ids, minus one, that are not things; everything after 90 is stuff.
@@ -66,10 +67,9 @@ def context(root: Path) -> Iterator[Path]:
     Raises:
         ValueError: the JSON file is missing or a different one, or pycocotools is not installed.
     """
-    try:
-        from pycocotools import mask as rle
-    except ImportError as error:
-        raise ValueError('context: its masks need pycocotools: pip install "rfclip[prepare]"') from error
+    require("context", "prepare", "pycocotools")
+    from pycocotools import mask as rle
+
     folder = root / "VOCdevkit/VOC2010"
     path = folder / "trainval_merged.json"
     try:

@@ -29,7 +29,7 @@ def parse_classes(classes: Classes) -> ClassNames:
             items: Iterable = [line for line in Path(classes).read_text("utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"classes file {classes}: {error}") from error
-    elif isinstance(classes, str) and (classes.endswith(".txt") or os.sep in classes):
+    elif isinstance(classes, str) and (classes.endswith(".txt") or not {"/", os.sep}.isdisjoint(classes)):
         raise ValueError(f"classes: there is no file {classes}")
     elif isinstance(classes, str):
         items = split_classes(classes)

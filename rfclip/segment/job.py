@@ -112,5 +112,5 @@ class Job:
 
 
 def _without_folder(name: str) -> str:
-    source, colon, path = name.rpartition(":")
+    source, colon, path = ("", "", name) if os.path.exists(name) else name.partition(":")  # C:/ has a colon as well
     return f"{source}{colon}{Path(path).name}" if os.path.exists(path) else name

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from rfclip.config import TINY
@@ -73,7 +73,8 @@ class TextEmbeddings:
         key = hashlib.blake2b(repr((self._weights, name, tokens.tolist())).encode(), digest_size=20).hexdigest()
         path = Path(self._cache) / f"{key}.safetensors"
         with contextlib.suppress(OSError, SafetensorError, KeyError):
-            return load_file(path)["embedding"]
+            # Not load_file, which would hold the file, so that Windows could not remove it.
+            return load(path.read_bytes())["embedding"]
         embedding = self._encoded(tokens)
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the result
             path.parent.mkdir(parents=True, exist_ok=True)

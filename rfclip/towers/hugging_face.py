@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from rfclip.extras import require
 from rfclip.towers.base import SUPPORTED, Block, Tower, first_line
 
 HUGGING_FACE = "transformers:"  # prefix of the names of its models
@@ -54,8 +54,7 @@ class HuggingFaceTower(Tower):
 
     @classmethod
     def check_name(cls, name: str, pretrained: str | None) -> None:
-        if importlib.util.find_spec("transformers") is None:
-            raise ValueError(f'{name} needs transformers: pip install "rfclip[transformers]"')
+        require(name, "transformers", "transformers")
         if pretrained is not None:
             raise ValueError(f"pretrained={pretrained!r}: {name} comes with its own weights")
 

@@ -52,7 +52,7 @@ def load_model(
         if pretrained is not None:
             raise ValueError(f"pretrained={pretrained!r}: {TINY} comes with its own weights")
         model = open_clip.create_model(f"local-dir:{tiny_folder()}", device=device, precision=precision)
-        model.refocus_config = RefocusConfig.from_json((tiny_folder() / "refocus.json").read_text())
+        model.refocus_config = RefocusConfig.from_json((tiny_folder() / "refocus.json").read_text("utf-8"))
         model.trained_on = CLASSES
         return model.eval()
     check_model(name, pretrained)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import linux_only
 from PIL import Image
 
 import rfclip
@@ -312,6 +313,7 @@ def test_the_settings_start_from_the_config(tmp_path):
         assert [found for name, found in values.items() if name and name.startswith(label)] == [value]
 
 
+@linux_only
 def test_only_this_machine(address):
     """The server listens on loopback and nowhere else."""
     port = int(address.rstrip("/").rpartition(":")[2])

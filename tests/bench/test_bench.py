@@ -1,5 +1,7 @@
 """The benchmarks: one quick run as a whole, and their parts against values worked out by hand."""
 
+# ruff: noqa: E402
+
 import json
 import os
 import subprocess
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+
+pytest.importorskip("triton", reason="Triton is not installed")
 
 from bench import end_to_end, kernels, measure, roofline, tables, towers
 from bench.__main__ import main

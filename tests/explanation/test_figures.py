@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from helpers import linux_only
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -118,6 +119,7 @@ def test_a_file_in_the_place_of_the_folder(tmp_path, out):
     assert "expected a folder" in done.stderr
 
 
+@linux_only
 def test_names_of_files(tmp_path):
     """Brackets are not markup, and a name that is not UTF-8 gets a report like any other."""
     folder, out = tmp_path / "in", tmp_path / "x["

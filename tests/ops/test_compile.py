@@ -5,6 +5,7 @@ No GPU is needed: the model and its input are CUDA tensors without data. The ref
 
 import pytest
 import torch
+from helpers import needs_triton
 from open_clip.model import CLIP
 from small_models import DIMS, pictures, small_clip
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -53,6 +54,8 @@ def tower(monkeypatch):
     """A model and images as CUDA tensors without data, and the mode to run them in."""
     if torch.__version__ < "2.11":
         pytest.skip("PyTorch before 2.11 needs a GPU's driver to make CUDA tensors, even without data")
+    if not torch.backends.cuda.is_built():
+        pytest.skip("this PyTorch is built without CUDA")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     vision = {"image_size": 32, "patch_size": 8, "width": 48, "head_width": 16, "layers": 4, "mlp_ratio": 2.0}
     text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
@@ -66,6 +69,7 @@ def operators(graph):
     return {name.removesuffix(".default") for name in names if name.startswith("rfclip.")}
 
 
+@needs_triton
 @every_config
 def test_nothing_waits_for_the_device(tower, case):
     model, images, mode = tower
@@ -86,6 +90,7 @@ def test_what_waiting_looks_like(tower):
                 call()
 
 
+@needs_triton
 def test_two_devices_are_refused(tower):
     *_, mode = tower
     with mode:
@@ -97,6 +102,7 @@ def test_two_devices_are_refused(tower):
             rfclip_kernels.redistribute_embeddings(q[0], mask[:, :1].cpu().expand(2, 5), [1], (1, 5))
 
 
+@needs_triton
 @every_config
 def test_export(tower, case):
     model, images, mode = tower
@@ -107,6 +113,7 @@ def test_export(tower, case):
     assert operators(exported.graph) == expected
 
 
+@needs_triton
 @every_config
 @pytest.mark.parametrize("function", ["dense_features", "encode_image"])
 def test_compile_in_one_graph(tower, case, function):
@@ -126,6 +133,7 @@ def test_compile_in_one_graph(tower, case, function):
     assert operators(graphs[0]) == expected - ({"rfclip.self_attention"} if function == "encode_image" else set())
 
 
+@needs_triton
 def test_compile_down_to_single_operators(tower):
     model, images, mode = tower
     config = rfclip.RefocusConfig(distraction_dims=DIMS)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from helpers import needs_triton
 
 import rfclip_kernels
 from rfclip import reference
@@ -15,34 +16,6 @@ from rfclip.ops import choose, operations
 from rfclip.ops.dispatch import backend
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-WITHOUT_TRITON = """
-import sys
-sys.modules["triton"] = None  # what importing a missing package amounts to
-import torch
-import rfclip, rfclip_kernels
-from rfclip import reference
-from rfclip.ops import choose
-
-assert choose("auto", torch.device("cpu"), torch.float32).backend == "eager"
-model = rfclip.load_model("rfclip-tiny")
-with rfclip.refocus(model):
-    assert rfclip.dense_features(model, torch.zeros(1, 3, 112, 112)).shape == (1, 128, 14, 14)
-for device in ("cpu", "cuda"):
-    try:
-        choose("triton", torch.device(device), torch.float16)
-    except ValueError as error:
-        assert "Triton is not installed" in str(error), error
-    else:
-        raise AssertionError("not refused")
-try:
-    rfclip_kernels.refocused_attention
-except ModuleNotFoundError as error:
-    assert error.name == "triton", error
-else:
-    raise AssertionError("not refused")
-print("done")
-"""
 
 
 @pytest.fixture
@@ -57,11 +30,6 @@ def gpu(monkeypatch):
     return capability
 
 
-def test_without_triton():
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
-    assert done.stdout == "done\n", done.stderr
-
-
 def test_importing_loads_no_kernel():
     code = "import sys, rfclip.plugin; print(*(name for name in sys.modules if name.startswith('rfclip_kernels')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -71,6 +39,7 @@ def test_importing_loads_no_kernel():
     }
 
 
+@needs_triton
 def test_auto(gpu):
     assert choose("auto", GPU, torch.float16).backend == "triton"
     for device, dtype, reason in ((CPU, torch.float32, "is on cpu"), (GPU, torch.float64, "float64")):
@@ -83,6 +52,7 @@ def test_auto(gpu):
     assert "below 8.0" in choice.reason
 
 
+@needs_triton
 def test_a_named_backend_is_never_replaced(gpu):
     assert choose("triton", GPU, torch.bfloat16).backend == "triton"
     assert choose("reference", GPU, torch.bfloat16).backend == "reference"
@@ -91,6 +61,7 @@ def test_a_named_backend_is_never_replaced(gpu):
             choose("triton", device, dtype)
 
 
+@needs_triton
 def test_the_kernels_have_the_references_names_and_signatures():
     ours = backend("triton")
     for name in rfclip_kernels.__all__:
@@ -101,6 +72,7 @@ def test_the_kernels_have_the_references_names_and_signatures():
     assert backend("reference").borrowed == [] and "pamr" not in backend("eager").borrowed
 
 
+@needs_triton
 def test_operations_are_those_of_the_chosen_backend(gpu):
     assert operations().name == operations("eager").name == "eager"
     assert operations("auto", "cuda", torch.float16).name == "triton"
@@ -111,6 +83,7 @@ def test_backends_are_copied_by_name():
     assert pickle.loads(pickle.dumps(backend("eager"))) is copy.deepcopy(backend("eager")) is backend("eager")
 
 
+@needs_triton
 def test_the_kernels_refuse_the_cpu():
     with pytest.raises(ValueError, match="x is on cpu: the Triton kernels run on CUDA.*TRITON_INTERPRET=1"):
         rfclip_kernels.distraction_mask(torch.ones(1, 4, 8), [1], 0.5)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import linux_only
 from miniatures import SIZE, Reader, ReadingScorer, halves, make, open_run, save_labels, score, scores_of
 from PIL import Image
 
@@ -123,6 +124,7 @@ def test_damaged_runs(tmp_path, file, text):
     assert score(root, "ade20k", tmp_path / "run", overwrite=True).miou == 0.5
 
 
+@linux_only
 def test_names_that_are_not_utf_8(tmp_path):
     root = make(tmp_path / "data", "ade20k")
     for path in pairs(root)[0]:

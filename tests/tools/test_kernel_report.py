@@ -1,5 +1,7 @@
 """The report: what it records, counts and calls a fault, without compiling more than a few kernels."""
 
+# ruff: noqa: E402
+
 import json
 import math
 import os
@@ -9,6 +11,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
 
 from rfclip_kernels import attention
 from rfclip_kernels.registry import Example

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 
 from rfclip.config import TINY, BackendName, PrecisionName, RefocusConfig
-from rfclip.files import OUTPUTS
+from rfclip.files import OUTPUTS, same_name
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +105,10 @@ def check_new(out: Path | None, overwrite: bool) -> None:
 
 def check_folder(out: Path) -> None:
     """Refuse a folder whose place a file has taken."""
-    if not next(path for path in (out, *out.absolute().parents) if path.exists()).is_dir():
+    there = next((path for path in (out, *out.absolute().parents) if path.exists()), None)
+    if there is None:
+        raise ValueError(f"--out {out}: there is no such drive")
+    if not there.is_dir():
         raise ValueError(f"--out {out}: expected a folder, but a file of that name exists")
 
 
@@ -144,11 +147,11 @@ def find_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[s
             found.setdefault(file.resolve(), (file, result))
         if not files:
             missing.append((item, reason))
-    stems = Counter(result.with_suffix("") for _, result in found.values())
+    stems = Counter(same_name(result.with_suffix("")) for _, result in found.values())
     images = []
     for file, result in found.values():
         stem = result.with_suffix("")
-        images.append((file, result if stems[stem] > 1 else stem))
+        images.append((file, result if stems[same_name(stem)] > 1 else stem))
     return images, missing
 
 
@@ -162,7 +165,8 @@ def some_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[s
 
 def check_distinct(images: list[tuple[Path, Path]]) -> None:
     """Refuse pictures whose results would overwrite each other."""
-    clashing = [str(result) for result, count in Counter(result for _, result in images).items() if count > 1]
+    counts = Counter(same_name(result) for _, result in images)
+    clashing = dict.fromkeys(str(result) for _, result in images if counts[same_name(result)] > 1)
     if clashing:
         raise ValueError(
             f"several images would be written as {', '.join(clashing)}; segment their folders one at a time"

@@ -15,6 +15,7 @@ from rich.table import Table
 from rfclip.app.cli import common
 from rfclip.config import TINY, RefocusConfig
 from rfclip.datasets import DATASETS
+from rfclip.extras import require
 from rfclip.files import write_whole
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def evaluate(
             raise ValueError("give one dataset's NAME, or --all")
         if every and sheet is not None:
             raise ValueError("--sheet shows one dataset: give its NAME in place of --all")
+        _check_installed("evaluate")
         common.check_new(sheet, overwrite)
         common.check_folder(out or RUNS)
         names = common.method_names(method) if method else []
@@ -150,6 +152,7 @@ def ablate(
         from rfclip.scoring.ablations import check_ablation, variants
 
         check_ablation(ablation)
+        _check_installed("ablate")
         common.check_folder(out or RUNS)
         given = common.read_config(config)
         (opened,) = _open(dataset, root=root, count=count, seed=seed)
@@ -200,6 +203,10 @@ def prepare(
                 written.append(path)
                 progress.update(task, completed=len(written))
         common.answer(f"{len(written)} files, the last one {written[-1]}")
+
+
+def _check_installed(command: str) -> None:
+    require(command, "evaluate", "matplotlib", "torchmetrics")
 
 
 def _open(name: str | None, **options: object) -> list[Dataset]:

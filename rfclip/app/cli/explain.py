@@ -10,6 +10,7 @@ import typer
 
 from rfclip.app.cli import common
 from rfclip.config import TINY
+from rfclip.extras import require
 from rfclip.files import printable, write_whole
 
 
@@ -33,7 +34,10 @@ def explain(
 ) -> None:
     """Show what refocusing changes in pictures: PNG figures and an HTML report for each, and a profile over all."""
     with common.clear_errors():
+        require("explain", "explain", "matplotlib")
         found, failed = common.some_images(images)
+        # Windows drops dots and spaces at the end of a folder's name.
+        found = [(file, result.with_name(result.name.rstrip(" .") or "_")) for file, result in found]
         common.check_distinct(found)
         places, numbers = _places(points or []), _numbers(layers)
         common.check_folder(out)

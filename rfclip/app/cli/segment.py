@@ -12,6 +12,7 @@ import typer
 
 from rfclip.app.cli import common
 from rfclip.config import TINY
+from rfclip.extras import require
 
 
 def segment(
@@ -53,6 +54,8 @@ def segment(
         refocusing = common.read_config(config)
         if format == "png":
             common.check_distinct(found)
+        else:
+            require("--format parquet", "parquet", "pyarrow")
         common.check_folder(out)
         from rfclip.app.engines import start
 

@@ -12,6 +12,7 @@ import typer
 
 from rfclip.app.cli import common
 from rfclip.config import TINY, canonical_name
+from rfclip.extras import require
 
 
 def serve(
@@ -26,14 +27,12 @@ def serve(
     """Serve a page to try it in the browser, until Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the temporary folder is removed as well
     with common.clear_errors(), tempfile.TemporaryDirectory(prefix="rfclip-") as folder:
+        require("the page", "serve", "gradio", "matplotlib")
         refocusing = common.read_config(config)
         # Set before Gradio is imported, which then makes the folder; files in it already are not copied.
         os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "gradio")
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        try:
-            from rfclip.app import serve as page
-        except ImportError as error:
-            raise ValueError('the page needs gradio: pip install "rfclip[serve]"') from error
+        from rfclip.app import serve as page
         from rfclip.towers.loading import check_model
 
         common.available(device)
