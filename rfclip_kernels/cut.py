@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from rfclip_kernels.checks import check_launch, on_device
-from rfclip_kernels.krylov import BREAKDOWN, STEPS, start_of_cut
+from rfclip_kernels.krylov import BREAKDOWN, SQUARINGS, STEPS, start_of_cut
 
 BASIS = STEPS + 1  # the known vector, and one a step
-SQUARINGS = 16
 BLOCK_ROWS = 32
 BLOCK_COLUMNS = 128
 
