@@ -43,8 +43,8 @@ def open_shapes():
     return {"images": {0: Dim("batch", max=64), 2: PATCH * rows, 3: PATCH * columns}}
 
 
-def export(model):
-    return torch.export.export(Dense(model).eval(), (example(SIZES[0]),), dynamic_shapes=open_shapes())
+def export(model, size=SIZES[0]):
+    return torch.export.export(Dense(model).eval(), (example(size),), dynamic_shapes=open_shapes())
 
 
 def test_every_snippet_is_found():
@@ -92,8 +92,8 @@ def test_exported_with_open_batch_and_size(backend):
 def test_peers_exported_with_open_batch_and_size(method):
     model = small_clip(dtype=torch.float32, layers=max(4, METHODS[method].blocks))
     with rfclip.refocus(model, method=method, backend="eager"), torch.no_grad():
-        program = export(model).module()
-        for size in SIZES:
+        program = export(model, size=(2, 48, 48)).module()
+        for size in ((3, 40, 56), (1, 40, 48)):
             assert_close(program(example(size)), rfclip.dense_features(model, example(size)), 1e-5)
 
 
