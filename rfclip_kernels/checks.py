@@ -61,7 +61,8 @@ def dimension_list(dims: Sequence[int], d: int) -> list[int]:
 def grid_sides(grid: tuple[int, int], N: int) -> tuple[int, int]:
     """A patch grid (gh, gw) of N patches."""
     two_sides = isinstance(grid, Sequence) and len(grid) == 2
-    if not two_sides or not all(isinstance(side, Integral) and side >= 1 for side in grid) or grid[0] * grid[1] != N:
+    integers = (Integral, torch.SymInt)  # the sides of a picture whose size an exporter leaves open are SymInts
+    if not two_sides or not all(isinstance(side, integers) and side >= 1 for side in grid) or grid[0] * grid[1] != N:
         raise ValueError(f"grid must be (gh, gw), two integers of at least 1 with gh * gw = N = {N}, got {grid!r}")
     return grid[0], grid[1]
 

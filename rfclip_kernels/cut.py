@@ -16,11 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels.krylov import BREAKDOWN, STEPS, start_of_cut
+from rfclip_kernels.krylov import BREAKDOWN, SQUARINGS, STEPS, start_of_cut
 from rfclip_kernels.launch import check_launch, on_device, wrap_triton
 
 BASIS = STEPS + 1  # the known vector, and one a step
-SQUARINGS = 16
 BLOCK_ROWS = 32
 BLOCK_COLUMNS = 128
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 STEPS = 15
 BREAKDOWN = 1e-6  # a vector with less than this that is new ends the basis
+SQUARINGS = 16  # of the projected matrix, where its leading eigenvector is found by squaring it
 
 
 def start_of_cut(S: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

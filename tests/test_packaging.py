@@ -2,9 +2,9 @@
 
 import ast
 import sys
-import tomllib
 from fnmatch import fnmatch
 
+import tomllib
 from distributions import BASE, EXTRAS, PROJECT, ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name

@@ -121,6 +121,8 @@ class RFCLIP(Method):
             mask = mask & (self.ops.received_attention(q, k, prefix=prefix) > tau_attn)
         if config.tokens == "random":
             # As many tokens of each image, in the same order, so that an image's result depends on no other [D].
+            if isinstance(patches.shape[1], torch.SymInt):
+                raise ValueError('tokens="random" draws for one number of patches: export it at a fixed image size')
             generator = torch.Generator().manual_seed(number)
             rank = torch.randperm(patches.shape[1], generator=generator).to(x.device)
             mask = rank < mask.sum(dim=1, keepdim=True)

@@ -52,7 +52,7 @@ def _outliers(x: Tensor, neighbours: int = 30) -> Tensor:
     """Step 1: which of x [B, N, d] stand out, bool [B, N]."""
     distances = torch.cdist(x.to(computing_dtype(x)), x.to(computing_dtype(x)))
     distances.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    nearest, which = distances.topk(min(neighbours, x.shape[1] - 1), largest=False)
+    nearest, which = distances.topk(torch.sym_min(neighbours, x.shape[1] - 1), largest=False)
     if not which.shape[2]:
         return torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
     reach = nearest[..., -1].square()

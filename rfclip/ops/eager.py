@@ -10,6 +10,9 @@ What differs from the reference is the order of the work, not its result (relati
   also feeds the proxy attention.
 - PAMR's neighbours are views of a padded picture, processed class by class, so that a class stays in the cache.
 
+A compiler or exporter would unroll the tiles and the loops over images, for one size only. It is given the reference's
+whole matrices and the graph cut of all images at once instead.
+
 Half-precision inputs are computed in float32, except in flash attention, which multiplies in their own dtype.
 """
 
@@ -24,7 +27,7 @@ from torch import Tensor
 from rfclip.ops import key_average, reference
 from rfclip.ops.numerics import computing_dtype, matmul, no_autocast
 from rfclip.ops.reference import attention_sets, move_attention, offset_bias
-from rfclip_kernels.krylov import BREAKDOWN, STEPS, start_of_cut
+from rfclip_kernels.krylov import BREAKDOWN, SQUARINGS, STEPS, start_of_cut
 
 __all__ = [
     "distraction_mask",
@@ -55,6 +58,8 @@ def distraction_mask(x: Tensor, dims: list[int], threshold: float, shifted: bool
 
 def received_attention(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
     """The mean is taken tile by tile."""
+    if torch.compiler.is_compiling():
+        return reference.received_attention(q, k, scale, prefix)
     B, H, T, _ = q.shape
     out = q.new_zeros((B, T - prefix), dtype=computing_dtype(q))
     for b, _, A in _patch_tiles(q, k, scale, prefix):
@@ -64,7 +69,10 @@ def received_attention(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tenso
 
 def key_similarity(k: Tensor, running: Tensor, count: int, scale: float, prefix: int) -> None:
     """Tile by tile."""
-    _add_layer(k, running, count, scale, prefix, None)
+    if torch.compiler.is_compiling():
+        reference.key_similarity(k, running, count, scale, prefix)
+    else:
+        _add_layer(k, running, count, scale, prefix, None)
 
 
 class KeyAverage(key_average.KeyAverage):
@@ -81,7 +89,8 @@ class KeyAverage(key_average.KeyAverage):
         B, H, T, D = k.shape
         N = T - self.prefix
         size = torch.finfo(computing_dtype(k)).bits // 8 * B * H * N * N
-        if not self.gathers or self.count >= self.similar or size > HEADS_BUDGET:
+        unneeded = not self.gathers or self.count >= self.similar
+        if unneeded or torch.compiler.is_compiling() or size > HEADS_BUDGET:
             super().add(k)
             return
         if self._heads is None:
@@ -123,21 +132,26 @@ def fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
     B, N = S.shape[:2]
     W2, inv_sqrt, known, w = start_of_cut(S, start)
     M = W2.mul_(inv_sqrt[:, :, None] / 2).mul_(inv_sqrt[:, None])
-    basis = S.new_zeros((B, STEPS + 1, N))
-    basis[:, 0] = known
-    diagonal, beside = (S.new_empty((B, STEPS)) for _ in range(2))
     with no_autocast(S.device):
-        for image in zip(
-            M, w, basis, diagonal, beside, strict=True
-        ):  # a single matrix-vector product beats the batched one
-            _lanczos(*image)
+        u = _ritz_vectors_at_once(M, w, known) if torch.compiler.is_compiling() else _ritz_vectors(M, w, known)
+    y = inv_sqrt * u
+    largest = y.abs().argmax(dim=-1, keepdim=True)
+    return y * y.gather(-1, largest).sign()
+
+
+def _ritz_vectors(M: Tensor, w: Tensor, known: Tensor) -> Tensor:
+    """The vector [B, N] of the Krylov space of M [B, N, N] and w, orthogonal to `known`, that is nearest the cut's."""
+    B, N = w.shape
+    basis = M.new_zeros((B, STEPS + 1, N))
+    basis[:, 0] = known
+    diagonal, beside = (M.new_empty((B, STEPS)) for _ in range(2))
+    for image in zip(M, w, basis, diagonal, beside, strict=True):
+        _lanczos(*image)  # a single matrix-vector product beats the batched one
     # A remainder that is nothing but rounding ends the basis: what follows gets the eigenvalue -2, below all others.
     sound = (beside > BREAKDOWN).cumprod(dim=-1)
     projected = torch.diag_embed(torch.where(sound > 0, diagonal, -2)) + torch.diag_embed((sound * beside)[:, 1:], -1)
     _, ritz = torch.linalg.eigh(projected)  # reads the lower triangle
-    y = inv_sqrt * matmul(ritz[:, None, :, -1], basis[:, 1:])[:, 0]
-    largest = y.abs().argmax(dim=-1, keepdim=True)
-    return y * y.gather(-1, largest).sign()
+    return (ritz[:, None, :, -1] @ basis[:, 1:])[:, 0]
 
 
 def _lanczos(M: Tensor, w: Tensor, basis: Tensor, diagonal: Tensor, beside: Tensor) -> None:
@@ -151,14 +165,37 @@ def _lanczos(M: Tensor, w: Tensor, basis: Tensor, diagonal: Tensor, beside: Tens
         torch.dot(w, fresh, out=alpha)
 
 
+def _ritz_vectors_at_once(M: Tensor, w: Tensor, known: Tensor) -> Tensor:
+    """The same for all images at once, by operations that every exporter knows; ONNX has no `eigh`."""
+    basis, w = known[:, None], w[..., None]
+    for _ in range(STEPS):
+        for _ in range(2):
+            w = torch.baddbmm(w, basis.mT, torch.bmm(basis, w), alpha=-1)
+        length = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+        fresh = torch.where(length > BREAKDOWN, w / length, 0)  # once it is 0, so are all that follow
+        basis = torch.cat([basis, fresh.mT], dim=1)
+        w = torch.bmm(M, fresh)
+    basis = basis[:, 1:]
+    # M + 2 has no negative eigenvalue: squaring it in the basis leaves the eigenvector of its largest.
+    power = torch.bmm(basis, torch.bmm(M, basis.mT) + 2 * basis.mT)
+    for _ in range(SQUARINGS):
+        power = power / power.abs().amax(dim=(1, 2), keepdim=True).clamp(min=1e-30)
+        power = torch.bmm(power, power)
+    largest = power.diagonal(dim1=1, dim2=2).argmax(dim=-1)
+    ritz = power.gather(1, largest[:, None, None].expand(-1, 1, STEPS))
+    return torch.bmm(F.normalize(ritz, dim=-1), basis)[:, 0]
+
+
 def refocused_attention(
     q: Tensor, k: Tensor, v: Tensor, distraction: Tensor, target: Tensor, beta: float, scale: float, prefix: int
 ) -> Tensor:
     """Group by group."""
+    if torch.compiler.is_compiling():
+        return reference.refocused_attention(q, k, v, distraction, target, beta, scale, prefix)
     dis, tgt = attention_sets(distraction, target, prefix)
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)  # a log-sum-exp has no gradient
     out = torch.empty_like(v.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-    if q.device.type == "cpu" and not differentiated and not torch.compiler.is_compiling():
+    if q.device.type == "cpu" and not differentiated:
         for b in range(len(q)):
             image = slice(b, b + 1)
             out[image] = _by_groups(q[image], k[image], v[image], dis[b], tgt[b], beta, scale, prefix)

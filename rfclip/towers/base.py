@@ -175,7 +175,8 @@ class Tower:
         height, width = patches.shape[2:]
         x = patches.flatten(2).transpose(1, 2)
         prefix, position = self._embeddings()
-        if (height, width) != self.grid_size:
+        # A size that an exporter leaves open may be the trained one: resizing to that changes no bit.
+        if any(isinstance(side, torch.SymInt) for side in (height, width)) or (height, width) != self.grid_size:
             trained = position[self.prefix :].unflatten(0, self.grid_size).permute(2, 0, 1)[None]
             trained = trained.to(torch.promote_types(position.dtype, torch.float32))
             resized = F.interpolate(trained, size=(height, width), mode="bicubic", align_corners=False)

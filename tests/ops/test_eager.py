@@ -33,29 +33,32 @@ def packed(size, seed=0):
     return randn(B, T, 3 * H * D, seed=seed).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4).unbind()
 
 
-@pytest.fixture(params=["flash", "tiles"])
+@pytest.fixture(params=["flash", "tiles", "compiled"])
 def path(request, monkeypatch):
-    """Both ways to compute refocused attention: merged groups, and the path for other devices and for compilers."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param == "tiles")
+    """The ways to compute refocused attention: merged groups, the path for other devices, and that for compilers."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param == "compiled")
+    return request.param
 
 
 @sizes
 @pytest.mark.parametrize("beta", [0.0, 0.7, 1.0])
 def test_refocused_attention(path, size, beta):
     q, k, v = packed(size)
+    q.requires_grad_(path == "tiles")
     u = torch.rand(size[0], size[2] - 1, generator=torch.Generator().manual_seed(1))
     for dis, target in ((u < 0.3, u > 0.6), (u < 0.3, u < 0), (u < 0, u > 0.6), (u < 0.05, u >= 0.05), (u < 2, u < 0)):
-        want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, target, beta)
-        check(eager.refocused_attention(q, k, v, dis, target, beta), want)
+        want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, target, beta).detach()
+        check(eager.refocused_attention(q, k, v, dis, target, beta).detach(), want)
 
 
 def test_a_target_with_cls(path):
     q, k, v = packed((2, 2, 50, 16))
+    q.requires_grad_(path == "tiles")
     dis = torch.rand(2, 49, generator=torch.Generator().manual_seed(1)) < 0.3
     for target in (torch.zeros_like(dis), ~dis):
         target = torch.nn.functional.pad(target, (1, 0), value=True)
-        want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, target, 0.7)
-        check(eager.refocused_attention(q, k, v, dis, target, 0.7), want)
+        want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, target, 0.7).detach()
+        check(eager.refocused_attention(q, k, v, dis, target, 0.7).detach(), want)
 
 
 @sizes
@@ -95,8 +98,10 @@ def clusters(B, N, noise):
     return reference.key_similarity(keys)
 
 
+@pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("N", [2, 17, 196, 588])
-def test_fiedler_vector(N):
+def test_fiedler_vector(monkeypatch, N, compiling):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     S = clusters(2, N, noise=0.4)
     want = reference.fiedler_vector(S.double())
     for start in (None, reference.fiedler_vector(clusters(2, N, noise=0.5))):
