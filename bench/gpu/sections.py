@@ -165,8 +165,9 @@ def tower() -> Cases:
             yield f"{SMALL.size}, {name}, {backend}", partial(compare, dtype, backend)
 
 
-def operations(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Every operation that has a kernel, on its example inputs."""
+def operations(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Every operation that has a kernel, on small example inputs."""
+    sizes = Sizes(B=2, H=2, L=2, D=32, grid=(3, 7), dtype=dtype, device=DEVICE, names=7, patch=3, iterations=2)
     for name, example in BY_NAME.items():
         if example.module:
             yield name, prepare(name, "triton", sizes)
@@ -195,7 +196,7 @@ def graphs() -> Cases:
         return {"equal to the bit": True}
 
     yield f"the tower at {case}", replay
-    for name, function in operations(Sizes(B=2, H=2, L=2, D=32, grid=(3, 7), dtype=DTYPE, device=DEVICE, names=7)):
+    for name, function in operations(DTYPE):
         yield name, partial(again, function) if capturable(name, "triton") else _not_captured
 
 
@@ -381,8 +382,7 @@ def _sanitized(tool: str) -> Figures:
 def small() -> None:
     """One call of every operation."""
     for dtype in (torch.float32, torch.float16) if ON_GPU else (torch.float32,):
-        sizes = Sizes(B=2, H=2, L=2, D=32, grid=(3, 7), dtype=dtype, device=DEVICE, names=7, patch=3, iterations=2)
-        for _, function in operations(sizes):
+        for _, function in operations(dtype):
             function()
     if ON_GPU:
         torch.cuda.synchronize()
