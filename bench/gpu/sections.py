@@ -318,8 +318,12 @@ def time_kernels() -> Cases:
     for size, sizes in GRIDS.items():
         for name, example in BY_NAME.items():
             if example.module:
-                hows = [how for case, how in CASES if case == name and (ON_GPU or how != "flex_attention")]
+                hows = [how for case, how in CASES if case == name]
+                flex = ["triton", "flex_attention"] if "flex_attention" in hows and ON_GPU else []
+                hows = [how for how in hows if how != "flex_attention"]
                 yield f"{name}, {size}", partial(_time_kernel, name, hows, sizes, size)
+                if flex:  # apart, since it is compiled
+                    yield f"{name}, {size}, flex_attention", partial(_time_kernel, name, flex, sizes, size)
 
 
 def _time_kernel(name: str, hows: list[str], sizes: Sizes, size: str) -> Figures:
