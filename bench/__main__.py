@@ -4,7 +4,8 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,29 +49,39 @@ def main(arguments: list[str] | None = None) -> int:
     cases = towers.QUICK_CASES if given.quick else towers.CASES
     if DEVICE == "cuda":
         cases = [case for case in cases if not case.bf16]  # a GPU computes in half precision anyway
-    if "kernels" in only:
-        report.kernels += time_kernels(given.quick)
-    if "roofline" in only:
-        report.roofline += project()
-    if "towers" in only:
+
+    def towers_and_profile() -> None:
         report.towers += log_progress(towers.time_towers(given.model, cases))
         for row in report.towers:
             if row.goal is not None and row.ratio > row.goal:
                 (case,) = (case for case in cases if str(case) == row.case)
                 report.profile += towers.profile(given.model, case)
-        tables.write(given.out, report)
-    if "methods" in only:
-        report.methods += log_progress(methods.time_methods(given.model, given.quick))
-        tables.write(given.out, report)
-    if "memory" in only:
+
+    def memory() -> None:
         report.memory += log_progress(towers.measure_memory(given.model, [case for case in cases if not case.bf16]))
-        tables.write(given.out, report)
-    if "end-to-end" in only:
+
+    def pictures() -> None:
         report.throughput += log_progress(end_to_end.throughput(given.model, given.quick))
         report.growth += log_progress(end_to_end.growth(given.model, given.quick))
         if not given.quick:
             report.memory += log_progress(end_to_end.large_memory(given.model))
-    tables.write(given.out, report)
+
+    sections: dict[str, Callable[[], object]] = {
+        "kernels": lambda: report.kernels.extend(time_kernels(given.quick)),
+        "roofline": lambda: report.roofline.extend(project()),
+        "towers": towers_and_profile,
+        "methods": lambda: report.methods.extend(log_progress(methods.time_methods(given.model, given.quick))),
+        "memory": memory,
+        "end-to-end": pictures,
+    }
+    for name, run in sections.items():
+        if name in only:
+            try:
+                run()
+            except Exception as error:  # of any kind: what the other sections find is worth having
+                traceback.print_exc()
+                report.broken.append(f"{name}: {type(error).__name__}: {error}")
+            tables.write(given.out, report)
     print(report.markdown())
     worse = tables.regressions(report, earlier) if earlier else []
     for line in [*report.failures(), *(f"regression: {line}" for line in worse)]:

@@ -47,6 +47,7 @@ class Report:
     throughput: list[Throughput] = field(default_factory=list)
     growth: list[Growth] = field(default_factory=list)
     roofline: list[Projection] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)  # sections that ended early, and why
 
     def ratios(self) -> dict[str, float]:
         """Every ratio to plain CLIP; less is better."""
@@ -54,7 +55,8 @@ class Report:
         return {row.key: row.ratio for row in rows if row.ratio is not None}
 
     def failures(self) -> list[str]:
-        return [f"{row.key}: {row.failure}" for row in [*self.towers, *self.methods, *self.memory] if row.failure]
+        rows = [*self.towers, *self.methods, *self.memory]
+        return [*self.broken, *(f"{row.key}: {row.failure}" for row in rows if row.failure)]
 
     def json(self) -> str:
         return json.dumps(asdict(self) | {"ratios": self.ratios(), "failures": self.failures()}, indent=2) + "\n"
@@ -68,6 +70,7 @@ class Report:
             f"{'; '.join(f'{name} {value}' for name, value in self.versions.items())}; model {self.model}, random "
             "weights.\n",
             f"{self.how}\n",
+            *(f"**Failed: {failure}**\n" for failure in self.broken),
         ]
         if self.kernels:
             lines.append(_kernel_table(self.kernels))

@@ -82,6 +82,17 @@ def test_comparison():
     assert line == "memory, a case, eager: 1.110, was 1.000"
 
 
+def test_a_section_that_fails_is_reported_and_the_rest_is_written(tmp_path, monkeypatch, capsys):
+    def broken(quick):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr("bench.__main__.time_kernels", broken)
+    assert main(["--quick", "--only", "kernels,roofline", "--out", str(tmp_path)]) == 1
+    assert "kernels: RuntimeError: no such kernel" in capsys.readouterr().err
+    written = (tmp_path / "bench.md").read_text("utf-8")
+    assert "**Failed: kernels: RuntimeError: no such kernel**" in written and "## Roofline of the towers" in written
+
+
 def test_an_unknown_section_is_an_error(capsys):
     with pytest.raises(SystemExit):
         main(["--only", "towers,cells"])
