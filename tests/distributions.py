@@ -6,14 +6,19 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which pytest brings
+
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-BASE = [Requirement(text) for text in PROJECT["dependencies"]]
-EXTRAS = {extra: [Requirement(text) for text in texts] for extra, texts in PROJECT["optional-dependencies"].items()}
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+OPTIONAL = PYPROJECT["project"]["optional-dependencies"]
+BASE = [Requirement(text) for text in PYPROJECT["project"]["dependencies"]]
+EXTRAS = {extra: [Requirement(text) for text in texts] for extra, texts in OPTIONAL.items()}
 
 HIDE = """
 import sys

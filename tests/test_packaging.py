@@ -4,15 +4,14 @@ import ast
 import sys
 from fnmatch import fnmatch
 
-import tomllib
-from distributions import BASE, EXTRAS, PROJECT, ROOT
+from distributions import BASE, EXTRAS, PYPROJECT, ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from setuptools import find_packages
 from test_layers import FILES, imports
 
-SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
-FOR_USERS = {extra: needs for extra, needs in EXTRAS.items() if extra not in ("all", "dev")}
+PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
+FOR_USERS = {extra: needs for extra, needs in EXTRAS.items() if extra not in ("all", "dev", "test")}
 DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open_clip_torch"}  # of modules that have another name
 BROUGHT_BY_TORCH = {"triton"}  # where it runs
 
@@ -48,7 +47,7 @@ def test_a_missing_package_is_reported_with_an_extra_that_installs_it():
 def test_all_is_all():
     (every,) = EXTRAS["all"]
     assert every.name == PROJECT["name"] and every.extras == FOR_USERS.keys()
-    assert Requirement("rfclip[all]") in EXTRAS["dev"]
+    assert Requirement("rfclip[all,test]") in EXTRAS["dev"]
 
 
 def test_every_file_is_installed():
