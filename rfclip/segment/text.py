@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -46,6 +46,7 @@ class TextEmbeddings:
         self._cache = user_cache_path("rfclip") / "text" if cache is None or cache is True else cache
         self._known: dict[str, Tensor] = {}
         self._weights: str | None = None
+        self._distrusted = False
         if not self._templates:
             raise ValueError("templates: expected at least one function from a name to a prompt")
 
@@ -70,16 +71,32 @@ class TextEmbeddings:
             return self._encoded(tokens)
         if self._weights is None:
             self._weights = digest(self._model, lambda part: part not in self._tower.image_parts)
-        key = hashlib.blake2b(repr((self._weights, name, tokens.tolist())).encode(), digest_size=20).hexdigest()
-        path = Path(self._cache) / f"{key}.safetensors"
-        with contextlib.suppress(OSError, SafetensorError, KeyError):
+        lowered = _autocast(self._tower.weight.device)
+        key = hashlib.blake2b(repr((self._weights, lowered, name, tokens.tolist())).encode(), digest_size=20).digest()
+        path = Path(self._cache) / f"{key.hex()}.safetensors"
+        try:
             # Not load_file, which would hold the file, so that Windows could not remove it.
-            return load(path.read_bytes())["embedding"]
+            entry = load(path.read_bytes())
+            if _check(key, entry["embedding"]) == entry["check"].numpy().tobytes():
+                return entry["embedding"]
+        except OSError:  # there is none, or it cannot be read
+            pass
+        except (SafetensorError, KeyError, TypeError) as error:
+            self._distrust(path, str(error))
+        else:
+            self._distrust(path, "its content was changed")
         embedding = self._encoded(tokens)
+        check = torch.frombuffer(bytearray(_check(key, embedding)), dtype=torch.uint8)
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the result
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole({path: lambda part: save_file({"embedding": embedding}, part)})
+            write_whole({path: lambda part: save_file({"embedding": embedding, "check": check}, part)})
         return embedding
+
+    def _distrust(self, path: Path, reason: str) -> None:
+        """Say once that an entry is not used."""
+        if not self._distrusted:
+            warnings.warn(f"{path}: not a cached text embedding ({reason}): it is encoded anew", stacklevel=5)
+        self._distrusted = True
 
     def _encoded(self, tokens: Tensor) -> Tensor:
         parts = (part.to(self._tower.weight.device) for part in tokens.split(BATCH))
@@ -87,12 +104,51 @@ class TextEmbeddings:
         return F.normalize(F.normalize(encoded, dim=-1).mean(dim=0), dim=-1).cpu()
 
 
+def _check(key: bytes, embedding: Tensor) -> bytes:
+    """What tells an entry of the cache from one that was changed, damaged, or belongs to another key."""
+    values = embedding.numpy()
+    return hashlib.blake2b(key + f"{values.dtype} {values.shape}".encode() + values.tobytes(), digest_size=20).digest()
+
+
+def _autocast(device: torch.device) -> str:
+    """The dtype that autocast lowers to on a device, or nothing."""
+    known = torch.amp.is_autocast_available(device.type)
+    return str(torch.get_autocast_dtype(device.type)) if known and torch.is_autocast_enabled(device.type) else ""
+
+
 def digest(model: nn.Module, wanted: Callable[[str], bool] = lambda part: True) -> str:
-    """A hash of the weights and structure of those of a model's children whose names are wanted."""
-    # The modules' description tells apart what weights do not, such as GELU and QuickGELU.
-    found = hashlib.blake2b(repr([m for name, m in model.named_children() if wanted(name)]).encode())
-    for name, value in sorted(model.state_dict().items()):
-        if wanted(name.partition(".")[0]):
-            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    """A hash of those of a model's children whose names are wanted, and of the model's own parameters and buffers.
+
+    It covers everything that the result depends on: values, buffers that are not saved with the weights (such as the
+    causal mask), classes, settings (such as the number of heads, the pooling or an adapter's state), and hooks.
+    """
+    found = hashlib.blake2b()
+    for name, module in model.named_modules():
+        if name and not wanted(name.partition(".")[0]):
+            continue
+        own = sorted((key, text) for key, value in vars(module).items() if (text := _setting(key, value)) is not None)
+        found.update(f"{name} {type(module).__qualname__} {own}".encode())
+        for key, value in [*module._parameters.items(), *module._buffers.items()]:
+            if value is not None:
+                found.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+                found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def _setting(key: str, value: object) -> str | None:
+    """An attribute of a module as text if results may depend on it, and None otherwise."""
+    if key.endswith("_hooks"):
+        hooks = value.values() if isinstance(value, Mapping) else ()
+        return ", ".join(getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks) or None
+    if key == "training" or key.startswith("_") and not isinstance(value, bool):
+        return None
+    if isinstance(value, (bool, int, float, str, torch.dtype)):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return str(sorted((str(name), _setting("", part)) for name, part in value.items()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        parts = [str(_setting("", part)) for part in value]
+        return str(sorted(parts) if isinstance(value, (set, frozenset)) else parts)
+    if hasattr(value, "to_json_string"):  # a config of transformers
+        return str(value.to_json_string())
+    return getattr(value, "__qualname__", None)  # of a function or a class; an instance has none

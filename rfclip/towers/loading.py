@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import open_clip
 import torch
 from torch import Tensor
 
-from rfclip.config import TINY, RefocusConfig, canonical_name
+from rfclip.config import TINY, PrecisionName, RefocusConfig, canonical_name
 from rfclip.tiny.scenes import CLASSES
 from rfclip.towers import FAMILIES, Tower
 
@@ -43,11 +43,13 @@ def load_model(
         not known) and `trained_on` (the class names that rfclip-tiny knows; None for others).
 
     Raises:
-        ValueError: there is no such model or tag, or the weights are missing or not safetensors.
+        ValueError: there is no such model, tag or precision, or the weights are missing, not safetensors or not finite.
         ConnectionError: the weights could not be downloaded.
     """
     model: Any
     name = canonical_name(name)
+    if precision not in get_args(PrecisionName):
+        raise ValueError(f"precision={precision!r}: expected one of {', '.join(get_args(PrecisionName))}")
     if name == TINY:
         if pretrained is not None:
             raise ValueError(f"pretrained={pretrained!r}: {TINY} comes with its own weights")
@@ -57,6 +59,9 @@ def load_model(
         return model.eval()
     check_model(name, pretrained)
     model = _family(name).load(name, pretrained, device, precision)
+    bad = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(f"{name}: the weights hold NaN or infinity, in {', '.join(bad[:3])}: they are damaged")
     try:
         model.refocus_config = RefocusConfig.preset(name, pretrained)
     except ValueError:

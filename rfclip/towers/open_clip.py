@@ -11,13 +11,14 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rfclip.config import TINY
 from rfclip.towers.base import SUPPORTED, Block, Tower, first_line
 
 SOURCES = ("hf-hub:", "local-dir:")  # prefixes of names that are not in open_clip's list
+# What the weights are called there, likeliest first.
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 
 
 class OpenCLIPBlock(Block):
@@ -53,8 +54,11 @@ class OpenCLIPTower(Tower):
 
     @classmethod
     def check_name(cls, name: str, pretrained: str | None) -> None:
-        if name.startswith("local-dir:") and not Path(name.removeprefix("local-dir:")).is_dir():
-            raise ValueError(f"{name}: there is no such folder")
+        if name.startswith("local-dir:"):
+            folder = Path(name.removeprefix("local-dir:"))
+            if not folder.is_dir():
+                raise ValueError(f"{name}: there is no such folder")
+            _weights_in(folder)
         if name.startswith(SOURCES):
             return
         if name not in open_clip.list_models():
@@ -69,29 +73,25 @@ class OpenCLIPTower(Tower):
         path = Path(pretrained)
         if not path.is_file():
             raise ValueError(f"pretrained={pretrained!r} is neither a file nor weights of {name}: {', '.join(tags)}")
-        if path.suffix != ".safetensors":
-            raise ValueError(f"{path}: weights must be safetensors, since a pickle can run code; convert them first")
+        _check_safe(path)
 
     @classmethod
     def load(cls, name: str, pretrained: str | None, device: str | torch.device, precision: str) -> nn.Module:
+        weights = _weights_of(name, pretrained)
+        given: dict[str, Any] = {"device": device, "precision": precision}
         try:
+            if name.startswith(SOURCES):
+                # open_clip itself would go on without weights where it finds none, and take pickles.
+                model = open_clip.create_model(name, load_weights=False, pretrained_text=False, **given)
+                open_clip.load_checkpoint(model, str(weights))
+                return model
             quick_gelu = (open_clip.get_pretrained_cfg(name, pretrained or "") or {}).get("quick_gelu")
             with warnings.catch_warnings():
                 # open_clip warns if a checkpoint wants QuickGELU and the name does not say so: force it instead.
                 warnings.filterwarnings("ignore", message="QuickGELU mismatch")
-                return open_clip.create_model(
-                    name, pretrained, device=device, precision=precision, force_quick_gelu=bool(quick_gelu)
-                )
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            downloaded = name.startswith("hf-hub:") or open_clip.is_pretrained_cfg(name, pretrained or "")
-            if not downloaded:
-                source = name if name.startswith("local-dir:") else pretrained
-                raise ValueError(f"{source} does not hold the weights of {name}: {first_line(error)}") from error
-            raise ConnectionError(
-                f"the weights of {name!r} ({pretrained!r}) could not be downloaded: {first_line(error)}\n"
-                "This needs a network once; later runs use the copy on disk. Without one, pass --pretrained the path "
-                f"of weights saved as safetensors, or use the bundled model, {TINY} (the default)."
-            ) from error
+                return open_clip.create_model(name, pretrained, force_quick_gelu=bool(quick_gelu), **given)
+        except Exception as error:  # of any kind, from whatever the files hold
+            raise ValueError(f"{weights} does not hold the weights of {name}: {first_line(error)}") from error
 
     @classmethod
     def tokenizer(cls, name: str) -> Callable[[list[str]], Tensor] | None:
@@ -138,6 +138,52 @@ class OpenCLIPTower(Tower):
 
     def vocabulary(self, model: Any) -> tuple[int | None, int | None]:
         return getattr(model, "vocab_size", None), getattr(model, "context_length", None)
+
+
+def _weights_of(name: str, pretrained: str | None) -> Path:
+    """The weights of a model: in a folder, in a file, or downloaded.
+
+    Raises:
+        ValueError: there are none, or they are not safetensors.
+        ConnectionError: they could not be downloaded.
+    """
+    source, _, place = name.partition(":")
+    if source == "local-dir":
+        return _weights_in(Path(place))
+    known = open_clip.get_pretrained_cfg(name, pretrained or "")
+    if source != "hf-hub" and not known:
+        return Path(pretrained or "")
+    try:
+        if source == "hf-hub":
+            weights = open_clip.factory.download_pretrained_from_hf(place, filename=WEIGHTS[0])
+        else:
+            weights = open_clip.factory.download_pretrained(known)
+    except Exception as error:  # of any kind: the hub's own, a timeout, a full disk
+        raise ConnectionError(
+            f"the weights of {name!r} ({pretrained!r}) could not be downloaded: {first_line(error)}\n"
+            "This needs a network once; later runs use the copy on disk. Without one, pass --pretrained the path "
+            f"of weights saved as safetensors, or use the bundled model, {TINY} (the default)."
+        ) from error
+    _check_safe(Path(weights))
+    return Path(weights)
+
+
+def _weights_in(folder: Path) -> Path:
+    """The safetensors of a folder; ValueError if there are none, or several of unknown names."""
+    found = sorted(folder.glob("*.safetensors"))
+    named = [folder / name for name in WEIGHTS if folder / name in found]
+    if named or len(found) == 1:
+        return (named or found)[0]
+    if found:
+        raise ValueError(f"{folder} holds several weights, none of which is called {WEIGHTS[0]}: rename one")
+    pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth")]
+    pickled = f"; {', '.join(pickles)} may be pickled, and a pickle can run code: convert it first" if pickles else ""
+    raise ValueError(f"{folder} holds no weights: expected {WEIGHTS[0]}{pickled}")
+
+
+def _check_safe(weights: Path) -> None:
+    if weights.suffix != ".safetensors":
+        raise ValueError(f"{weights}: weights must be safetensors, since a pickle can run code; convert them first")
 
 
 def can_refocus(name: str) -> bool:

@@ -5,8 +5,10 @@ import copy
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load, save_file
 
 from rfclip import Segmenter
+from rfclip.segment.text import digest
 
 pytestmark = pytest.mark.filterwarnings("ignore:rfclip-tiny was never trained on")
 
@@ -48,8 +50,9 @@ def test_text_embeddings_are_cached(model, tmp_path, monkeypatch):
     assert encoded(templates=[lambda name: f"a {name}"])[1]
     for path in tmp_path.iterdir():
         path.write_bytes(b"damaged")
-    third, again = encoded()
-    assert again
+    with pytest.warns(UserWarning, match="not a cached text embedding .*encoded anew") as said:
+        third, again = encoded()
+    assert again and len(said) == 1
     assert torch.equal(first, third)
     assert not list(tmp_path.glob("*.part"))
     with torch.no_grad():
@@ -59,6 +62,70 @@ def test_text_embeddings_are_cached(model, tmp_path, monkeypatch):
         model.ln_final.bias -= 0.1
     assert again
     assert not torch.allclose(first, fourth)
+
+
+@pytest.mark.parametrize("change", ["swapped", "scaled", "zero tail", "float16", "int64", "short", "NaN", "no check"])
+def test_a_changed_entry_is_encoded_anew(model, tmp_path, change):
+    def embeddings():
+        with Segmenter(model, cache=tmp_path) as segmenter:
+            return segmenter.text_embeddings(("cat", "dog"))
+
+    want = embeddings()
+    first, second = sorted(tmp_path.iterdir())
+    if change == "swapped":
+        kept = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(kept)
+    else:
+        entry = load(first.read_bytes())
+        value = entry["embedding"]
+        zeroed, damaged = value.clone(), value.clone()
+        zeroed[len(value) // 2 :], damaged[0] = 0, float("nan")
+        changed = {"scaled": 2 * value, "zero tail": zeroed, "float16": value.half(), "int64": value.long()}
+        changed |= {"short": value[1:].clone(), "NaN": damaged, "no check": value}
+        kept = {} if change == "no check" else {"check": entry["check"]}
+        save_file({"embedding": changed[change]} | kept, first)
+    with pytest.warns(UserWarning, match="not a cached text embedding") as said:
+        assert torch.equal(embeddings(), want)
+    assert len(said) == 1
+    assert torch.equal(embeddings(), want)  # mended, and without a warning
+
+
+def heads(model):
+    model.transformer.resblocks[0].attn.num_heads = 4
+
+
+def mask(model):
+    model.attn_mask.zero_()
+
+
+def pooling(model):
+    model.text_pool_type = "last"
+
+
+def hook(model):
+    model.ln_final.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def frozen_adapter(model):
+    model.transformer.resblocks[1].mlp.adapters = {"default": {"disabled": True}}
+
+
+@pytest.mark.parametrize("change", [heads, mask, pooling, hook, frozen_adapter], ids=lambda change: change.__name__)
+def test_a_model_is_more_than_its_weights(model, change):
+    """None of these changes a weight or the model's description."""
+    before, twin = digest(model), copy.deepcopy(model)
+    assert digest(twin) == before
+    change(twin)
+    assert str(twin) == str(model) and digest(twin) != before
+
+
+def test_autocast_has_entries_of_its_own(model, tmp_path):
+    with Segmenter(model, cache=tmp_path) as segmenter:
+        segmenter.text_embeddings(("cat",))
+    with Segmenter(model, cache=tmp_path) as segmenter, torch.autocast("cpu", torch.bfloat16):
+        segmenter.text_embeddings(("cat",))
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_cache_tells_activations_and_tokenizers_apart(model, tmp_path):
