@@ -28,7 +28,8 @@ def encode(labels: np.ndarray) -> dict[str, np.ndarray]:
 def write_shard(path: Path, rows: list[dict], record: dict[str, object]) -> None:
     """Write pictures' rows, and what their labels mean, to a Parquet file."""
     pyarrow, parquet = _pyarrow()
-    columns = {"image": "string", "path": "string", "width": "int32", "height": "int32", "seconds": "float64"}
+    columns = {"image": "string", "path": "string", "bytes": "int64", "modified": "int64"}
+    columns |= {"width": "int32", "height": "int32", "seconds": "float64"}
     schema = pyarrow.schema(
         [
             *columns.items(),
@@ -75,7 +76,7 @@ def read_masks(folder: Path | str) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def read_rows(path: Path, columns: list[str]) -> list[dict]:
-    """Those columns of a Parquet file.
+    """Those columns of a Parquet file that it has.
 
     Raises:
         ValueError: the file is damaged.
@@ -83,7 +84,8 @@ def read_rows(path: Path, columns: list[str]) -> list[dict]:
     _, parquet = _pyarrow()
     try:
         with path.open("rb") as file:
-            return parquet.read_table(file, columns=columns).to_pylist()
+            there = set(parquet.read_schema(file).names)
+            return parquet.read_table(file, columns=[name for name in columns if name in there]).to_pylist()
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 

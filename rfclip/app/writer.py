@@ -54,12 +54,12 @@ class Writer:
         rows, failed = [], []
         for picture in task["pictures"]:
             try:
-                began = time.perf_counter()
+                began, stamp = time.perf_counter(), _stamp(picture["path"])
                 found = self.segmenter(
                     picture["path"], self.named, threshold=self.record["threshold"], pamr=self.job.pamr
                 )
                 row: dict[str, Any] = {"image": printable(picture["image"]), "path": printable(picture["path"])}
-                row |= {"width": found.image.width, "height": found.image.height}
+                row |= stamp | {"width": found.image.width, "height": found.image.height}
                 row["seconds"] = round(time.perf_counter() - began, 3)
                 if "shard" in task:
                     row |= encode(found.labels)
@@ -91,11 +91,15 @@ def save(found: Segmentation, record: dict[str, Any], files: dict[str, Path]) ->
 
 
 def plan_files(
-    found: list[tuple[Path, Path]], out: Path, overwrite: bool
+    found: list[tuple[Path, Path]], out: Path, record: dict[str, Any], overwrite: bool
 ) -> tuple[list[dict], int, list[tuple[str, str]]]:
     """Tasks for a `Writer`, one per picture; how many pictures have results; and those with files in the way, and why.
 
-    `found` are pictures and, below the folder `out`, the paths of their results without suffix.
+    `found` are pictures and, below the folder `out`, the paths of their results without suffix. A picture that has
+    changed since is segmented again.
+
+    Raises:
+        ValueError: a result there was made with other settings, and is not to be overwritten.
     """
     tasks, skipped, failed = [], 0, []
     for path, result in found:
@@ -105,10 +109,13 @@ def plan_files(
         except OSError as error:
             failed.append((str(path), str(error)))
             continue
-        if not there:
+        before = _record_of(files[-1], path) if there else None  # the last file to be renamed
+        if before:
+            _check_settings(files[-1], before, record)
+        if not there or before and _changed(path, before):
             picture = _picture(path) | {"files": list(map(os.path.abspath, files))}
             tasks.append({"pictures": [picture]})
-        elif _is_record(files[-1], path):  # the last file to be renamed
+        elif before:
             skipped += 1
         else:
             what = f"{', '.join(there)} in {files[0].parent} {'is' if len(there) == 1 else 'are'}"
@@ -122,16 +129,19 @@ def plan_shards(
     """Tasks for a `Writer`, one per Parquet file; how many pictures are already in such files; what to remove last.
 
     Raises:
-        ValueError: as `shards`, or a file there was made with other settings, and is not to be overwritten.
+        ValueError: as `shards`, or a file there was made with other settings or of pictures that have changed since,
+            and is not to be overwritten.
     """
     there = list(shards(out))
-    done: set[str] = set()
+    done: dict[str, dict] = {}
     for path, before in [] if overwrite else there:
-        differing = [key for key in record if key in before and before[key] != record[key]]
-        if differing:
-            raise ValueError(f"{path} was made with other {', '.join(differing)}: another --out, or --overwrite")
-        done.update(row["path"] for row in read_rows(path, ["path"]))
-    todo = [picture for picture in (_picture(path) for path, _ in found) if printable(picture["path"]) not in done]
+        _check_settings(path, before, record)
+        done |= {row["path"]: row for row in read_rows(path, ["path", "bytes", "modified"])}
+    pictures = [_picture(path) for path, _ in found]
+    for picture in pictures:
+        if _changed(picture["path"], done.get(printable(picture["path"]), {})):
+            raise ValueError(f"{picture['image']} has changed since it was segmented: another --out, or --overwrite")
+    todo = [picture for picture in pictures if printable(picture["path"]) not in done]
     size = min(max(SHARD[0], len(todo) // SHARD[1]), SHARD[1])
     tasks = []
     for start in range(0, len(todo), size):
@@ -148,9 +158,32 @@ def _picture(path: Path) -> dict[str, str]:
     return {"path": os.path.realpath(path), "image": str(path)}
 
 
-def _is_record(record: Path, path: Path) -> bool:
-    """Whether a JSON file says that the results next to it are of this picture."""
+def _record_of(file: Path, path: Path) -> dict[str, Any] | None:
+    """What a JSON file says of the results next to it, if they are of this picture."""
     try:
-        return json.loads(record.read_text("utf-8"))["path"] == printable(os.path.realpath(path))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        record = json.loads(file.read_text("utf-8"))
+        classes = [{key: value for key, value in entry.items() if key != "share"} for entry in record["classes"]]
+        return record | {"classes": classes} if record["path"] == printable(os.path.realpath(path)) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _check_settings(path: Path, before: dict[str, Any], record: dict[str, Any]) -> None:
+    """Refuse results of other settings; what an older version did not write down does not count."""
+    differing = [key for key in record if key in before and before[key] != record[key]]
+    if differing:
+        raise ValueError(f"{path} was made with other {', '.join(differing)}: another --out, or --overwrite")
+
+
+def _stamp(path: Path | str) -> dict[str, int]:
+    """What tells a picture from another of the same path; nothing if there is none, which opening it will say."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return {}
+    return {"bytes": status.st_size, "modified": status.st_mtime_ns}
+
+
+def _changed(path: Path | str, before: dict[str, Any]) -> bool:
+    """Whether a picture is not the one that a result is of."""
+    return any(before.get(key, value) != value for key, value in _stamp(path).items())

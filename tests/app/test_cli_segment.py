@@ -1,6 +1,7 @@
 """`rfclip segment`, end to end on real files and bad ones."""
 
 import json
+import os
 import re
 from pathlib import Path
 from urllib.error import URLError
@@ -209,7 +210,7 @@ def test_existing_results_stay(pictures):
     out = pictures.parent / "rfclip-out"
     assert segment("pictures/a.png").exit_code == 0
     before = state(out)
-    result = segment("pictures", classes="dog, water")
+    result = segment("pictures")
     assert result.exit_code == 0
     assert "2 segmented into rfclip-out; 1 skipped" in result.stderr
     assert "--overwrite" in result.stderr
@@ -217,6 +218,47 @@ def test_existing_results_stay(pictures):
     assert segment("pictures", "--overwrite", classes="dog, water").exit_code == 0
     check_result("rfclip-out/a", scene(1), [["dog"], ["water"]])
     assert files_below(out) == results("a", "b", "deep/c")
+
+
+@pytest.mark.parametrize("format", ["png", "parquet"])
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        (["--method", "kk"], "method, config"),
+        (["--pamr"], "pamr"),
+        (["--threshold", "0.5"], "threshold"),
+        (["--precision", "bf16"], "weights, precision"),
+        ([], "classes"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_results_of_other_settings_are_refused(pictures, format, options, changed):
+    """Otherwise one folder would hold two meanings of an index."""
+    chosen, out = ["--format", format], pictures.parent / "rfclip-out"
+    assert segment("pictures", *chosen).exit_code == 0
+    before = state(out)
+    result = segment("pictures", *chosen, *options, **({} if options else {"classes": "dog, water"}))
+    assert result.exit_code == 2
+    told = " ".join(result.stderr.split())
+    assert f"was made with other {changed}: another --out, or --overwrite" in told
+    assert state(out) == before
+
+
+def test_a_replaced_picture_is_segmented_again(pictures):
+    assert segment("pictures").exit_code == 0
+    scene(7).save(pictures / "a.png")
+    assert "1 segmented into rfclip-out; 2 skipped" in segment("pictures").stderr
+    check_result("rfclip-out/a", scene(7), [[name] for name in NAMES])
+    os.utime(pictures / "a.png", ns=(1, 1))
+    assert "1 segmented into rfclip-out; 2 skipped" in segment("pictures").stderr
+
+
+def test_a_replaced_picture_of_a_parquet_file_is_refused(pictures):
+    assert segment("pictures", "--format", "parquet").exit_code == 0
+    scene(7).save(pictures / "a.png")
+    result = segment("pictures", "--format", "parquet")
+    assert result.exit_code == 2 and "has changed since it was segmented" in " ".join(result.stderr.split())
+    assert "3 segmented" in segment("pictures", "--format", "parquet", "--overwrite").stderr
 
 
 @pytest.mark.parametrize("kept", sorted(results("picture")))

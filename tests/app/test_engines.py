@@ -74,8 +74,9 @@ def test_a_killed_worker_of_shards(tmp_path, pictures, segmenter, masks, ray, wh
 
 
 def test_a_killed_worker_of_files(tmp_path, pictures, masks, ray):
-    worker = partial(mortal(Writer, tmp_path / "died", "after"), JOB, NAMES, {"classes": [], "threshold": None})
-    tasks, skipped, failed = plan_files(pictures, tmp_path, False)
+    record = {"classes": [], "threshold": None}
+    worker = partial(mortal(Writer, tmp_path / "died", "after"), JOB, NAMES, record)
+    tasks, skipped, failed = plan_files(pictures, tmp_path, record, False)
     assert (skipped, failed) == (0, [])
     with engines.start("ray", workers=2) as engine:
         results = list(engine.results(worker, worker, tasks))

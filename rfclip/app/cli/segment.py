@@ -74,7 +74,7 @@ def segment(
                 record = described(job, segmenter, named, threshold)
                 stale: list[Path] = []
                 if format == "png":
-                    tasks, skipped, clashing = plan_files(found, out, overwrite)
+                    tasks, skipped, clashing = plan_files(found, out, record, overwrite)
                     failed += clashing
                 else:
                     tasks, skipped, stale = plan_shards(found, out, record, overwrite)
