@@ -59,7 +59,8 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor]) -> Calibratio
         images: a batch [B, 3, height, width] normalized as the model expects, or several of them, of any sizes.
 
     Raises:
-        ValueError: there is no image, the images have the wrong shape, or the tower is of another kind.
+        ValueError: there is no image, the images have the wrong shape or are not finite, or the tower is of another
+            kind.
     """
     tower, ops = read_tower(model), operations("reference")
     total, tokens = torch.zeros(tower.width, dtype=torch.float64), 0
@@ -73,6 +74,8 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor]) -> Calibratio
     if not tokens:
         raise ValueError("no image to calibrate on: give at least one")
     profile = (total / tokens).float()
+    if not profile.isfinite().all():
+        raise ValueError("the model's tokens are not finite: its weights or the images hold NaN or infinity")
     threshold, _ = RefocusConfig(distraction_dims=()).thresholds(tower.width, tokens)
     largest = profile.argsort(descending=True)[:MAX_DIMS]
     return Calibration(tuple(d for d in largest.tolist() if profile[d] > threshold), profile, threshold)

@@ -3,6 +3,7 @@
 `rfclip_kernels.operations` calls them; `rfclip_kernels.launch` checks what only the kernels demand.
 """
 
+import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
@@ -82,8 +83,8 @@ def window_side(size: int) -> None:
 
 
 def number(name: str, value: float, low: float = float("-inf"), high: float = float("inf")) -> float:
-    """A number within bounds, as a float."""
-    if not isinstance(value, Real) or not low <= value <= high:  # the comparison is also False for NaN
+    """A finite number within bounds, as a float."""
+    if not isinstance(value, Real) or not math.isfinite(value) or not low <= value <= high:
         within = f" in [{low}, {high}]" if high < float("inf") else ""
         raise ValueError(f"{name} must be a number{within}, got {value!r}")
     return float(value)

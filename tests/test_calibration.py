@@ -52,6 +52,14 @@ def test_calibration_that_finds_nothing():
     assert f"{largest} ({found.profile.max().item() * 48:.2f})" in found.report()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_calibration_on_what_is_not_finite(model, value):
+    images = pictures()
+    images[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="not finite"):
+        rfclip.calibrate(model, images)
+
+
 def test_calibration_takes_batches_of_any_kind(model):
     images = pictures(count=5, bright=0.6)
     want = rfclip.calibrate(model, images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 
@@ -101,6 +102,8 @@ class Segmenter:
         self.windows = Windows.by_protocol(protocol, self.tower, window, stride, short_side, long_side)
         if batch is not None and batch < 1:
             raise ValueError(f"batch={batch}: expected at least 1, or None")
+        if logit_scale is not None and not math.isfinite(logit_scale):
+            raise ValueError(f"logit_scale={logit_scale!r}: expected a finite number")
         self.batch, self.memory_limit = batch, memory_limit
         self.logit_scale = protocol.logit_scale if logit_scale is None else logit_scale
         self._handle = None if present else refocus(self.model, config, method=card.name, backend=backend)
@@ -155,7 +158,8 @@ class Segmenter:
                 method.
 
         Raises:
-            ValueError: the image, the classes or the threshold is not as described.
+            ValueError: the image, the classes or the threshold is not as described, or the model's features are not
+                finite.
             RuntimeError: the segmenter is closed.
         """
         named = parse_classes(classes)
@@ -181,6 +185,11 @@ class Segmenter:
             raise ValueError(f"threshold={threshold!r}: expected a probability, from 0 to 1")
         text = self.text_embeddings(tuple(name for names in named for name in names))
         logits = self.window_logits(rgb, text, pamr=pamr)
+        if not logits.isfinite().all():
+            raise ValueError(
+                "the model's features of this picture are not finite: its weights are damaged, or overflow "
+                f"in {str(self.tower.weight.dtype).removeprefix('torch.')} (try another precision)"
+            )
         labels, dense = self._labels(logits, rgb.size[::-1], named, threshold, probabilities)
         return Segmentation(rgb, labels, tuple(names[0] for names in named), dense)
 

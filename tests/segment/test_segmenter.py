@@ -1,5 +1,6 @@
 """The segmenter against a plain loop over windows, at other sizes, thresholds and precisions; wrong options."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,17 @@ def test_equals_a_plain_loop(segmenter, picture):
     clear = top[-1] - top[-2] > 1e-4
     assert clear.mean() > 0.99
     assert np.array_equal(result.labels[clear], want.argmax(0)[clear])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_give_no_labels(model, picture, value):
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.visual.ln_post.bias[0] = value
+    with Segmenter(model, cache=False) as segmenter, pytest.raises(ValueError, match="not finite.*another precision"):
+        segmenter(picture, NAMES)
+    with pytest.raises(ValueError, match="logit_scale=.*expected a finite number"):
+        Segmenter(model, cache=False, logit_scale=value)
 
 
 def test_memory_limit_changes_nothing_but_the_batches(model, segmenter, picture):

@@ -1,5 +1,7 @@
 """Models by name: loading them, and every model that open_clip lists, of which those that can be refocused are."""
 
+import json
+import shutil
 from importlib.metadata import version
 
 import open_clip
@@ -7,7 +9,7 @@ import pytest
 import torch
 from open_clip.model import _build_vision_tower
 from packaging.version import Version
-from safetensors.torch import save_model
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 import rfclip
@@ -110,6 +112,74 @@ def test_weights_that_are_not(tmp_path):
             rfclip.load_model("ViT-B-32", str(path))
     with pytest.raises(ValueError, match="does not hold the weights"):
         rfclip.load_model(f"local-dir:{tmp_path}")
+
+
+def saved(folder, **files):
+    """The bundled model in a folder, with other files in the place of its weights."""
+    folder.mkdir()
+    shutil.copy(tiny_folder() / "open_clip_config.json", folder)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_bytes(content)
+    return f"local-dir:{folder}"
+
+
+WEIGHTS = tiny_folder() / "open_clip_model.safetensors"
+
+
+def test_a_folder_without_weights_is_no_model(tmp_path):
+    """open_clip would go on with random weights."""
+    with pytest.raises(ValueError, match="holds no weights: expected open_clip_model.safetensors"):
+        rfclip.load_model(saved(tmp_path / "none"))
+    with pytest.raises(ValueError, match="open_clip_pytorch_model.bin may be pickled.*can run code"):
+        rfclip.load_model(saved(tmp_path / "pickle", open_clip_pytorch_model__bin=b""))
+    with pytest.raises(ValueError, match="several weights"):
+        rfclip.load_model(saved(tmp_path / "several", a__safetensors=b"", b__safetensors=b""))
+    for content in (b"", b"\x02" + 7 * b"\0" + b"{}", 8 * b"\xff"):
+        with pytest.raises(ValueError, match="does not hold the weights"):
+            rfclip.load_model(saved(tmp_path / content.hex()[:8].ljust(1, "0"), open_clip_model__safetensors=content))
+
+
+def test_safetensors_are_taken_beside_a_pickle(tmp_path):
+    name = saved(tmp_path / "both", mine__safetensors=WEIGHTS.read_bytes(), open_clip_pytorch_model__bin=b"a pickle")
+    assert torch.equal(rfclip.load_model(name).visual.proj, rfclip.load_model().visual.proj)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite(tmp_path, value):
+    weights = load_file(WEIGHTS)
+    weights["visual.proj"][3, 5] = value
+    name = saved(tmp_path / "damaged")
+    save_file(weights, tmp_path / "damaged/open_clip_model.safetensors")
+    with pytest.raises(ValueError, match="NaN or infinity, in visual.proj: they are damaged"):
+        rfclip.load_model(name)
+
+
+def test_downloaded_weights_that_are_pickled(monkeypatch, tmp_path):
+    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *given, **options: f"{tmp_path}/weights.bin")
+    with pytest.raises(ValueError, match="weights.bin: weights must be safetensors"):
+        rfclip.load_model("ViT-B-16", "openai")
+
+
+def test_a_model_on_the_hub(monkeypatch, tmp_path):
+    """The real loading path but for the downloads; without weights there, open_clip would go on with random ones."""
+    saved(tmp_path / "hub")
+    config = json.loads((tmp_path / "hub/open_clip_config.json").read_text("utf-8"))
+    monkeypatch.setattr("open_clip.factory._get_hf_config", lambda *given, **options: config)
+    monkeypatch.setattr("open_clip.factory.download_pretrained_from_hf", lambda *given, **options: str(WEIGHTS))
+    assert torch.equal(rfclip.load_model("hf-hub:some/model").visual.proj, rfclip.load_model().visual.proj)
+
+    def fail(*given, **options):
+        raise FileNotFoundError("no such file on the hub")
+
+    monkeypatch.setattr("open_clip.factory.download_pretrained_from_hf", fail)
+    with pytest.raises(ConnectionError, match="could not be downloaded: no such file on the hub"):
+        rfclip.load_model("hf-hub:some/model")
+
+
+def test_an_unknown_precision():
+    for name in ("rfclip-tiny", "ViT-B-16"):
+        with pytest.raises(ValueError, match="precision='float16': expected one of fp32, bf16, fp16"):
+            rfclip.load_model(name, None if name == "rfclip-tiny" else "openai", precision="float16")
 
 
 def test_no_network(monkeypatch):
