@@ -50,9 +50,9 @@ def unread(path: Path) -> str:
     if suffix in (*HEIF, *JXL):
         return ""
     name = Image.registered_extensions().get(suffix)
-    if name is None or name not in Image.OPEN:
+    if name not in (*Image.OPEN, "MPO"):  # which JPEG opens
         return "no format that Pillow reads"
-    return UNREAD.get(name, "")
+    return UNREAD.get(str(name), "")
 
 
 def read(file: BinaryIO, suffix: str = "") -> Image.Image:

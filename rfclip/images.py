@@ -23,16 +23,20 @@ ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tens
 def to_rgb(image: ImageLike) -> Image.Image:
     """An RGB picture of 8 bits per channel, upright according to its EXIF orientation.
 
-    Transparent pixels are composited over white; 16-bit grayscale, as uint16 or as a Pillow image, is scaled to 8 bits.
+    Transparent pixels are composited over white; colours with an ICC profile, and Lab, are converted to sRGB; integers
+    of more than 8 bits are scaled to 8.
 
     Args:
-        image: a path; a Pillow image; an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]; or a tensor [H, W],
-            [1, H, W], [3, H, W] or [4, H, W]. Arrays and tensors are uint8, uint16, or float in [0, 1].
+        image: a path; a Pillow image, best not loaded yet; an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]; or a
+            tensor [H, W], [1, H, W], [3, H, W] or [4, H, W]. Arrays and tensors are uint8, uint16, or float in [0, 1].
 
     Raises:
-        ValueError: the file is not a picture or is damaged, the picture exceeds Pillow's limit of pixels, or an array
-            or tensor has another shape, dtype or range.
+        ValueError: the file is not a picture, is damaged, of a layout that would be read wrongly, or needs an extra;
+            the picture exceeds Pillow's limit of pixels; or an array or tensor has another shape, dtype or range.
         FileNotFoundError: there is no such file.
+
+    Warns:
+        UserWarning: an ICC profile is broken or belongs to another kind of picture, and is ignored.
     """
     torch = sys.modules.get("torch")  # imported already if this is a tensor
     if torch is not None and isinstance(image, torch.Tensor):
