@@ -36,7 +36,7 @@ RAW, JPEG, DEFLATE = 1, 7, (8, 32946)
 BY_LIBTIFF = (RAW, 5, JPEG, *DEFLATE, 32773, 34925, 50000, 50001)  # LZW, PackBits, LZMA, Zstandard, WebP
 REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # the bits of each byte
 UNSIGNED, FLOAT = 1, 3  # kinds of samples
-WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, CMYK, YCBCR = 0, 1, 2, 5, 6
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, CMYK, YCBCR, LAB = 0, 1, 2, 5, 6, 8
 ASSOCIATED, UNASSOCIATED = 1, 2  # kinds of alpha
 
 
@@ -50,7 +50,7 @@ def unread(path: Path) -> str:
     if suffix in (*HEIF, *JXL):
         return ""
     name = Image.registered_extensions().get(suffix)
-    if name not in (*Image.OPEN, "MPO"):  # which JPEG opens
+    if name not in (*Image.OPEN, "MPO"):  # MPO is opened as JPEG
         return "no format that Pillow reads"
     return UNREAD.get(str(name), "")
 
@@ -75,14 +75,14 @@ def read(file: BinaryIO, suffix: str = "") -> Image.Image:
                 return _open(file)
         return _by_tifffile(page, file)
     try:
-        return believed(_open(file))
+        return corrected(_open(file))
     except UnidentifiedImageError:
         _require_plugin(suffix, f"a picture in {suffix}")
         _register_plugins()
-        return believed(_open(file))
+        return corrected(_open(file))
 
 
-def believed(image: Image.Image) -> Image.Image:
+def corrected(image: Image.Image) -> Image.Image:
     """The same picture, decoded here if Pillow would read it wrongly.
 
     Args:
@@ -272,9 +272,14 @@ def _page(file: BinaryIO, number: int = 0) -> TiffPage:
     import tifffile
 
     file.seek(0)
-    page = cast("TiffPage", tifffile.TiffFile(file).pages[number])
-    check_size(page.imagewidth, page.imagelength)
-    _check_segments(page, file)
+    try:
+        page = cast("TiffPage", tifffile.TiffFile(file).pages[number])
+        check_size(page.imagewidth, page.imagelength)
+        _check_segments(page, file)
+    except ValueError:  # as of tifffile's own
+        raise
+    except Exception as error:  # whatever tags of another type or number make it stumble over
+        raise ValueError(f"a damaged TIFF: {error}") from error
     return page
 
 
@@ -283,16 +288,17 @@ def _pillow_reads(get: Callable[[int, Any], Any], little_endian: bool) -> bool:
     bits, kinds = _values(get(258, 1)), _values(get(339, UNSIGNED))
     compression, photometric = get(259, RAW), get(262, WHITE_IS_ZERO)
     contiguous, reversed_bits = get(284, 1) == 1, get(266, 1) == 2
-    if compression not in BY_LIBTIFF or len(bits) > 1 or len(kinds) > 1:
+    if compression not in BY_LIBTIFF or len(bits) != 1 or len(kinds) != 1:
         return False
     (depth,), (kind,) = bits, kinds
     if kind == UNSIGNED and depth <= 8:
-        if compression == JPEG:
+        if compression == JPEG or photometric == LAB:
             return contiguous
+        if not contiguous and get(338, ()) and (compression == RAW or photometric != RGB):
+            return False
         inverted_bytes = depth == 8 and photometric == WHITE_IS_ZERO
-        return compression != RAW or (
-            photometric != YCBCR and (not reversed_bits or (contiguous and not inverted_bytes))
-        )
+        reads_bits = not reversed_bits or (contiguous and not inverted_bytes)
+        return compression != RAW or (photometric != YCBCR and reads_bits)
     if kind == UNSIGNED and depth == 16:
         return photometric in (BLACK_IS_ZERO, RGB, CMYK) and contiguous and not reversed_bits
     return kind == FLOAT and depth == 32 and photometric == BLACK_IS_ZERO and little_endian and contiguous
@@ -302,16 +308,20 @@ def _values(found: Any) -> set[int]:
     return set(map(int, found)) if isinstance(found, (tuple, list)) else {int(found)}
 
 
+def _named(code: Any) -> Any:
+    return getattr(code, "name", code)
+
+
 def _check_segments(page: TiffPage, file: BinaryIO) -> None:
     """Refuse strips and tiles that are missing or cut off; libtiff and tifffile fill them up in part."""
     if page.compression not in BY_LIBTIFF:
         raise ValueError(
-            f"a TIFF compressed with {page.compression.name}, where damage would go unseen: save it with another "
+            f"a TIFF compressed with {_named(page.compression)}, where damage would go unseen: save it with another "
             "compression, such as deflate or LZW"
         )
     size = file.seek(0, io.SEEK_END)
-    segments = list(zip(page.dataoffsets, page.databytecounts, strict=True))
-    if len(segments) < math.prod(page.chunked) or any(
+    segments = list(zip(page.dataoffsets, page.databytecounts, strict=False))
+    if len(segments) != math.prod(page.chunked) or any(
         start < 8 or count < 1 or start + count > size for start, count in segments
     ):
         raise ValueError("a damaged TIFF: a strip or tile is missing, or goes beyond the end of the file")
@@ -340,7 +350,7 @@ def _by_tifffile(page: TiffPage, file: BinaryIO) -> Image.Image:
     ):
         raise ValueError(
             f"a TIFF of {page.samplesperpixel} samples of {page.bitspersample} bits per pixel, "
-            f"{getattr(photometric, 'name', photometric)}, compressed with {page.compression.name}: Pillow cannot be "
+            f"{_named(photometric)}, compressed with {_named(page.compression)}: Pillow cannot be "
             "trusted with it, and tifffile is used for gray and RGB without compression or with deflate; save it so, "
             "or as PNG"
         )

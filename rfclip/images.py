@@ -51,7 +51,7 @@ def to_rgb(image: ImageLike) -> Image.Image:
     if isinstance(image, np.ndarray):
         return _from_pillow(formats.from_array(image))
     if isinstance(image, Image.Image):
-        return _from_pillow(formats.believed(image))
+        return _from_pillow(formats.corrected(image))
     path = Path(cast("str | os.PathLike[str]", image))  # nothing else is left
     if not path.is_file():
         raise FileNotFoundError(f"no such image: {path}")
@@ -74,8 +74,10 @@ def to_rgb(image: ImageLike) -> Image.Image:
 
 def _from_pillow(image: Image.Image, name: str = "image") -> Image.Image:
     formats.check_size(image.width, image.height)
-    image = ImageOps.exif_transpose(image)
-    profile = image.info.get("icc_profile")
+    kind, image = image.format, ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile", b"")
+    if profile is None and kind in ("PNG", "JPEG", "MPO"):
+        _ignored(name, "it is damaged")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image)
         if image.mode != "F":
@@ -115,5 +117,9 @@ def _to_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Imag
             raise ValueError(f"it is for {space}, and the picture is {image.mode}")
         return cast(Image.Image, ImageCms.profileToProfile(image, source, srgb, outputMode="RGB"))
     except (ValueError, OSError, ImageCms.PyCMSError) as error:
-        warnings.warn(f"{name}: its ICC profile is ignored: {error}", stacklevel=2)
+        _ignored(name, str(error))
         return image.convert("RGB")
+
+
+def _ignored(name: str, reason: str) -> None:
+    warnings.warn(f"{name}: its ICC profile is ignored: {reason}", stacklevel=3)

@@ -1,6 +1,7 @@
 """Pictures with ICC profiles, against profiles whose effect is known by construction."""
 
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -137,9 +138,10 @@ def test_cmyk(tmp_path, suffix):
     close(tmp_path / f"inks.{suffix}", want, 3)
 
 
-def test_lab(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"deflate": True}, {"tile": 16}])
+def test_lab(tmp_path, options):
     stored = np.array([[[0, 0, 0], [255, 0, 0], [128, 0, 0], [128, 40, 0], [150, 0, 30], [150, 256 - 20, 256 - 10]]])
-    (tmp_path / "lab.tif").write_bytes(tiff(stored.astype(np.uint8), 8))
+    (tmp_path / "lab.tif").write_bytes(tiff(stored.astype(np.uint8), 8, **options))
     lab = np.where(stored > 127, stored - 256, stored).astype(float)
     lab[..., 0] = stored[..., 0] * 100 / 255
     close(tmp_path / "lab.tif", of_lab(lab), 2)
@@ -162,3 +164,27 @@ def test_a_broken_profile_is_ignored_with_a_warning(tmp_path, case):
     with pytest.warns(UserWarning, match=f"picture.png: its ICC profile is ignored: .*{reason}"):
         found = to_rgb(path)
     assert np.array_equal(found, want)
+
+
+def test_a_profile_that_cannot_be_unpacked(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.fromarray(RGB).save(path, icc_profile=swapped())
+    data = bytearray(path.read_bytes())
+    at = data.index(b"iCCP")
+    (length,) = struct.unpack_from(">I", data, at - 4)
+    data[at + 20 : at + 200] = bytes(180)
+    struct.pack_into(">I", data, at + 4 + length, zlib.crc32(data[at : at + 4 + length]))
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match="picture.png: its ICC profile is ignored: it is damaged"):
+        found = to_rgb(path)
+    assert np.array_equal(found, RGB)
+
+
+def test_a_jpeg_with_a_part_of_its_profile(tmp_path):
+    path = tmp_path / "picture.jpg"
+    Image.fromarray(RGB).save(path, icc_profile=swapped())
+    plain = np.asarray(Image.open(path))
+    path.write_bytes(path.read_bytes().replace(b"ICC_PROFILE\0\1\1", b"ICC_PROFILE\0\1\2"))
+    with pytest.warns(UserWarning, match="picture.jpg: its ICC profile is ignored: it is damaged"):
+        found = to_rgb(path)
+    assert np.array_equal(found, plain)

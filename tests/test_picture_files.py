@@ -229,11 +229,36 @@ def test_tiff_of_few_bits(tmp_path, photometric, bits, layout):
     np.testing.assert_allclose(shown(tmp_path, data), np.broadcast_to(want * 255, (H, W, 3)), rtol=0, atol=0.51)
 
 
-@pytest.mark.parametrize("dtype", ["u2", "u4", "i2", "f4"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("planar", [1, 2], ids=["contiguous", "planes"])
+@pytest.mark.parametrize("dtype", ["u1", "u2"])
+def test_cmyk_tiff(tmp_path, dtype, planar, layout):
+    values, share = samples(dtype, 4)
+    data = tiff(values, 5, planar=planar, **LAYOUTS[layout])
+    if layout.startswith("reversed") or (planar == 2 and dtype == "u2"):
+        return refused(tmp_path, data, "SEPARATED")
+    np.testing.assert_allclose(shown(tmp_path, data), (1 - share[..., :3]) * (1 - share[..., 3:]) * 255, rtol=0, atol=2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("planar", [1, 2], ids=["contiguous", "planes"])
+def test_ycbcr_tiff(tmp_path, planar, layout):
+    values = samples("u1", 3)[0] // 4 + 96  # within the gamut
+    data = tiff(values, 6, planar=planar, tags=[(530, "H", [1, 1])], **LAYOUTS[layout])
+    if "deflate" not in layout or "reversed" in layout:
+        return refused(tmp_path, data, "YCBCR")
+    luma, blue, red = np.moveaxis(values.astype(float), -1, 0)
+    blue, red = blue - 128, red - 128
+    want = np.stack([luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue], axis=-1)
+    np.testing.assert_allclose(shown(tmp_path, data), want, rtol=0, atol=2)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "i2", "f4"])
 @pytest.mark.parametrize("planar", [1, 2], ids=["contiguous", "planes"])
 @pytest.mark.parametrize("kind", [1, 2], ids=["associated", "unassociated"])
 @pytest.mark.parametrize("colours", [1, 3], ids=["gray", "rgb"])
-def test_tiff_with_alpha(tmp_path, colours, kind, planar, dtype):
+@pytest.mark.parametrize("deflate", [False, True], ids=["plain", "deflate"])
+def test_tiff_with_alpha(tmp_path, deflate, colours, kind, planar, dtype):
     values, share = samples(dtype, colours + 1)
     photometric = 2 if colours == 3 else 1
     opacity = share[..., -1:]
@@ -244,8 +269,8 @@ def test_tiff_with_alpha(tmp_path, colours, kind, planar, dtype):
         want = share + 1 - opacity
     else:
         want = share[..., :-1] * opacity + 1 - opacity
-    found = shown(tmp_path, tiff(values, photometric, planar=planar, rows=5, extra=[kind]))
-    tolerance = 3 if dtype == "u2" else 1.5  # Pillow keeps the upper bytes
+    found = shown(tmp_path, tiff(values, photometric, planar=planar, rows=5, extra=[kind], deflate=deflate))
+    tolerance = 3 if dtype in ("u1", "u2") else 1.5  # Pillow keeps the upper bytes
     opaque = opacity > 0.1  # below, Pillow divides by few levels
     np.testing.assert_allclose(found * opaque, want * 255 * opaque * np.ones(3), rtol=0, atol=tolerance)
 
@@ -279,6 +304,7 @@ def test_a_tiff_that_pillow_has_loaded(tmp_path):
 REFUSED_TIFF = {
     "12-bit": (("u2", 1, 12), 1, {}, "samples of 12 bits"),
     "ycbcr": (("u1", 3), 6, {}, "YCBCR"),
+    "lab-planes": (("u1", 3), 8, {"planar": 2}, "CIELAB"),
     "three-bands": (("u2", 3), 1, {"extra": [0, 0]}, "3 samples of 16 bits"),
     "int32": (("i4", 1), 1, {}, "expected 0 to 65535"),
     "uint64": (("u8", 1, 32), 1, {"bits": 64}, "samples of 64 bits"),
