@@ -215,6 +215,20 @@ def test_tiff(tmp_path, dtype, colours, layout, order):
     np.testing.assert_allclose(found, np.broadcast_to(share * 255, (H, W, 3)), rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("order", "<>", ids=["little-endian", "big-endian"])
+@pytest.mark.parametrize("tile", [None, 16], ids=["strips", "tiles"])
+@pytest.mark.parametrize("colours", COLOURS)
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "i2"])
+def test_tiff_of_differences(tmp_path, dtype, colours, tile, order):
+    photometric, count = COLOURS[colours]
+    values, share = samples(dtype, count)
+    share = 1 - share if photometric == 0 else share
+    planar = 2 if colours == "rgb-planes" else 1
+    data = tiff(values, photometric, order=order, planar=planar, tile=tile, rows=4, deflate=True, predictor=2)
+    tolerance = 1 if dtype == "u2" and count == 3 else 0.51  # Pillow keeps the upper byte
+    np.testing.assert_allclose(shown(tmp_path, data), np.broadcast_to(share * 255, (H, W, 3)), rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("photometric", [0, 1, 3], ids=["white-is-zero", "black-is-zero", "palette"])
