@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from rfclip import formats
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,16 +23,20 @@ ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tens
 def to_rgb(image: ImageLike) -> Image.Image:
     """An RGB picture of 8 bits per channel, upright according to its EXIF orientation.
 
-    Transparent pixels are composited over white; 16-bit grayscale, as uint16 or as a Pillow image, is scaled to 8 bits.
+    Transparent pixels are composited over white; colours with an ICC profile, and Lab, are converted to sRGB; integers
+    of more than 8 bits are scaled to 8.
 
     Args:
-        image: a path; a Pillow image; an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]; or a tensor [H, W],
-            [1, H, W], [3, H, W] or [4, H, W]. Arrays and tensors are uint8, uint16, or float in [0, 1].
+        image: a path; a Pillow image, best not loaded yet; an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]; or a
+            tensor [H, W], [1, H, W], [3, H, W] or [4, H, W]. Arrays and tensors are uint8, uint16, or float in [0, 1].
 
     Raises:
-        ValueError: the file is not a picture or is damaged, the picture exceeds Pillow's limit of pixels, or an array
-            or tensor has another shape, dtype or range.
+        ValueError: the file is not a picture, is damaged, of a layout that would be read wrongly, or needs an extra;
+            the picture exceeds Pillow's limit of pixels; or an array or tensor has another shape, dtype or range.
         FileNotFoundError: there is no such file.
+
+    Warns:
+        UserWarning: an ICC profile is broken or belongs to another kind of picture, and is ignored.
     """
     torch = sys.modules.get("torch")  # imported already if this is a tensor
     if torch is not None and isinstance(image, torch.Tensor):
@@ -40,11 +47,11 @@ def to_rgb(image: ImageLike) -> Image.Image:
                 "not empty and without a batch"
             )
         array = array.movedim(0, -1) if array.ndim == 3 else array
-        return _from_array((array.float() if array.is_floating_point() else array).numpy())
+        return _from_pillow(formats.from_array((array.float() if array.is_floating_point() else array).numpy()))
     if isinstance(image, np.ndarray):
-        return _from_array(image)
+        return _from_pillow(formats.from_array(image))
     if isinstance(image, Image.Image):
-        return _from_pillow(image)
+        return _from_pillow(formats.corrected(image))
     path = Path(cast("str | os.PathLike[str]", image))  # nothing else is left
     if not path.is_file():
         raise FileNotFoundError(f"no such image: {path}")
@@ -52,59 +59,67 @@ def to_rgb(image: ImageLike) -> Image.Image:
         with warnings.catch_warnings():
             # Warnings about odd metadata, and about many pixels, which is an error below.
             warnings.filterwarnings("ignore", module="PIL")
-            Image.init()
-            formats = [name for name in Image.ID if name != "EPS"]  # a program that Ghostscript would run
             # Opened here: given a path, Pillow maps the file into memory and mixes up the rows of a turned gray TIFF.
-            with path.open("rb") as file, Image.open(file, formats=formats) as opened:
-                return _from_pillow(opened)
+            with path.open("rb") as file:
+                return _from_pillow(formats.read(file, path.suffix.lower()), str(path))
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} cannot be read as an image: its format is none of Pillow's, or EPS") from error
+        raise ValueError(
+            f"{path} cannot be read as an image: its format is none of Pillow's, or EPS or FITS, which are not read"
+        ) from error
     except Exception as error:  # Pillow raises whatever a damaged file makes it stumble over, struct.error for one
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
-def _from_pillow(image: Image.Image) -> Image.Image:
-    if 0 in image.size:
-        raise ValueError(f"image of {image.width} x {image.height} pixels: expected at least one")
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
-        raise ValueError(
-            f"image of {image.width} x {image.height} pixels: the limit is {limit} (PIL.Image.MAX_IMAGE_PIXELS); "
-            "shrink it"
-        )
-    image = ImageOps.exif_transpose(image)
+def _from_pillow(image: Image.Image, name: str = "image") -> Image.Image:
+    formats.check_size(image.width, image.height)
+    kind, image = image.format, ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile", b"")
+    if profile is None and kind in ("PNG", "JPEG", "MPO"):
+        _ignored(name, "it is damaged")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image)
-        if image.mode == "F":
-            return _from_array(values)
-        if "transparency" in image.info:
-            values = np.where(values == image.info["transparency"], 65535, values)
-        return _from_array(np.clip(values, 0, 65535).astype(np.uint16))
+        if image.mode != "F":
+            if "transparency" in image.info:
+                values = np.where(values == image.info["transparency"], 65535, values)
+            values = formats.to_uint16(values)
+        image = formats.from_array(values)
     if image.mode == "La":
         image = image.convert("LA")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    if image.mode not in ("RGBA", "LA", "PA", "RGBa") and "transparency" not in image.info:
+        return _to_srgb(image, profile, name)
+    gray = image.mode in ("1", "L", "LA")
+    image = image.convert("LA" if gray else "RGBA")
+    colours = _to_srgb(image.convert("L" if gray else "RGB"), profile, name).convert("RGBA")
+    colours.putalpha(image.getchannel("A"))
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB")
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or 0 in array.shape:
-        raise ValueError(f"image: got an array {array.shape}, expected [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]")
-    if array.dtype.newbyteorder("=") == np.uint16:
-        array = (array.astype(np.uint32) * 255 + 32767) // 65535
-    elif array.dtype.kind == "f":
-        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise ValueError(
-                f"image: floats must lie in [0, 1], got values from {array.min():.4g} to {array.max():.4g}; "
-                "divide by 255, and do not normalize: the segmenter does"
-            )
-        array = (array * 255).round()
-    elif array.dtype != np.uint8:
-        raise ValueError(f"image: got {array.dtype}, expected uint8, uint16, or float in [0, 1]")
-    return _from_pillow(Image.fromarray(np.ascontiguousarray(array.astype(np.uint8))))
+def _to_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Image:
+    """The picture in sRGB, by its ICC profile if it has one that fits; Lab, which has no other meaning, without one."""
+    if image.mode not in ("L", "CMYK", "LAB"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    if not profile and image.mode != "LAB":
+        return image.convert("RGB")
+    from PIL import ImageCms
+
+    srgb = ImageCms.createProfile("sRGB")
+    if image.mode == "LAB":
+        lab = ImageCms.createProfile("LAB")
+        return cast(Image.Image, ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB"))
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
+        space = source.profile.xcolor_space.strip()
+        if space == "RGB" and image.mode == "L":
+            image = image.convert("RGB")
+        if space != {"L": "GRAY"}.get(image.mode, image.mode):
+            raise ValueError(f"it is for {space}, and the picture is {image.mode}")
+        return cast(Image.Image, ImageCms.profileToProfile(image, source, srgb, outputMode="RGB"))
+    except (ValueError, OSError, ImageCms.PyCMSError) as error:
+        _ignored(name, str(error))
+        return image.convert("RGB")
+
+
+def _ignored(name: str, reason: str) -> None:
+    warnings.warn(f"{name}: its ICC profile is ignored: {reason}", stacklevel=3)

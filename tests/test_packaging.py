@@ -12,7 +12,11 @@ from test_layers import FILES, imports
 
 PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 FOR_USERS = {extra: needs for extra, needs in EXTRAS.items() if extra not in ("all", "dev", "test")}
-DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open_clip_torch"}  # of modules that have another name
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "open_clip": "open_clip_torch",
+    "pillow_jxl": "pillow-jxl-plugin",
+}  # of modules that have another name
 BROUGHT_BY_TORCH = {"triton"}  # where it runs
 
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 out_console = Console()
 console = Console(stderr=True)
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-
 Images = Annotated[
     list[str],
     typer.Argument(metavar="IMAGE...", help="Files, folders, or quoted globs; earlier outputs are skipped."),
@@ -126,15 +124,17 @@ def progress() -> Progress:
 
 
 def find_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[str, str]]]:
-    """Pictures as (file, path of its result below the output folder, without suffix), and what was not found."""
+    """Pictures as (file, path of its result below the output folder, without suffix), and what was not found.
+
+    What a folder holds beside pictures and earlier outputs is printed, one line per suffix, with the reason.
+    """
     found: dict[Path, tuple[Path, Path]] = {}
     missing = []
     for item in given:
         path = Path(item)
         if path.is_dir():
-            pictures = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES)
-            inside = [file for file in pictures if file.is_file() and not file.name.endswith(OUTPUTS)]
-            files = [(file, file.relative_to(path)) for file in inside]
+            inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.endswith(OUTPUTS)]
+            files = [(file, file.relative_to(path)) for file in _readable(inside, item)]
             reason = "no picture in this folder"
         elif path.exists():
             files, reason = [(path, Path(path.name))], ""
@@ -153,6 +153,24 @@ def find_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[s
         stem = result.with_suffix("")
         images.append((file, result if stems[same_name(stem)] > 1 else stem))
     return images, missing
+
+
+def _readable(files: list[Path], folder: str) -> list[Path]:
+    """Those of a folder's files that may be pictures; the rest is printed."""
+    from rfclip.formats import unread
+
+    readable: list[Path] = []
+    skipped: dict[tuple[str, str], list[str]] = {}
+    for file in files:
+        reason = unread(file)
+        if reason:
+            skipped.setdefault((reason, file.suffix.lower()), []).append(file.name)
+        else:
+            readable.append(file)
+    for (reason, suffix), names in skipped.items():
+        these = names[0] if len(names) == 1 else f"{len(names)} files {f'*{suffix}' if suffix else 'without a suffix'}"
+        say(f"skipped in {folder}: {these}: {reason}")
+    return readable
 
 
 def some_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[str, str]]]:
