@@ -51,7 +51,7 @@ DEVICE ?= cuda
 gpu:
 	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) -m bench.gpu --device $(DEVICE)
 
-BUNDLE := open_clip_torch timm ftfy wcwidth colorcet platformdirs filelock typer shellingham rich \
+BUNDLE := open_clip_torch timm ftfy wcwidth colorcet platformdirs filelock tifffile typer shellingham rich \
 	torchmetrics lightning_utilities pytest_xdist execnet pytest_benchmark py_cpuinfo hypothesis sortedcontainers
 gpu-bundle:
 	rm -rf gpu-bundle

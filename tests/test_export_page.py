@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import onnxruntime
 import pytest
 import torch
 from helpers import assert_close
@@ -12,6 +11,8 @@ from torch.export import Dim
 
 import rfclip
 from rfclip.methods import METHODS
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX's packages are not installed")
 
 PAGE = (Path(__file__).parents[1] / "docs" / "export.md").read_text("utf-8")
 SNIPPETS = re.findall(r"^## (.+?)\n[^#]*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
