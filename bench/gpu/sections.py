@@ -305,12 +305,15 @@ def time_towers() -> Cases:
     """From one small picture to a large one."""
     for case in [SMALL, *MIDDLE]:
         yield str(case), partial(time_case, case)
-    yield f"{SMALL}, compiled blocks", partial(time_compiled, SMALL)
+    for case in [SMALL, *MIDDLE]:
+        yield f"{case}, compiled blocks", partial(time_compiled, case)
 
 
 def large() -> Cases:
-    """The one case that may take long."""
+    """The one size that may take long."""
     yield str(LARGE), partial(time_case, LARGE)
+    if ON_GPU:
+        yield f"{LARGE}, compiled blocks", partial(time_compiled, LARGE)
 
 
 def time_kernels() -> Cases:
