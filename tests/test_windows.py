@@ -158,6 +158,6 @@ def test_no_such_drive(folder, monkeypatch):
 
 def test_a_path_with_either_separator_is_no_class(monkeypatch):
     monkeypatch.setattr(os, "sep", "\\")
-    for path in ("lists/names", "lists\\names"):
+    for path in ("./lists/names", ".\\lists\\names", "../names", "..\\names"):
         with pytest.raises(ValueError, match="there is no file"):
             parse_classes(path)

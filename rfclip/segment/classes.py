@@ -29,7 +29,7 @@ def parse_classes(classes: Classes) -> ClassNames:
             items: Iterable = [line for line in Path(classes).read_text("utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"classes file {classes}: {error}") from error
-    elif isinstance(classes, str) and (classes.endswith(".txt") or not {"/", os.sep}.isdisjoint(classes)):
+    elif isinstance(classes, str) and (classes.endswith(".txt") or _is_path(classes)):
         raise ValueError(f"classes: there is no file {classes}")
     elif isinstance(classes, str):
         items = split_classes(classes)
@@ -50,6 +50,11 @@ def parse_classes(classes: Classes) -> ClassNames:
     if len(parsed) > MOST:
         raise ValueError(f"classes: got {len(parsed)}, at most {MOST} are possible")
     return parsed
+
+
+def _is_path(text: str) -> bool:
+    """Whether text is written as a path, not as names such as "tv/monitor"."""
+    return text.startswith(("./", "../", "~", f".{os.sep}", f"..{os.sep}")) or os.path.isabs(text)
 
 
 def split_classes(text: str) -> list[list[str]]:

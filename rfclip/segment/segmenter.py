@@ -105,6 +105,7 @@ class Segmenter:
         if logit_scale is not None and not math.isfinite(logit_scale):
             raise ValueError(f"logit_scale={logit_scale!r}: expected a finite number")
         self.batch, self.memory_limit = batch, memory_limit
+        self._distinct: tuple[str, ...] = ()  # names that were checked last
         self.logit_scale = protocol.logit_scale if logit_scale is None else logit_scale
         self._handle = None if present else refocus(self.model, config, method=card.name, backend=backend)
         running = installed(self.tower)
@@ -158,11 +159,12 @@ class Segmenter:
                 method.
 
         Raises:
-            ValueError: the image, the classes or the threshold is not as described, or the model's features are not
-                finite.
+            ValueError: the image, the classes or the threshold is not as described, two names are the same to the
+                model, or its features are not finite.
             RuntimeError: the segmenter is closed.
         """
         named = parse_classes(classes)
+        self.check_names(named)
         return self.segment(to_rgb(image), named, threshold=threshold, probabilities=probabilities, pamr=pamr)
 
     @torch.inference_mode()
@@ -202,6 +204,13 @@ class Segmenter:
         segmenter after changing them.
         """
         return self._text(names)
+
+    def check_names(self, named: ClassNames) -> None:
+        """Raise ValueError if two names of classes are the same to the model."""
+        names = tuple(name for each in named for name in each)
+        if names != self._distinct:
+            self._text.check_distinct(names)
+            self._distinct = names
 
     def digest(self) -> str:
         """A hash of the model's weights and structure."""

@@ -50,6 +50,18 @@ class TextEmbeddings:
         if not self._templates:
             raise ValueError("templates: expected at least one function from a name to a prompt")
 
+    def check_distinct(self, names: Sequence[str]) -> None:
+        """Raise ValueError if two names are the same to the model."""
+        seen: dict[tuple[int, ...], str] = {}
+        for name in names:
+            tokens = self._tokenizer([self._templates[0](name)])[0].tolist()
+            same = seen.setdefault(tuple(tokens), name)
+            if same != name:
+                raise ValueError(
+                    f"classes: {same!r} and {name!r} are the same {len(tokens)} tokens to the model, so that the later "
+                    "would never be found: it ignores case and how characters are written, and cuts long names"
+                )
+
     def __call__(self, names: tuple[str, ...]) -> Tensor:
         """As `Segmenter.text_embeddings`."""
         trained: tuple[str, ...] = getattr(self._model, "trained_on", None) or ()

@@ -261,6 +261,18 @@ def test_a_replaced_picture_of_a_parquet_file_is_refused(pictures):
     assert "3 segmented" in segment("pictures", "--format", "parquet", "--overwrite").stderr
 
 
+def test_classes_given_twice_are_refused(pictures):
+    for command in (["segment"], ["explain"]):
+        refused(
+            run(*command, "pictures/a.png", "--classes", "cat", "--classes", "grass"), "--classes was given 2 times"
+        )
+
+
+def test_a_slash_in_a_name(pictures):
+    assert segment("pictures/a.png", classes="tv/monitor, grass").exit_code == 0
+    check_result("rfclip-out/a", scene(1), [["tv/monitor"], ["grass"]])
+
+
 @pytest.mark.parametrize("kept", sorted(results("picture")))
 def test_any_existing_file_stays_and_is_reported(folder, kept):
     """Somebody else's file, or one of three that a killed command left behind."""
@@ -380,7 +392,8 @@ def test_wrong_arguments(folder, case):
     (folder / "wide.json").write_text('{"distraction_dims": [5000]}')
     torch.save({}, "weights.pt")
     before = state(folder)
-    refused(run("segment", "picture.png", "--classes", "cat", *arguments), *words)
+    classes = [] if "--classes" in arguments else ["--classes", "cat"]
+    refused(run("segment", "picture.png", *classes, *arguments), *words)
     assert state(folder) == before
 
 

@@ -47,6 +47,21 @@ def test_features_that_are_not_finite_give_no_labels(model, picture, value):
         Segmenter(model, cache=False, logit_scale=value)
 
 
+LONG = "a very " + "long " * 40
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["Dog", "dog"], ["caf\u00e9", "cafe\u0301"], ["salt & pepper", "salt &amp; pepper"], [f"{LONG}cat", f"{LONG}dog"]],
+    ids=["case", "accents", "entities", "cut"],
+)
+def test_names_that_are_the_same_to_the_model(segmenter, picture, names):
+    with pytest.raises(ValueError, match="are the same 32 tokens to the model.*never be found"):
+        segmenter(picture, [*names, "grass"])
+    for one in names:
+        assert segmenter(picture, [one, "grass"]).classes == (one, "grass")
+
+
 def test_memory_limit_changes_nothing_but_the_batches(model, segmenter, picture):
     want = segmenter(picture, NAMES, probabilities=True).probabilities
     batches = []

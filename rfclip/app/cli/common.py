@@ -93,6 +93,13 @@ def answer(text: str) -> None:
     out_console.print(escape(text), highlight=False, soft_wrap=True)
 
 
+def given_once(option: str, values: list[str]) -> str:
+    """The value of an option of which click would silently keep the last."""
+    if len(values) > 1:
+        raise ValueError(f'{option} was given {len(values)} times: give all in one, as in {option} "cat, dog, grass"')
+    return values[0]
+
+
 def check_new(out: Path | None, overwrite: bool) -> None:
     """Refuse a file that exists or cannot be made."""
     if out is not None and (out.is_dir() or (out.parent.exists() and not out.parent.is_dir())):

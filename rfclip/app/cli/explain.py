@@ -21,7 +21,7 @@ def explain(
     ] = None,
     layers: Annotated[str | None, typer.Option(help='Blocks to show, from 1: "3,6,9"; four by default.')] = None,
     classes: Annotated[
-        str | None, typer.Option(help=f"As for segment; by default those of {TINY}, and none for other models.")
+        list[str] | None, typer.Option(help=f"As for segment; by default those of {TINY}, and none for other models.")
     ] = None,
     model: common.Model = TINY,
     pretrained: common.Pretrained = None,
@@ -40,6 +40,7 @@ def explain(
         found = [(file, result.with_name(result.name.rstrip(" .") or "_")) for file, result in found]
         common.check_distinct(found)
         places, numbers = _places(points or []), _numbers(layers)
+        names = common.given_once("--classes", classes) if classes else None
         common.check_folder(out)
         given = common.read_config(config)
         from rfclip import simulated_distraction
@@ -64,7 +65,7 @@ def explain(
                             refocusing,
                             points=places or None,
                             layers=numbers,
-                            classes=classes or clip.trained_on,
+                            classes=names or clip.trained_on,
                             backend=backend,
                             tokenizer=load_tokenizer(model),
                         )

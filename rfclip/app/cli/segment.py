@@ -18,7 +18,8 @@ from rfclip.extras import require
 def segment(
     images: common.Images,
     classes: Annotated[
-        str, typer.Option(help='"cat, dog, grass"; with synonyms "cat, kitten; dog"; or a file, one class per line.')
+        list[str],
+        typer.Option(help='"cat, dog, grass"; with synonyms "cat, kitten; dog"; or a file, one class per line.'),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("rfclip-out"),
     model: common.Model = TINY,
@@ -47,7 +48,7 @@ def segment(
         from rfclip.methods import find_method
         from rfclip.segment.classes import parse_classes
 
-        named = parse_classes(classes)
+        named = parse_classes(common.given_once("--classes", classes))
         if len(named) > 255:
             raise ValueError(f"--classes: got {len(named)}; an indexed mask holds at most 255")
         find_method(method)
@@ -71,6 +72,7 @@ def segment(
                 common.available(where.here)
                 with common.loading(model):
                     segmenter = stack.enter_context(job.segmenter(device=where.here))
+                segmenter.check_names(named)
                 record = described(job, segmenter, named, threshold)
                 stale: list[Path] = []
                 if format == "png":
