@@ -148,7 +148,7 @@ class Guard:
         self._uploaded, self._leave, self._say = uploaded, leave, say
         self._one = asyncio.Lock()
         self._listeners: Counter[str] = Counter()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._leaving: dict[str, asyncio.Task[None]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -180,15 +180,13 @@ class Guard:
         headers = Headers(scope=scope)
         given = headers.getlist("host")
         if len(given) != 1 or given[0] not in self.hosts:
-            raise Refused(
-                421, "421: this page is not served under that name; open the address that rfclip serve printed"
-            )
+            raise Refused(421, "this page is not served under that name; open the address that rfclip serve printed")
         for origin in headers.getlist("origin"):
             scheme, _, authority = origin.partition("://")
             if scheme != "http" or authority not in self.hosts:
-                raise Refused(403, "403: requests from other pages are not answered")
+                raise Refused(403, "requests from other pages are not answered")
         if scope["method"] not in ("GET", "HEAD", "OPTIONS") and scope["path"] not in SENT:
-            raise Refused(403, "403: the page does not send anything there")
+            raise Refused(403, "the page does not send anything there")
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == LISTEN:
@@ -206,9 +204,9 @@ class Guard:
                     await self._upload(scope, receive, send, body)
                 else:
                     await self._receive(receive, body, REQUEST_LIMIT, lambda size: True)
-                    await self.app(scope, _replayed(body, receive), send)
                     if scope["path"] == JOIN:
                         self._expect(_session(body))
+                    await self.app(scope, _replayed(body, receive), send)
         else:
             await self.app(scope, receive, send)
 
@@ -242,18 +240,18 @@ class Guard:
             try:
                 message = await asyncio.wait_for(receive(), min(STALLED, end - time.monotonic()))
             except asyncio.TimeoutError as error:
-                raise Refused(408, "408: nothing came for too long; send it again") from error
+                raise Refused(408, "nothing came for too long; send it again") from error
             if message["type"] == "http.disconnect":
-                raise Refused(400, "400: broken off")
+                raise Refused(400, "broken off")
             part, more = message.get("body", b""), message.get("more_body", False)
             size += len(part)
             if size > limit:
-                raise Refused(413, f"413: at most {limit >> 10} KB")
+                raise Refused(413, f"at most {limit >> 10} KB")
             fits = fits and take(len(part))
             if fits:  # else read on, since a browser shows no answer that comes before it has sent everything
                 body.write(part)
         if not fits:
-            raise Refused(429, "429: too many uploads; they are removed after about an hour")
+            raise Refused(429, "too many uploads; they are removed after about an hour")
 
     def _expect(self, session: str) -> None:
         """Take a session's requests out of the line unless somebody listens for them soon."""
@@ -262,10 +260,12 @@ class Guard:
             await asyncio.sleep(LISTENING)
             if session not in self._listeners:
                 await self._leave(session)
+            self._leaving.pop(session)
 
-        task = asyncio.create_task(wait())
-        self._tasks.add(task)  # the loop itself holds no reference
-        task.add_done_callback(self._tasks.discard)
+        earlier = self._leaving.pop(session, None)
+        if earlier is not None:
+            earlier.cancel()  # it would take the newest request out too soon
+        self._leaving[session] = asyncio.create_task(wait())
 
 
 def one_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """`rfclip serve` and requests that its page does not make."""
 
+import asyncio
 import contextlib
 import json
 import signal
@@ -142,12 +143,13 @@ def test_uploads_that_stall_or_break_off(tmp_path):
         for _ in range(3):
             begun(port).close()
         began = time.monotonic()
-        assert stalled.recv(1000).startswith(b"HTTP/1.1 408")
+        said = b"".join(iter(lambda: stalled.recv(1000), b""))
+        assert said.startswith(b"HTTP/1.1 408") and said.endswith(b"send it again\n")
         assert guard.STALLED - 2 < time.monotonic() - began < guard.STALLED + 10
-        assert stalled.recv(1000).endswith(b"send it again\n") and stalled.recv(1) == b""
     assert leftovers(tmp_path / "tmp") == before
     body, kind = form(SCENE, field="other")  # complete, but nothing that Gradio takes
     ask(port, "POST", "/gradio_api/upload", body, content_type=kind)
+    time.sleep(1)  # it is removed after the answer
     assert leftovers(tmp_path / "tmp") == before
     assert stopped(process, signal.SIGTERM) == (0, "")
 
@@ -188,6 +190,11 @@ def test_abandoned_requests(port):
     for number in range(30):
         classes = ", ".join(f"name {number} {count}" for count in range(60))  # some seconds each
         assert visitor.join(classes, session=f"gone{number}") == 200
+        if number % 2:  # these did listen
+            with socket.create_connection(("127.0.0.1", port)) as connection:
+                path = f"/gradio_api/queue/data?session_hash=gone{number}"
+                connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+                assert connection.recv(100).startswith(b"HTTP/1.1 200")
     began = time.monotonic()
     assert visitor.join("dog, grass, sky") == 200
     assert visitor.listen()["success"]
@@ -222,6 +229,29 @@ def test_killed(tmp_path):
     assert len(folders & set((tmp_path / "tmp").glob("rfclip*"))) == 1, "the first one lives"
     assert [stopped(process, signal.SIGTERM) for process in (first, second)] == [(0, "")] * 2
     assert list((tmp_path / "tmp").glob("rfclip*")) == []
+
+
+def test_another_question_while_the_first_is_being_forgotten(monkeypatch):
+    """A visitor who asks again just before their last connection is forgotten keeps their place."""
+    monkeypatch.setattr(guard, "LISTENING", 0.2)
+    left = []
+
+    async def leave(session):
+        left.append(session)
+
+    async def talk():
+        front = guard.Guard(None, guard.Hosts("127.0.0.1", 1), None, 1, None, leave, print)
+        front._expect("a")
+        front._expect("b")
+        await asyncio.sleep(0.15)
+        front._expect("a")
+        await asyncio.sleep(0.1)
+        assert left == ["b"]
+        front._listeners["a"] += 1
+        await asyncio.sleep(0.2)
+        assert left == ["b"] and not front._leaving
+
+    asyncio.run(talk())
 
 
 def test_an_ipv6_host(tmp_path):
