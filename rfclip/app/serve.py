@@ -6,6 +6,7 @@ import functools
 import html
 import io
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -14,12 +15,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import gradio as gr
+import numpy as np
+import uvicorn
+from fastapi import FastAPI
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
+from rfclip.app.guard import UPLOAD_LIMIT, Guard, Hosts, one_line
 from rfclip.app.writer import described, save
 from rfclip.config import PRESETS, TINY, RefocusConfig
 from rfclip.explanation import explain, figures
@@ -31,15 +37,17 @@ from rfclip.segment.job import Job
 from rfclip.segment.result import Segmentation, palette
 from rfclip.simulated_distraction import inject_distraction, injected
 from rfclip.tiny.scenes import CLASSES, make_scene
+from rfclip.towers import Tower, read_tower
 from rfclip.towers.loading import tiny_folder
 
-UPLOAD_LIMIT = 20 << 20  # bytes
 PIXEL_LIMIT = 25_000_000  # of an upload
 ASPECT_LIMIT = 16  # long side over short side, of an upload
-LONG_SIDE = 2048  # pixels, of the resized picture; with the aspect ratio it bounds the number of windows
-SHOWN_SIDE = 1600  # pixels, of the overlay in the page
+SHOWN_SIDE = 1600  # pixels, the most that is shown and seen; with the aspect ratio it bounds the number of windows
+SEEN_ASPECT = 2  # beyond it, the maps are of no more patches: their cost grows with the square
 NAME_LIMIT = 255  # class names with synonyms
 KEPT = 3600  # seconds that the files and the state of a visit are kept
+LINE = 100  # requests that wait; those that nobody listens for leave soon
+STOPPING = 3  # seconds that answers may take to end when the page is stopped
 SCENES = ((11, "dog, banana"), (21, "bus, owl"), (35, "cat, guitar"))  # seeds, and classes absent from the scene
 
 
@@ -52,6 +60,7 @@ class Seen:
     job: Job
     config: RefocusConfig
     shown: tuple[int, int]
+    short_side: int
 
 
 class Page:
@@ -67,6 +76,7 @@ class Page:
         self.folder = folder
         self._load = functools.lru_cache(maxsize=2)(lambda job: job.load())
         self.scenes = self._scenes()
+        self.stopping = threading.Event()  # when set, nothing more is written to the folder
         self._weights: dict[Job, str] = {}  # digests
 
     def segment(
@@ -97,21 +107,25 @@ class Page:
                 config = injected(config) if inject else config
             own = config if find_method(method).configured else None
             job = replace(offered, config=own, method=method, pamr=pamr, inject=inject)
-            with job.segmenter(model, long_side=LONG_SIDE, cache=self.folder / "text") as segmenter:
+            with job.segmenter(model, long_side=SHOWN_SIDE, cache=self.folder / "text") as segmenter:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # segmenting warns about all names at once
                     for name in progress.tqdm([name for names in named for name in names], desc="class names"):
+                        if self.stopping.is_set():
+                            raise ValueError("the page is being stopped")
                         segmenter.text_embeddings((name,))
                 progress(0.4, desc="segmenting")
                 began = time.perf_counter()
-                found = segmenter.segment(rgb, named, pamr=pamr)
+                drawn = segmenter.segment(_shrunk(rgb), named, pamr=pamr)
                 seconds = round(time.perf_counter() - began, 3)
                 self._weights[offered] = self._weights.get(offered) or segmenter.digest()
                 record = described(job, segmenter, named, None, self._weights[offered])
                 record |= dict(zip(("model", "pretrained"), job.shown, strict=True))
             progress(0.7, desc="looking into the tower")
-            overlay = _shrunk(found.overlay(legend=False))
-            maps, seen, about = self._maps(rgb, model, offered, config, inject, overlay.size)
+            overlay = drawn.overlay(legend=False)
+            maps, seen, about = self._maps(drawn.image, model, offered, config, inject)
+            labels = Image.fromarray(drawn.labels).resize(rgb.size, Image.Resampling.NEAREST)
+            found = replace(drawn, image=rgb, labels=np.asarray(labels))
         (width, height), name = rgb.size, Path(file).stem
         row = {"image": Path(file).name, "width": width, "height": height, "seconds": seconds}
         summary = f"{width} x {height} pixels: **{seconds:.2f} s** with {method} on {offered}. {about}"
@@ -129,17 +143,17 @@ class Page:
         offered: Job,
         config: RefocusConfig | None,
         inject: float,
-        shown: tuple[int, int],
     ) -> tuple[Image.Image | None, Seen | None, str]:
         """What RF-CLIP finds in the picture as a whole, whatever the method, and a sentence about it."""
         if config is None:
             return None, None, "Its distraction dimensions are not known, so there are no maps: run `rfclip calibrate`."
+        short_side = _short_side(rgb, read_tower(model))
         try:
             with inject_distraction(model, inject):
-                found = explain(model, rgb, config, backend=offered.backend)
+                found = explain(model, rgb, config, short_side=short_side, backend=offered.backend)
         except ValueError as error:  # for instance, layers beyond the tower
             return None, None, f"No maps: {error}."
-        seen = Seen(found.image, found.layers, replace(offered, inject=inject), config, shown)
+        seen = Seen(found.image, found.layers, replace(offered, inject=inject), config, rgb.size, short_side)
         return _picture(figures.draw_maps(found)), seen, figures.describe(found)
 
     def point(self, seen: Seen | None, event: gr.SelectData) -> Image.Image:
@@ -152,15 +166,21 @@ class Page:
             place = tuple(min(clicked, shown - 1) * side / shown for clicked, side, shown in sides)
             with inject_distraction(model, seen.job.inject):
                 found = explain(
-                    model, seen.image, seen.config, points=[place], layers=seen.layers, backend=seen.job.backend
+                    model,
+                    seen.image,
+                    seen.config,
+                    points=[place],
+                    layers=seen.layers,
+                    short_side=seen.short_side,
+                    backend=seen.job.backend,
                 )
             return _picture(figures.draw_attention(found))
 
-    def blocks(self) -> gr.Blocks:
-        """The page itself."""
+    def blocks(self, say: Callable[[str], None]) -> gr.Blocks:
+        """The page itself; `say` prints a line for each request that cannot be understood."""
         title = "RF-CLIP: segment a picture by class names"
         start = next(iter(self.jobs.values())).config or RefocusConfig(())  # from --config, if given
-        with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as page:
+        with _Blocks(say, title=title, analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as page:
             gr.Markdown(f"# {title}")
             seen = gr.State(time_to_live=KEPT)
             with gr.Row():
@@ -221,7 +241,7 @@ class Page:
             results = [overlay, legend, summary, mask, record, maps, attention, seen]
             button.click(self.segment, settings, results, show_progress_on=[overlay], scroll_to_output=True, **one)
             overlay.select(self.point, seen, attention, **one)
-        return page.queue(max_size=20)
+        return page.queue(max_size=LINE)
 
     def _scenes(self) -> list[tuple[str, str]]:
         """The bundled pictures, copied to where Gradio may read them, and class names for each."""
@@ -235,6 +255,23 @@ class Page:
 
     def _pick(self, event: gr.SelectData) -> tuple[str, str]:
         return self.scenes[event.index]
+
+
+class _Blocks(gr.Blocks):
+    """Says in one line what Gradio prints as a traceback: requests that are not what the page sends."""
+
+    def __init__(self, say: Callable[[str], None], **options: Any) -> None:
+        super().__init__(**options)
+        self._say = say
+
+    async def process_api(self, *given: Any, **named: Any) -> Any:
+        try:
+            return await super().process_api(*given, **named)
+        except Exception as error:
+            if isinstance(error, gr.Error) and not error.print_exception:
+                raise
+            self._say(f"bad request: {one_line(error)}")
+            raise gr.Error("bad request", print_exception=False) from error
 
 
 def _read(file: str) -> Image.Image:
@@ -258,8 +295,16 @@ def _preview(file: str | None) -> Image.Image | None:
 
 
 def _shrunk(picture: Image.Image) -> Image.Image:
-    picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-    return picture
+    """A copy at the size shown."""
+    small = picture.copy()
+    small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    return small
+
+
+def _short_side(picture: Image.Image, tower: Tower) -> int:
+    """Of the picture in the maps: as the tower was trained, or less if it is long."""
+    trained, aspect = min(tower.image_size), max(picture.size) / min(picture.size)
+    return max(round(trained * min(1, SEEN_ASPECT / aspect) ** 0.5), max(tower.patch_size))
 
 
 class ErrorsOnPage:
@@ -342,30 +387,50 @@ def choices(
     return [first, *(replace(first, model=name, pretrained=tag, config=None) for name, tag in others)]
 
 
-def serve(jobs: list[Job], folder: Path, host: str, port: int, ready: Callable[[str], None]) -> None:
-    """Serve the page until the process is interrupted or terminated; `ready` is called with its address.
+def serve(jobs: list[Job], folder: Path, host: str, port: int, say: Callable[[str], None]) -> None:
+    """Serve the page until the process is interrupted; `say` prints its address, and a line for each bad request.
 
-    Files go below `folder`, and Gradio's to where GRADIO_TEMP_DIR pointed when it was imported.
+    Files go below `folder`, and Gradio's to where GRADIO_TEMP_DIR pointed when it was imported. A thread may still work
+    on a request afterwards, and only the end of the process stops it.
 
     Raises:
         OSError: the port is taken, or the host is not an address of this machine.
-        ValueError: the host is an IPv6 address, which Gradio does not turn into a page's address.
     """
-    if ":" in host:
-        raise ValueError(f"--host {host}: expected an IPv4 address or a name")
     Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT
-    page = Page(jobs, folder).blocks()
-    options = {"max_file_size": UPLOAD_LIMIT, "css": STYLE, "footer_links": [], "run_history": False, "quiet": True}
+    work = Page(jobs, folder)
+    page = work.blocks(say)
+    options = {"max_file_size": UPLOAD_LIMIT, "css": STYLE, "footer_links": [], "run_history": False}
     options["theme"] = gr.themes.Default(font="sans-serif", font_mono="monospace")  # no font from the network
+    app = gr.mount_gradio_app(FastAPI(openapi_url=None), page, "/", ssr_mode=False, show_error=False, **options)
+    uploaded = Path(page.app.uploaded_file_dir)
+
+    def swept() -> None:
+        for path in uploaded.glob("tmp*"):  # parts of an upload that Gradio did not take
+            if path.is_file():
+                path.unlink()
+
+    async def leave(session: str) -> None:
+        await page._queue.clean_events(session_hash=session)
+
+    guard = Guard(app, Hosts(host, port), folder, KEPT + KEPT // 6, swept, leave, say)
+    # Not its own messages: a line tells of a bad request, and an end in the middle of a request is none.
+    config = uvicorn.Config(guard, log_level="critical", ws="none", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
     try:
-        try:
-            launched = page.launch(server_name=host, server_port=port, prevent_thread_lock=True, **options)
-        except OSError as error:
-            raise OSError(f"--host {host} --port {port}: cannot listen there; the port may be taken") from error
-        ready(launched[1])
-        while True:  # an Event's wait() is deaf to Ctrl-C on Windows
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise OSError(f"--host {host} --port {port}: cannot listen there; the port may be taken") from error
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    try:
+        thread.start()
+        shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
+        say(f"Open http://{shown}:{port}/ ; Ctrl-C stops it.")
+        while thread.is_alive():  # an Event's wait() is deaf to Ctrl-C on Windows
             time.sleep(1)
     except KeyboardInterrupt:
         pass
-    finally:
-        page.close(verbose=False)
+    work.stopping.set()
+    page.app.stop_event.set()
+    server.should_exit = True
+    thread.join(STOPPING)

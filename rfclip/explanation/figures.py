@@ -216,7 +216,7 @@ def draw_segmentations(found: Explanation) -> Figure:
 
 
 def _axes(rows: int, columns: int, found: Explanation, square: bool = False) -> tuple[Figure, np.ndarray]:
-    aspect = 1 if square else found.image.height / found.image.width
+    aspect = 1 if square else min(found.image.height / found.image.width, 2)  # a taller picture is drawn narrower
     figure = Figure(figsize=(2.6 * columns + 0.4, (2.6 * aspect + 0.3) * rows + 0.3), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:

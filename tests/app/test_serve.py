@@ -2,21 +2,21 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers import linux_only
 from PIL import Image
+from serving import free_port, leftovers, started, stopped
 
 import rfclip
 from rfclip.towers.loading import tiny_folder
@@ -32,44 +32,14 @@ NAMES = "dog, cactus, octopus, sailboat, grass, sky"
 SCREENSHOT = Path(__file__).parents[2] / "build" / "serve.png"
 
 
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
-
-
-def started(port, folder):
-    """The command, once it serves; its temporary files, caches and working directory are below the folder."""
-    places = {name: folder / name for name in ("tmp", "home", "work")}
-    for place in places.values():
-        place.mkdir()
-    environment = os.environ | {"TMPDIR": str(places["tmp"]), "HOME": str(places["home"]), "HF_HUB_OFFLINE": "1"}
-    environment |= {"XDG_CACHE_HOME": str(places["home"]), "MPLCONFIGDIR": str(places["tmp"])}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rfclip", "serve", "--port", str(port)],
-        cwd=places["work"],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if f"Open http://127.0.0.1:{port}/" in line:
-            return process
-    pytest.fail("".join(said))
-
-
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
     port = free_port()
     process = started(port, folder)
     yield f"http://127.0.0.1:{port}/"
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0, process.stderr.read()
-    left = [path for name in ("tmp", "home", "work") for path in (folder / name).rglob("*") if path.is_file()]
-    assert [path for path in left if "fontlist" not in path.name] == []
+    assert stopped(process, signal.SIGTERM) == (0, "")
+    assert leftovers(folder) == []
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +157,24 @@ def test_pick_a_scene_and_another_method(page):
     page.get_by_role("option", name="maskclip", exact=True).click()
     ask(page, NAMES)
     assert legend(page) == shares(NAMES, method="maskclip")[1]
+
+
+def test_the_browser_blocks_nothing(browser, address):
+    """The page needs nothing that its Content-Security-Policy forbids, and another page cannot frame it."""
+    page = browser.new_page()
+    said = []
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(address)
+    upload(page, SCENE)
+    ask(page, NAMES)
+    legend(page)
+    page.locator("#overlay img").click()
+    expect(page.locator("#attention img")).to_be_visible()
+    assert [text for text in said if "Content Security Policy" in text or "MIME" in text] == []
+    page.set_content(f'<iframe src="{address}"></iframe>')
+    page.wait_for_timeout(1000)
+    assert any("frame-ancestors" in text or "X-Frame-Options" in text for text in said)
+    page.close()
 
 
 def test_synonyms_and_no_markup(page):
@@ -307,10 +295,54 @@ def test_the_settings_start_from_the_config(tmp_path):
     from rfclip.segment.job import Job
 
     config = rfclip.RefocusConfig((5, 37), tau=1.5, beta=0.2, layers=(3, 4))
-    blocks = Page([Job("rfclip-tiny", None, config)], tmp_path).blocks().blocks.values()
+    blocks = Page([Job("rfclip-tiny", None, config)], tmp_path).blocks(print).blocks.values()
     values = {getattr(block, "label", None): getattr(block, "value", None) for block in blocks}
     for label, value in (("tau", 1.5), ("beta", 0.2), ("Layers", "3, 4")):
         assert [found for name, found in values.items() if name and name.startswith(label)] == [value]
+
+
+class Quiet:
+    """Progress that nobody sees."""
+
+    def __call__(self, *said, **more):
+        pass
+
+    def tqdm(self, values, **more):
+        return values
+
+
+@pytest.mark.parametrize("size", [(1, 16), (16, 1), (250, 4000), (4000, 3000), (5000, 5000)])
+def test_the_work_is_bounded_by_what_is_shown(tmp_path, monkeypatch, size):
+    """However many pixels an upload has, and however long it is, little is segmented and drawn; masks fit it."""
+    from rfclip.app import serve
+    from rfclip.segment.job import Job
+    from rfclip.segment.segmenter import Segmenter
+
+    segmented, explained, masks = [], [], []
+    segment, explain, save = Segmenter.segment, serve.explain, serve.save
+    monkeypatch.setattr(
+        Segmenter,
+        "segment",
+        lambda self, rgb, *rest, **more: segmented.append(rgb.size) or segment(self, rgb, *rest, **more),
+    )
+    monkeypatch.setattr(serve, "save", lambda found, *rest: masks.append(found.mask().size) or save(found, *rest))
+
+    def watched(*given, **named):
+        explained.append(explain(*given, **named))
+        return explained[-1]
+
+    monkeypatch.setattr(serve, "explain", watched)
+    Image.new("RGB", size, "green").save(tmp_path / "picture.png")
+    job = Job("rfclip-tiny", None)
+    page = serve.Page([job], tmp_path)
+    settings = (str(tmp_path / "picture.png"), "grass, sky", "rf-clip", str(job), 2.0, 0.3, "all", False, 0.0)
+    overlay, *_, maps, _, seen = next(page.segment(*settings, Quiet()))
+    attention = page.point(seen, SimpleNamespace(index=(overlay.width - 1, overlay.height - 1)))
+    assert segmented == [overlay.size] and max(overlay.size) <= serve.SHOWN_SIDE
+    assert masks == [size]
+    trained = (224 // 16) ** 2
+    assert [found.grid[0] * found.grid[1] <= 2.5 * trained for found in explained] == [True, True]
+    assert max(*maps.size, *attention.size) <= 2000
 
 
 @linux_only
@@ -329,13 +361,6 @@ def test_only_this_machine(address):
 def test_no_file_of_this_machine(page, address):
     for path in ("/etc/passwd", Path(rfclip.__file__), "/proc/self/environ"):
         assert page.request.get(f"{address}gradio_api/file={path}").status in (403, 404)
-
-
-def test_an_ipv6_host():
-    done = subprocess.run(
-        [sys.executable, "-m", "rfclip", "serve", "--host", "::1"], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2 and done.stderr.startswith("error: --host ::1"), done.stderr
 
 
 def test_a_port_that_is_taken(address, tmp_path):

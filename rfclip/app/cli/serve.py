@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
-from pathlib import Path
+import sys
 from typing import Annotated
 
 import typer
 
 from rfclip.app.cli import common
+from rfclip.app.folder import temporary_folder
 from rfclip.config import TINY, canonical_name
 from rfclip.extras import require
 
@@ -25,12 +25,23 @@ def serve(
     config: common.Config = None,
 ) -> None:
     """Serve a page to try it in the browser, until Ctrl-C."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the temporary folder is removed as well
-    with common.clear_errors(), tempfile.TemporaryDirectory(prefix="rfclip-") as folder:
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform != "win32":
+        signals.append(signal.SIGHUP)
+    signals = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores some
+
+    def stop(*_: object) -> None:
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)  # a second one would keep the temporary folder
+        raise KeyboardInterrupt
+
+    for number in signals:
+        signal.signal(number, stop)
+    with common.clear_errors(), temporary_folder() as folder:
         require("the page", "serve", "gradio", "matplotlib")
         refocusing = common.read_config(config)
         # Set before Gradio is imported, which then makes the folder; files in it already are not copied.
-        os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "gradio")
+        os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         from rfclip.app import serve as page
         from rfclip.towers.loading import check_model
@@ -39,10 +50,6 @@ def serve(
         name = canonical_name(model)
         if name != TINY:
             check_model(name, pretrained)
-        page.serve(
-            page.choices(name, pretrained, refocusing, device, backend),
-            Path(folder),
-            host,
-            port,
-            ready=lambda address: common.say(f"Open {address} ; Ctrl-C stops it."),
-        )
+        jobs = page.choices(name, pretrained, refocusing, device, backend)
+        page.serve(jobs, folder, host, port, common.say)
+    os._exit(0)  # Python's own end aborts if a thread is still inside torch, in a request
