@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,11 @@ def free_port():
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return listening.getsockname()[1]
+
+
+def heed_hangups():
+    """A server started where hangups are ignored, as under nohup, would ignore them too."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def started(port, folder, *options, host="127.0.0.1"):
@@ -30,6 +36,7 @@ def started(port, folder, *options, host="127.0.0.1"):
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_hangups,
     )
     said = []
     for line in process.stderr:
@@ -42,8 +49,8 @@ def started(port, folder, *options, host="127.0.0.1"):
 def stopped(process, number):
     """The exit status after a signal, and what was said since the start."""
     process.send_signal(number)
-    said = process.stderr.read()
-    return process.wait(30), said
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said
 
 
 def leftovers(folder):
