@@ -18,9 +18,10 @@ def free_port():
         return listening.getsockname()[1]
 
 
-def heed_hangups():
-    """A server started where hangups are ignored, as under nohup, would ignore them too."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def heed_signals():
+    """A server started where a signal is ignored, as under nohup or in the background of a shell, ignores it too."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def started(port, folder, *options, host="127.0.0.1"):
@@ -36,7 +37,7 @@ def started(port, folder, *options, host="127.0.0.1"):
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed_hangups,
+        preexec_fn=heed_signals,
     )
     said = []
     for line in process.stderr:
