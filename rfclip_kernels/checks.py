@@ -3,7 +3,6 @@
 `rfclip_kernels.operations` calls them; `rfclip_kernels.launch` checks what only the kernels demand.
 """
 
-import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
@@ -84,7 +83,8 @@ def window_side(size: int) -> None:
 
 def number(name: str, value: float, low: float = float("-inf"), high: float = float("inf")) -> float:
     """A finite number within bounds, as a float."""
-    if not isinstance(value, Real) or not math.isfinite(value) or not low <= value <= high:
+    finite = isinstance(value, Real) and float("-inf") < value < float("inf")  # compilers cannot trace math.isfinite
+    if not finite or not low <= value <= high:
         within = f" in [{low}, {high}]" if high < float("inf") else ""
         raise ValueError(f"{name} must be a number{within}, got {value!r}")
     return float(value)
