@@ -22,6 +22,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -68,6 +69,11 @@ def captured(function: Callable[[], object], calls: int = 1) -> Callable[[], obj
         for _ in range(calls):
             function()
     return graph.replay
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """The root mean square of the difference relative to that of `want`."""
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
 @dataclass(frozen=True)
@@ -151,10 +157,10 @@ def machine() -> dict[str, object]:
     }
 
 
-def versions() -> dict[str, str]:
-    """What ran: packages, and the commit, marked if files differ from it."""
+def versions(*more: str) -> dict[str, str]:
+    """What ran: packages, `more` of them, and the commit, marked if files differ from it."""
     found = {"python": platform.python_version(), "date": datetime.now().astimezone().isoformat(timespec="seconds")}
-    for package in ("torch", "triton", "open_clip_torch", "rfclip"):
+    for package in ("torch", "triton", "open_clip_torch", "rfclip", *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

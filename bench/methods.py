@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from bench.measure import BACKEND, DEVICE, DTYPE, alternate
+from bench.measure import BACKEND, DEVICE, DTYPE, alternate, relative_error
 from bench.towers import MODEL, Case, TowerTime, config_for, pictures, plain, plain_name, planted, tower_size
 from rfclip.methods import METHODS
 from rfclip.methods.base import Method
@@ -48,8 +48,8 @@ def time_methods(name: str, quick: bool) -> Iterator[TowerTime]:
         runs, errors = {plain_name(model, case): plain(model, images)}, {}
         for method in METHODS:
             runs[method] = features(build(method, model, BACKEND, proxy), images)
-            want = features(build(method, model, "reference", proxy), images)().float()
-            errors[method] = ((runs[method]().float() - want).norm() / want.norm()).item()
+            want = features(build(method, model, "reference", proxy), images)()
+            errors[method] = relative_error(runs[method](), want)
             if errors[method] > (1e-4 if DTYPE is torch.float32 else 5e-2):
                 failure = f"relative error {errors[method]:.1e}"
                 yield TowerTime(str(case), tokens, method, failure=failure)

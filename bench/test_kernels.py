@@ -6,7 +6,7 @@
 import pytest
 import torch
 
-from bench.measure import DEVICE, DTYPE
+from bench.measure import DEVICE, DTYPE, relative_error
 from bench.operations import CASES, capturable, prepare
 from rfclip_kernels.registry import Sizes
 
@@ -26,7 +26,6 @@ def test_kernel(timed, size, name, how):
     sizes = Sizes(grid=GRIDS[size], dtype=DTYPE, device=DEVICE, names=NAMES, patch=PATCH)
     function = prepare(name, how, sizes)
     if how not in ("attention", "reference"):
-        got, want = function().float(), prepare(name, "reference", sizes)().float()
-        error = (got - want).square().mean().sqrt() / want.square().mean().sqrt()
+        error = relative_error(function(), prepare(name, "reference", sizes)())
         assert error < {torch.float32: 1e-4, torch.float16: 1e-2}[DTYPE]
     timed(function, f"{name}, ViT-B/16 at {size}", graph=capturable(name, how))

@@ -18,7 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rfclip
-from bench.measure import BACKEND, DEVICE, DTYPE, DTYPE_NAME, alternate, captured, in_fresh_process, peak_bytes
+from bench.measure import (
+    BACKEND,
+    DEVICE,
+    DTYPE,
+    DTYPE_NAME,
+    alternate,
+    captured,
+    in_fresh_process,
+    peak_bytes,
+    relative_error,
+)
 from rfclip.ops.eager import KeyAverage
 from rfclip.plugin import installed
 from rfclip.towers import Tower, read_tower
@@ -261,7 +271,7 @@ def check(model: nn.Module, images: Tensor, case: Case) -> tuple[float | None, s
         assert got.isfinite().all(), "the features are not finite"
         return None, f"{share}; not compared with the reference, which takes more memory than is available"
     want, wanted_masks = features_and_masks(model, images, "reference")
-    error = ((got.float() - want.float()).square().mean().sqrt() / want.float().square().mean().sqrt()).item()
+    error = relative_error(got, want)
     differing = (masks != wanted_masks).float().mean().item()
     low = case.bf16 or DTYPE is not torch.float32  # rounding may move a token or two over a threshold
     assert error < (5e-2 if low else 1e-5), f"relative error {error:.1e}"

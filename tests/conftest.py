@@ -19,6 +19,12 @@ def no_grad():
 
 
 @pytest.fixture
+def fresh_compiler():
+    """What earlier tests compiled counts towards the limit of one function's compilations."""
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def model():
     return small_clip()
 

@@ -10,6 +10,8 @@ import transformers
 from open_clip.model import CLIP
 from open_clip.transformer import Attention, ResidualAttentionBlock
 
+import rfclip
+
 DIMS = (5, 17, 30)
 BLUE_DIM, RED_DIM, GREEN_DIM = DIMS[0], 40, 41  # where the colours enter the residual stream
 PATCH = 8
@@ -142,6 +144,17 @@ def to_hugging_face(model, hidden_act="gelu"):
     made = transformers.CLIPModel(transformers.CLIPConfig(projection_dim=visual.output_dim, **sizes))
     made.load_state_dict(state)
     return made.eval().to(visual.proj.dtype)
+
+
+class Dense(torch.nn.Module):
+    """Dense features as a module's forward, which exporters need."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return rfclip.dense_features(self.model, images)
 
 
 def pictures(*, count=3, height=32, width=32, seed=0, bright=0.5, colours=(0, 1, 2), dtype=torch.float64):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_close
-from small_models import DIMS, PATCH, pictures, small_clip
+from small_models import DIMS, PATCH, Dense, pictures, small_clip
 from torch.export import Dim
 
 import rfclip
@@ -18,16 +18,8 @@ PAGE = (Path(__file__).parents[1] / "docs" / "export.md").read_text("utf-8")
 SNIPPETS = re.findall(r"^## (.+?)\n[^#]*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
 SIZES = [(2, 32, 32), (3, 40, 48)]  # batch, height and width; the first is the example, on the trained grid
 ONE_BLOCK = rfclip.RefocusConfig(DIMS, tau=3.0, layers=(2,))
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 backends = pytest.mark.parametrize("backend", ["eager", "reference"])
-
-
-class Dense(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        return rfclip.dense_features(self.model, images)
 
 
 def example(size):

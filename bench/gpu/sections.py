@@ -17,18 +17,17 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import rfclip
 from bench import end_to_end, roofline, towers
 from bench.gpu.lines import DROPPED, FAILED, Line, append
-from bench.measure import BACKEND, DEVICE, DTYPE, alternate, captured, versions
+from bench.measure import BACKEND, DEVICE, DTYPE, alternate, captured, relative_error, versions
 from bench.operations import BY_NAME, CASES, capturable, prepare
 from bench.towers import Case
 from rfclip.towers.loading import tiny_folder
@@ -41,6 +40,7 @@ ROOT = Path(__file__).parents[2]
 ON_GPU = DEVICE == "cuda"
 TINY = f"local-dir:{tiny_folder()}"
 MODEL = towers.MODEL if ON_GPU else TINY
+PEAK = roofline.peak_of(torch.cuda.get_device_name()) if ON_GPU else None
 CALLS = 10 if ON_GPU else 1  # of an operation in one CUDA graph
 PACKAGES = ("numpy", "timm", "transformers", "torchvision", "pytest")
 if ON_GPU:
@@ -58,6 +58,9 @@ else:
     GRIDS = {"24x40": Sizes(H=2, L=2, D=32, grid=(3, 5), dtype=DTYPE, names=7, patch=2, iterations=2)}
 
 
+planted = cache(towers.planted)  # one for all cases of a section: none changes it
+
+
 class Skip(Exception):
     """A case that cannot run here."""
 
@@ -66,7 +69,7 @@ def here() -> Cases:
     """The GPU, the driver, the clocks and the versions."""
     yield "device", device
     yield "clocks", clocks
-    yield "versions", lambda: versions() | {name: _version(name) for name in PACKAGES}
+    yield "versions", lambda: versions(*PACKAGES)
     yield "host", lambda: {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
 
 
@@ -94,13 +97,6 @@ def clocks() -> Figures:
     command = [tool, f"--query-gpu={asked}", "--format=csv,noheader"]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     return dict(zip(asked.split(","), found.split(", "), strict=True))
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 # Correctness
@@ -142,7 +138,7 @@ def tests(lines: Path, until: float) -> None:
 
 def tower() -> Cases:
     """Dense features and masks of a whole tower, relative to the reference in float64."""
-    model, images = towers.planted(MODEL).double(), towers.pictures(SMALL).double()
+    model, images = copy.deepcopy(planted(MODEL)).double(), towers.pictures(SMALL).double()
     wanted: list[tuple[Tensor, Tensor]] = []
 
     def compare(dtype: torch.dtype, backend: str) -> Figures:
@@ -150,7 +146,7 @@ def tower() -> Cases:
             wanted.append(towers.features_and_masks(model, images, "reference"))
         want, want_masks = wanted[0]
         got, masks = towers.features_and_masks(copy.deepcopy(model).to(dtype), images.to(dtype), backend)
-        error = ((got.double() - want).norm() / want.norm()).item()
+        error = relative_error(got, want)
         differing = (masks != want_masks).double().mean().item()
         found: Figures = {"relative error": error, "share of masks that differ": differing}
         if dtype == torch.float32:
@@ -175,7 +171,7 @@ def operations(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Tensor]]]
 
 def graphs() -> Cases:
     """A graph replayed on other values gives what a direct call on them gives."""
-    model, case = towers.twin(towers.planted(MODEL)), [SMALL, *MIDDLE][-1]
+    model, case = towers.twin(planted(MODEL)), [SMALL, *MIDDLE][-1]
     rfclip.refocus(model, towers.config_for(model), backend=BACKEND)
     first, second = towers.pictures(case), towers.pictures(case).flip(-1).contiguous()
 
@@ -184,7 +180,7 @@ def graphs() -> Cases:
         run = captured(lambda: kept.append(rfclip.dense_features(model, images)))
         images.copy_(second)
         run()
-        error = ((kept[-1].float() - want.float()).norm() / want.float().norm()).item()
+        error = relative_error(kept[-1], want)
         assert error <= 1e-3, error
         return {"relative error": error}
 
@@ -204,20 +200,9 @@ def _not_captured() -> Figures:
     raise Skip("the corners of its windows are on the host")
 
 
-class Dense(nn.Module):
-    """Dense features as a module's forward."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return rfclip.dense_features(self.model, images)
-
-
 def compiled() -> Cases:
     """A refocused tower through torch.compile: with Inductor on a GPU, traced to single operators on a CPU."""
-    model, images = towers.twin(towers.planted(TINY)), towers.pictures(Case((32, 32)))
+    model, images = towers.twin(planted(TINY)), towers.pictures(Case((32, 32)))
     backend = "inductor" if ON_GPU else "aot_eager"
     # Interpreted kernels cannot be compiled.
     rfclip.refocus(model, towers.config_for(model), backend="triton" if ON_GPU else "eager")
@@ -225,8 +210,8 @@ def compiled() -> Cases:
     def run() -> Figures:
         want = rfclip.dense_features(model, images)
         began = time.perf_counter()
-        got = torch.compile(Dense(model), fullgraph=True, backend=backend)(images)
-        error = ((got.float() - want.float()).norm() / want.float().norm()).item()
+        got = torch.compile(rfclip.dense_features, fullgraph=True, backend=backend)(model, images)
+        error = relative_error(got, want)
         assert error <= (1e-4 if torch.float32 == DTYPE else 2e-2), error
         return {"relative error": error, "seconds to compile": round(time.perf_counter() - began, 1)}
 
@@ -238,7 +223,7 @@ def compiled() -> Cases:
 
 def launches() -> Cases:
     """Kernels that one pass launches, and how long the host takes to launch them."""
-    model, images = towers.planted(MODEL), towers.pictures(SMALL)
+    model, images = planted(MODEL), towers.pictures(SMALL)
     for name, run in (
         ("plain CLIP", towers.plain(model, images)),
         ("RF-CLIP on the kernels", towers.refocused(model, images, BACKEND)),
@@ -275,7 +260,7 @@ def _launches(run: Callable[[], object]) -> Figures:
 
 def time_case(case: Case) -> Figures:
     """Milliseconds of every implementation in alternating rounds."""
-    model, images = towers.planted(MODEL), towers.pictures(case)
+    model, images = planted(MODEL), towers.pictures(case)
     error, note = towers.check(model, images, case)
     runs = towers.implementations(model, images, case)
     times = alternate(runs, case.rounds)
@@ -286,16 +271,15 @@ def time_case(case: Case) -> Figures:
         "graph over graph": times["triton, graph"].median / times[f"{plain}, graph"].median,
         "relative error": error,
     }
-    peak = roofline.peak_of(torch.cuda.get_device_name()) if ON_GPU else None
-    if peak:
+    if PEAK:
         _, flops = towers.tower_size(towers.read_tower(model), images)
-        figures["plain graph, share of peak"] = case.batch * flops / times[f"{plain}, graph"].median / peak.flops
+        figures["plain graph, share of peak"] = case.batch * flops / times[f"{plain}, graph"].median / PEAK.flops
     return figures | {"masks": note}
 
 
 def time_compiled(case: Case) -> Figures:
     """Plain CLIP with its blocks compiled by Inductor, beside itself."""
-    model, images = towers.planted(MODEL), towers.pictures(case)
+    model, images = planted(MODEL), towers.pictures(case)
     runs = {"plain": towers.plain(model, images), "compiled": towers.compiled_tower(model, images)}
     times = alternate({name: captured(run) for name, run in runs.items()}, case.rounds)
     return {f"{name}, graph, ms": 1000 * found.median for name, found in times.items()}
@@ -330,10 +314,9 @@ def time_kernels() -> Cases:
 
 
 def _time_kernel(name: str, hows: list[str], sizes: Sizes, size: str) -> Figures:
-    want = prepare(name, "reference", sizes)().float()
+    want = prepare(name, "reference", sizes)()
     runs = {how: prepare(name, how, sizes) for how in hows}
-    got = runs["triton"]().float()
-    error = ((got - want).norm() / want.norm()).item()
+    error = relative_error(runs["triton"](), want)
     assert error < (1e-4 if torch.float32 == DTYPE else 1e-2), error
     graphs = {how: captured(run, CALLS) for how, run in runs.items() if capturable(name, how)}
     times = alternate(runs | graphs, 20 if ON_GPU else 1)
@@ -341,11 +324,10 @@ def _time_kernel(name: str, hows: list[str], sizes: Sizes, size: str) -> Figures
         f"{how}, µs": 1e6 * found.median / (CALLS if how in graphs else 1) for how, found in times.items()
     }
     figures["relative error"] = error
-    peak = roofline.peak_of(torch.cuda.get_device_name()) if ON_GPU else None
     # The report counts a larger picture and more names than are timed here, so pixels have no share.
-    if peak and BY_NAME[name].batched and name != "pamr":
+    if PEAK and BY_NAME[name].batched and name != "pamr":
         shape = Shape("ViT-B/16", tuple(map(int, size.split("x"))))
-        least = roofline.count(BY_NAME[name], shape).seconds(peak)
+        least = roofline.count(BY_NAME[name], shape).seconds(PEAK)
         figures["share of the roofline"] = least / (times["triton"].median / CALLS)
     return figures
 

@@ -187,11 +187,6 @@ class Segmenter:
             raise ValueError(f"threshold={threshold!r}: expected a probability, from 0 to 1")
         text = self.text_embeddings(tuple(name for names in named for name in names))
         logits = self.window_logits(rgb, text, pamr=pamr)
-        if not logits.isfinite().all():
-            raise ValueError(
-                "the model's features of this picture are not finite: its weights are damaged, or overflow "
-                f"in {str(self.tower.weight.dtype).removeprefix('torch.')} (try another precision)"
-            )
         labels, dense = self._labels(logits, rgb.size[::-1], named, threshold, probabilities)
         return Segmentation(rgb, labels, tuple(names[0] for names in named), dense)
 
@@ -232,7 +227,13 @@ class Segmenter:
             images = windows.cut(x, corners[part]) if method.card.sees_images else None
             features = F.normalize(method.dense(torch.stack(patches[part]), images).float(), dim=1)
             logits.append((text @ features.flatten(2)).unflatten(-1, features.shape[2:]))
-        averaged = method.ops.average_windows(torch.cat(logits), corners, windows.window, (x.shape[1], x.shape[2]))
+        cosines = torch.cat(logits)
+        if not cosines.isfinite().all():
+            raise ValueError(
+                "the model's features of this picture are not finite: its weights are damaged, or overflow "
+                f"in {str(tower.weight.dtype).removeprefix('torch.')} (try another precision)"
+            )
+        averaged = method.ops.average_windows(cosines, corners, windows.window, (x.shape[1], x.shape[2]))
         return method.ops.pamr(x[None], averaged[None])[0] if pamr else averaged
 
     def _labels(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import needs_triton
 from open_clip.model import CLIP
-from small_models import DIMS, pictures, small_clip
+from small_models import DIMS, Dense, pictures, small_clip
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,16 +24,8 @@ CONFIGS = {
     "clamp": ({"embedding": "clamp"}, PAPER - {"rfclip.redistribute_embeddings_"}),
     "rest": ({"target": "rest"}, PAPER - {"rfclip.key_similarity_", "rfclip.fiedler_vector", "rfclip.defocus_mask"}),
 }
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 every_config = pytest.mark.parametrize("case", CONFIGS)
-
-
-class Dense(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        return rfclip.dense_features(self.model, images)
 
 
 class NeverWaits(TorchDispatchMode):
