@@ -16,6 +16,16 @@ def printable(path: Path | str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+def stamp(path: Path | str) -> tuple[int, int]:
+    """Size and time of a file, in bytes and nanoseconds, which tell it from another of the same path.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
 def same_name(path: Path) -> str:
     """Text that is equal for paths which name the same file: macOS and Windows ignore the case."""
     return str(path).casefold() if sys.platform in ("darwin", "win32") else str(path)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rfclip.files import OUTPUTS, printable, write_whole
+from rfclip.files import OUTPUTS, printable, stamp, write_whole
 from rfclip.outputs import encode, read_rows, shards, write_shard
 from rfclip.segment.classes import ClassNames
 from rfclip.segment.job import Job
@@ -54,12 +54,12 @@ class Writer:
         rows, failed = [], []
         for picture in task["pictures"]:
             try:
-                began, stamp = time.perf_counter(), _stamp(picture["path"])
+                began, before = time.perf_counter(), _stamp(picture["path"])
                 found = self.segmenter(
                     picture["path"], self.named, threshold=self.record["threshold"], pamr=self.job.pamr
                 )
                 row: dict[str, Any] = {"image": printable(picture["image"]), "path": printable(picture["path"])}
-                row |= stamp | {"width": found.image.width, "height": found.image.height}
+                row |= before | {"width": found.image.width, "height": found.image.height}
                 row["seconds"] = round(time.perf_counter() - began, 3)
                 if "shard" in task:
                     row |= encode(found.labels)
@@ -178,10 +178,9 @@ def _check_settings(path: Path, before: dict[str, Any], record: dict[str, Any]) 
 def _stamp(path: Path | str) -> dict[str, int]:
     """What tells a picture from another of the same path; nothing if there is none, which opening it will say."""
     try:
-        status = os.stat(path)
+        return dict(zip(("bytes", "modified"), stamp(path), strict=True))
     except OSError:
         return {}
-    return {"bytes": status.st_size, "modified": status.st_mtime_ns}
 
 
 def _changed(path: Path | str, before: dict[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import ExifTags, Image
 
+from rfclip.files import stamp
 from rfclip.images import to_rgb
 
 IGNORED = 255
@@ -161,9 +162,9 @@ class FolderDataset(Dataset):
         items = []
         for image, labels in self.pairs()[:limit]:
             # Size and time of the files, so that a picture is scored again if they change.
-            stamp = [[status.st_size, status.st_mtime_ns] for status in (image.stat(), labels.stat())]
+            files = [list(stamp(path)) for path in (image, labels)]
             names = [str(path.relative_to(self.folder)) for path in (image, labels)]
-            items.append({"image": names[0], "labels": names[1], "files": stamp})
+            items.append({"image": names[0], "labels": names[1], "files": files})
         return items
 
     def read(self, item: Item) -> tuple[Image.Image, np.ndarray | int]:

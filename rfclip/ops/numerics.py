@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rfclip_kernels.operations import computing_dtype
 
-__all__ = ["computing_dtype", "matmul", "no_autocast"]
+__all__ = ["autocasting", "computing_dtype", "matmul", "no_autocast"]
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -22,7 +22,11 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
+def autocasting(device: torch.device) -> bool:
+    """Whether autocast lowers products on a device; some devices do not know it."""
+    return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager:
-    """Products in the dtype of their factors. Does nothing where autocast is off or unknown to the device."""
-    lowered = _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if lowered else nullcontext()
+    """Products in the dtype of their factors. Does nothing where autocast is off."""
+    return torch.autocast(device.type, enabled=False) if autocasting(device) else nullcontext()

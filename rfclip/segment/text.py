@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rfclip.config import TINY
 from rfclip.files import write_whole
+from rfclip.ops.numerics import autocasting
 from rfclip.towers import Tower
 
 BATCH = 256  # prompts at a time in the text tower
@@ -124,8 +125,7 @@ def _check(key: bytes, embedding: Tensor) -> bytes:
 
 def _autocast(device: torch.device) -> str:
     """The dtype that autocast lowers to on a device, or nothing."""
-    known = torch.amp.is_autocast_available(device.type)
-    return str(torch.get_autocast_dtype(device.type)) if known and torch.is_autocast_enabled(device.type) else ""
+    return str(torch.get_autocast_dtype(device.type)) if autocasting(device) else ""
 
 
 def digest(model: nn.Module, wanted: Callable[[str], bool] = lambda part: True) -> str:
