@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,7 +66,8 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor]) -> Calibratio
     """
     tower, ops = read_tower(model), operations("reference")
     total, tokens = torch.zeros(tower.width, dtype=torch.float64), 0
-    for batch in [images] if isinstance(images, Tensor) else images:
+    several = isinstance(images, Iterable) and not isinstance(images, Tensor | np.ndarray)
+    for batch in cast(Iterable[Tensor], images if several else [images]):
         x = tower.embed(tower.patches(batch))
         for block in tower.blocks:
             weights = ops.dimension_weights(x[:, tower.prefix :])

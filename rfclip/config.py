@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, get_args
 
+from rfclip.files import parse_json
+
 TINY = "rfclip-tiny"  # the small CLIP bundled with the package
 BackendName = Literal["auto", "eager", "reference", "triton"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
@@ -87,8 +89,7 @@ class RefocusConfig:
             value = getattr(self, name)
             if value is None and name == "tau_attn":
                 continue
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or not value >= least or (most is not None and value > most):
+            if not is_finite(value) or not value >= least or (most is not None and value > most):
                 upper = "" if most is None else f" and at most {most}"
                 raise ValueError(f"{name}={value!r}: expected a number of at least {least}{upper}")
         if not isinstance(self.shifted, bool):
@@ -142,8 +143,8 @@ class RefocusConfig:
             ValueError: for text that is not a JSON object of this class's fields.
         """
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"a config must be JSON: {error}") from error
         known = [field.name for field in fields(cls)]
         if not isinstance(values, dict) or "distraction_dims" not in values:
@@ -169,6 +170,16 @@ class RefocusConfig:
                 "that file as --config, or a RefocusConfig in Python."
             )
         return PRESETS[key]
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value is a number, neither NaN nor infinite, that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int of more than 308 digits
+        return False
 
 
 def canonical_name(name: str) -> str:

@@ -1,12 +1,14 @@
-"""Atomic writes: a file is complete under its final name, or absent."""
+"""Files: atomic writes, where a file is complete under its final name or absent; names, stamps and JSON."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 OUTPUTS = (".mask.png", ".overlay.png", ".json")  # endings of the files that `rfclip segment` writes per picture
 
@@ -31,13 +33,22 @@ def same_name(path: Path) -> str:
     return str(path).casefold() if sys.platform in ("darwin", "win32") else str(path)
 
 
-def write_whole(saves: Mapping[Path, Callable[[Path], object]]) -> None:
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says; ValueError for whatever is wrong with it."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("JSON nested too deeply") from error
+
+
+def write_whole(saves: Mapping[Path, Callable[[Path], object]], mark: str = "") -> None:
     """Save each file under a temporary name next to its own, and rename them all once every one is written.
 
-    Temporary names are unique to the call, so that two processes may write the same file.
+    Temporary names are unique to the call, so that two processes may write the same file. They begin with a dot and
+    the mark, so that what a killed process left can be found.
     """
-    mark = uuid.uuid4().hex[:8]
-    parts = {path: path.with_name(f".{mark}-{number}.part") for number, path in enumerate(saves)}
+    unique = f".{mark}{uuid.uuid4().hex[:8]}"
+    parts = {path: path.with_name(f"{unique}-{number}.part") for number, path in enumerate(saves)}
     try:
         for path, save in saves.items():
             save(parts[path])

@@ -52,7 +52,12 @@ def to_rgb(image: ImageLike) -> Image.Image:
         return _from_pillow(formats.from_array(image))
     if isinstance(image, Image.Image):
         return _from_pillow(formats.corrected(image))
-    path = Path(cast("str | os.PathLike[str]", image))  # nothing else is left
+    if not isinstance(image, str | os.PathLike):
+        raise ValueError(
+            f"image: got an object of class {type(image).__name__}, expected one picture: a path, a Pillow image, an "
+            "array or a tensor"
+        )
+    path = Path(image)
     if not path.is_file():
         raise FileNotFoundError(f"no such image: {path}")
     try:

@@ -15,7 +15,7 @@ from types import ModuleType
 import numpy as np
 
 from rfclip.extras import require
-from rfclip.files import write_whole
+from rfclip.files import parse_json, write_whole
 
 
 def encode(labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -25,8 +25,8 @@ def encode(labels: np.ndarray) -> dict[str, np.ndarray]:
     return {"values": flat[starts], "lengths": np.diff(starts, append=flat.size)}
 
 
-def write_shard(path: Path, rows: list[dict], record: dict[str, object]) -> None:
-    """Write pictures' rows, and what their labels mean, to a Parquet file."""
+def write_shard(path: Path, rows: list[dict], record: dict[str, object], mark: str = "") -> None:
+    """Write pictures' rows, and what their labels mean, to a Parquet file; `mark` as for `write_whole`."""
     pyarrow, parquet = _pyarrow()
     columns = {"image": "string", "path": "string", "bytes": "int64", "modified": "int64"}
     columns |= {"width": "int32", "height": "int32", "seconds": "float64"}
@@ -44,7 +44,7 @@ def write_shard(path: Path, rows: list[dict], record: dict[str, object]) -> None
         with part.open("wb") as file:  # pyarrow takes only UTF-8 paths
             parquet.write_table(table, file)
 
-    write_whole({path: save})
+    write_whole({path: save}, mark)
 
 
 def shards(folder: Path) -> Iterator[tuple[Path, dict[str, object]]]:
@@ -57,7 +57,7 @@ def shards(folder: Path) -> Iterator[tuple[Path, dict[str, object]]]:
     for path in sorted(folder.glob("masks-*.parquet")):
         try:
             with path.open("rb") as file:
-                record = dict(json.loads(parquet.read_schema(file).metadata[b"rfclip"]))
+                record = dict(parse_json(parquet.read_schema(file).metadata[b"rfclip"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a file of masks that `rfclip segment` wrote: {error}") from error
         yield path, record
@@ -67,9 +67,18 @@ def read_masks(folder: Path | str) -> Iterator[tuple[str, np.ndarray]]:
     """Every picture in a folder's Parquet files: its path as given, and its labels, uint8 [H, W].
 
     Raises:
-        ValueError: as `shards`, or a file is damaged.
+        ValueError: as `shards`, or a file is damaged, or there is no such folder or no such file in it.
     """
-    for path, _ in shards(Path(folder)):
+    there = [path for path, _ in shards(Path(folder))]
+    if not there:
+        raise ValueError(
+            f"{folder}: {'no masks-*.parquet in this folder' if Path(folder).is_dir() else 'no such folder'}"
+        )
+    return _labels_in(there)
+
+
+def _labels_in(paths: list[Path]) -> Iterator[tuple[str, np.ndarray]]:
+    for path in paths:
         for row in read_rows(path, ["image", "height", "width", "values", "lengths"]):
             labels = np.repeat(np.array(row["values"], np.uint8), row["lengths"])
             yield row["image"], labels.reshape(row["height"], row["width"])

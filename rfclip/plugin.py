@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import threading
 
+import torch
 from torch import Tensor, nn
 
 from rfclip.config import RefocusConfig
 from rfclip.methods import METHODS, RF_CLIP, find_method
 from rfclip.methods.base import Method
-from rfclip.towers import Tower, read_tower
+from rfclip.towers import Tower, find_module, read_tower
 
 _patching = threading.Lock()
 
@@ -49,8 +50,8 @@ def installed(model: nn.Module | Tower) -> Method | None:
     Raises:
         ValueError: the model has no tower of standard blocks.
     """
-    tower = model if isinstance(model, Tower) else read_tower(model)
-    present = tower.module.__dict__.get("forward")  # torch 2.8 does not compile vars()
+    module = model.module if isinstance(model, Tower) else find_module(model)
+    present = module.__dict__.get("forward")  # torch 2.8 does not compile vars()
     return present if isinstance(present, Method) else None
 
 
@@ -87,7 +88,7 @@ def refocus(
         raise ValueError(f"config: method {method!r} has nothing to configure; leave it out")
     if card.configured:
         config = checked_config(model, tower, config)
-    tower.check_eval()
+    tower.check_ready()
     made = card(tower, config, backend)
     with _patching:
         if "forward" in vars(tower.module):
@@ -129,20 +130,36 @@ def _known(model: nn.Module) -> RefocusConfig | None:
     return None
 
 
-def dense_features(model: nn.Module, images: Tensor) -> Tensor:
+def dense_features(model: nn.Module, images: Tensor, *, method: str | None = None) -> Tensor:
     """Text-aligned patch embeddings, before normalization.
 
     Args:
-        model: a CLIP, refocused or plain: a plain one gives its patch tokens, put through ln_post and proj.
+        model: a CLIP.
         images: float [B, 3, height, width], normalized as the model expects; height and width may be any multiples of
             the patch size, position embeddings being resized bicubically [D].
+        method: for a model that is not refocused, one of `rfclip.methods.METHODS`, with the model's own settings: this
+            once, "rf-clip", say, or "clip" for the plain patch tokens, put through ln_post and proj.
 
     Returns:
-        [B, C, gh, gw] in the dtype that the tower computes in; ProxyCLIP's are on the grid of its DINO.
+        [B, C, gh, gw] in the dtype that the tower computes in; ProxyCLIP's are on the grid of its DINO. Gradients are
+        recorded only if the images require them.
 
     Raises:
-        ValueError: the tower is of another kind, or the images are of another shape.
+        ValueError: the tower is of another kind, the images are of another shape, or a method is given for a refocused
+            model, or none for one that is not.
+        RuntimeError: the model is in training mode, or its modules were exchanged after it was refocused.
     """
-    tower = read_tower(model)
-    method = installed(tower) or METHODS["clip"](tower, None, "reference")
-    return method.dense(method.tower.patches(images), images)
+    present = installed(model)
+    if present is None:
+        if method is None:
+            raise ValueError(
+                "this model is not refocused: call rfclip.refocus first, or pass method=, which may be "
+                f"{', '.join(map(repr, METHODS))}; 'clip' is the plain tower"
+            )
+        with refocus(model, method=method):
+            return dense_features(model, images)
+    if method is not None:
+        raise ValueError(f"method={method!r}: this model is already refocused, with {present.name!r}")
+    present.tower.grid(images)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+        return present.dense(present.tower.patches(images), images)

@@ -7,6 +7,7 @@ from small_models import DIMS, small_clip
 
 import rfclip
 from rfclip import RefocusConfig
+from rfclip.plugin import installed
 
 DEFAULT = RefocusConfig(DIMS)
 NO_DIMS = RefocusConfig(())
@@ -85,7 +86,9 @@ def at_precision(name, **options):
 
 
 def outputs(model, images):
-    return rfclip.dense_features(model, images), model.encode_image(images)
+    """Dense features and image embeddings of a model, refocused or plain."""
+    method = None if installed(model) else "clip"
+    return rfclip.dense_features(model, images, method=method), model.encode_image(images)
 
 
 def refocused(model, images, config=DEFAULT):

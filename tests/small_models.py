@@ -5,6 +5,7 @@ refocused one: blue at the input of block 1, red from block 2 on and green from 
 bright colours have no over-active dimension.
 """
 
+import open_clip
 import torch
 import transformers
 from open_clip.model import CLIP
@@ -23,6 +24,11 @@ class NextResidualAttentionBlock(ResidualAttentionBlock):
     def attention(self, q_x, k_x=None, v_x=None, attn_mask=None):
         assert k_x is None and v_x is None
         return self.attn(q_x, attn_mask=attn_mask)
+
+
+# Where it will be, which also pickle asks for.
+NextResidualAttentionBlock.__module__ = ResidualAttentionBlock.__module__
+open_clip.transformer.NextResidualAttentionBlock = NextResidualAttentionBlock
 
 
 def small_clip(

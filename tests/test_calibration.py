@@ -2,10 +2,12 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from helpers import relative_error
 from oracles.tower import brute_profile
+from PIL import Image
 from refocusing import DEFAULT, NO_DIMS, PRECISIONS, TOWERS, at_precision
 from small_models import DIMS, pictures, small_clip
 
@@ -98,3 +100,13 @@ def test_calibration_at_other_precisions(precision):
 def test_calibration_without_images(model, images):
     with pytest.raises(ValueError, match="at least one"):
         rfclip.calibrate(model, images)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [Image.new("RGB", (32, 32)), [Image.new("RGB", (32, 32))], None, np.zeros((1, 3, 32, 32))],
+    ids=["picture", "pictures", "none", "array"],
+)
+def test_what_are_no_images(images):
+    with pytest.raises(ValueError, match=r"got an object of class .*expected a float tensor \[B, 3, height, width\]"):
+        rfclip.calibrate(small_clip(), images)

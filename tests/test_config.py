@@ -93,6 +93,10 @@ def test_config_from_json_takes_defaults():
         ('{"distraction_dims": null}', ["distraction_dims=None", "whole numbers"]),
         ('{"distraction_dims": [1], "beta": 2}', ["beta=2", "at most 1"]),
         ('{"distraction_dims": [1], "beta": NaN}', ["beta=nan"]),
+        ('{"distraction_dims": [1], "tau": 1' + 309 * "0" + "}", ["tau=1000", "a number of at least 0"]),
+        ('{"distraction_dims": [1], "tau_attn": -1' + 400 * "0" + "}", ["tau_attn=-1000", "a number of at least 0"]),
+        ('{"distraction_dims": [1], "tau": 1' + 5000 * "0" + "}", ["must be JSON"]),
+        ('{"distraction_dims": ' + 100_000 * "[", ["must be JSON", "nested too deeply"]),
     ],
 )
 def test_config_from_wrong_json(text, words):

@@ -392,3 +392,11 @@ def test_wrong_arrays(case):
 def test_a_pillow_image_without_pixels():
     with pytest.raises(ValueError, match="0 x 5 pixels"):
         to_rgb(Image.new("RGB", (0, 5)))
+
+
+@pytest.mark.parametrize(
+    "given", [None, 5, [Image.new("RGB", (4, 4))], b"a.png"], ids=lambda given: type(given).__name__
+)
+def test_what_is_no_picture(given):
+    with pytest.raises(ValueError, match=f"got an object of class {type(given).__name__}, expected one picture"):
+        to_rgb(given)

@@ -42,3 +42,12 @@ def test_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r'--format parquet needs pyarrow: pip install "rfclip\[parquet\]"'):
         list(read_masks(tmp_path))
+
+
+def test_folders_without_masks(tmp_path):
+    """Said when asked, not once the first picture is."""
+    pytest.importorskip("pyarrow")
+    with pytest.raises(ValueError, match="no such folder"):
+        read_masks(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"no masks-\*\.parquet in this folder"):
+        read_masks(tmp_path)

@@ -7,6 +7,8 @@ python tools/make_sprites.py [FONT]
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -33,13 +35,13 @@ def main(font_path: str = FONT) -> None:
         glyph.thumbnail((SPRITE_SIDE, SPRITE_SIDE), Image.Resampling.LANCZOS)
         row, column = divmod(index, SPRITE_COLUMNS)
         sheet.paste(glyph, (column * SPRITE_SIDE, row * SPRITE_SIDE))
-    save(sheet, "sprites.png")
-    save(Image.fromarray(make_scene(DEMO_SEED, 320, objects=(3, 4), object_size=(100, 150)).image), "scene.png")
+    save(partial(sheet.save, format="PNG"), "sprites.png")
+    save(make_scene(DEMO_SEED, 320, objects=(3, 4), object_size=(100, 150)).save, "scene.png")
 
 
-def save(picture: Image.Image, name: str) -> None:
+def save(write: Callable[..., None], name: str) -> None:
     part = OUT / f"{name}.part"
-    picture.save(part, format="PNG", optimize=True)
+    write(part, optimize=True)
     os.replace(part, OUT / name)
     print(f"{OUT / name}: {(OUT / name).stat().st_size / 1024:.0f} KB")
 

@@ -10,6 +10,8 @@ import contextlib
 import json
 import logging
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -107,8 +109,11 @@ def _on_ray(workers: int | None, device: str) -> Iterator[Engine]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     own = not ray.is_initialized()
+    handler = signal.getsignal(signal.SIGTERM)
     if own:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray's own handler aborts the process
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         yield RayEngine(*_share(nodes, workers, device))

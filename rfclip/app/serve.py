@@ -32,7 +32,7 @@ from rfclip.explanation import explain, figures
 from rfclip.files import OUTPUTS
 from rfclip.images import to_rgb
 from rfclip.methods import METHODS, RF_CLIP, find_method
-from rfclip.segment.classes import ClassNames, parse_classes, split_classes
+from rfclip.segment.classes import Background, ClassNames, parse_classes, split_classes
 from rfclip.segment.job import Job
 from rfclip.segment.result import Segmentation, palette
 from rfclip.simulated_distraction import inject_distraction, injected
@@ -108,6 +108,7 @@ class Page:
             own = config if find_method(method).configured else None
             job = replace(offered, config=own, method=method, pamr=pamr, inject=inject)
             with job.segmenter(model, long_side=SHOWN_SIDE, cache=self.folder / "text") as segmenter:
+                named = segmenter.with_background(named, None)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # segmenting warns about all names at once
                     for name in progress.tqdm([name for names in named for name in names], desc="class names"):
@@ -129,6 +130,8 @@ class Page:
         (width, height), name = rgb.size, Path(file).stem
         row = {"image": Path(file).name, "width": width, "height": height, "seconds": seconds}
         summary = f"{width} x {height} pixels: **{seconds:.2f} s** with {method} on {offered}. {about}"
+        if isinstance(named[-1], Background):
+            summary += f" One class would cover every picture: background is {', '.join(named[-1])}."
         # Gradio copies the files while this is suspended, and removes its copies when they are old.
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             files = {output: Path(folder, f"{name}{output}") for output in (OUTPUTS[0], OUTPUTS[2])}
@@ -249,7 +252,7 @@ class Page:
         scenes = [(str(first), "dog, cactus, octopus, sailboat, cat, bus, grass, sky")]
         for seed, absent in SCENES:
             scene, path = make_scene(seed), self.folder / f"scene-{seed}.png"
-            Image.fromarray(scene.image).save(path)
+            scene.save(path)
             scenes.append((str(path), ", ".join([*(CLASSES[index] for index in scene.present(100)), absent])))
         return scenes
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -13,13 +14,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rfclip.files import OUTPUTS, printable, stamp, write_whole
+from rfclip.files import OUTPUTS, parse_json, printable, stamp, write_whole
+from rfclip.images import to_rgb
 from rfclip.outputs import encode, read_rows, shards, write_shard
-from rfclip.segment.classes import ClassNames
+from rfclip.segment.classes import Background, ClassNames, title
 from rfclip.segment.job import Job
 from rfclip.segment.result import Segmentation
 from rfclip.segment.segmenter import Segmenter
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # after which no other file can be written either
 SHARD = 8, 64  # pictures in a Parquet file, when there are few pictures and when there are many
 
 
@@ -27,7 +30,11 @@ def described(
     job: Job, segmenter: Segmenter, named: ClassNames, threshold: float | None, weights: str | None = None
 ) -> dict[str, Any]:
     """What the labels mean and how they were made; `weights` is the segmenter's digest if that is known."""
-    classes = [{"index": index, "name": names[0], "synonyms": list(names[1:])} for index, names in enumerate(named)]
+    synonyms = [list(names) if isinstance(names, Background) else list(names[1:]) for names in named]
+    classes = [
+        {"index": index, "name": title(names), "synonyms": others}
+        for index, (names, others) in enumerate(zip(named, synonyms, strict=True))
+    ]
     return {"classes": classes, "nothing": 255, "threshold": threshold} | job.described(segmenter, weights)
 
 
@@ -43,20 +50,28 @@ class Writer:
         named: the names of each class.
         record: what `described` says of them.
         segmenter: the job's, if there is one already.
+        mark: of its temporary files, as for `write_whole`.
     """
 
-    def __init__(self, job: Job, named: ClassNames, record: dict[str, Any], segmenter: Segmenter | None = None) -> None:
-        self.job, self.named, self.record = job, named, record
+    def __init__(
+        self, job: Job, named: ClassNames, record: dict[str, Any], segmenter: Segmenter | None = None, mark: str = ""
+    ) -> None:
+        self.job, self.named, self.record, self.mark = job, named, record, mark
         self._open = contextlib.ExitStack()
         self.segmenter = self._open.enter_context(job.segmenter()) if segmenter is None else segmenter
 
     def __call__(self, task: dict) -> dict:
+        """Do a task.
+
+        Raises:
+            OSError: the disk is full, so that the other pictures would be segmented in vain.
+        """
         rows, failed = [], []
         for picture in task["pictures"]:
             try:
                 began, before = time.perf_counter(), _stamp(picture["path"])
-                found = self.segmenter(
-                    picture["path"], self.named, threshold=self.record["threshold"], pamr=self.job.pamr
+                found = self.segmenter.segment(
+                    to_rgb(picture["path"]), self.named, threshold=self.record["threshold"], pamr=self.job.pamr
                 )
                 row: dict[str, Any] = {"image": printable(picture["image"]), "path": printable(picture["path"])}
                 row |= before | {"width": found.image.width, "height": found.image.height}
@@ -65,16 +80,18 @@ class Writer:
                     row |= encode(found.labels)
                 else:
                     files = dict(zip(OUTPUTS, map(Path, picture["files"]), strict=True))
-                    save(found, row | self.record, files)
+                    save(found, row | self.record, files, self.mark)
                 rows.append(row)
             except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch out of memory: RuntimeError
+                if isinstance(error, OSError) and error.errno in FULL:
+                    raise
                 failed.append([picture["image"], str(error).removeprefix(f"{picture['path']} ")])
         if "shard" in task and rows:
-            write_shard(Path(task["shard"]), rows, self.record)
+            write_shard(Path(task["shard"]), rows, self.record, self.mark)
         return {"done": len(rows), "failed": failed}
 
 
-def save(found: Segmentation, record: dict[str, Any], files: dict[str, Path]) -> None:
+def save(found: Segmentation, record: dict[str, Any], files: dict[str, Path], mark: str = "") -> None:
     """Write those of `OUTPUTS` that `files` has a path for; the record is a row and what `described` says."""
     shares = found.shares
     classes = [entry | {"share": shares[entry["name"]]} for entry in record["classes"]]
@@ -87,7 +104,7 @@ def save(found: Segmentation, record: dict[str, Any], files: dict[str, Path]) ->
     }
     for path in files.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole({path: saves[output] for output, path in files.items()})
+    write_whole({path: saves[output] for output, path in files.items()}, mark)
 
 
 def plan_files(
@@ -161,10 +178,10 @@ def _picture(path: Path) -> dict[str, str]:
 def _record_of(file: Path, path: Path) -> dict[str, Any] | None:
     """What a JSON file says of the results next to it, if they are of this picture."""
     try:
-        record = json.loads(file.read_text("utf-8"))
+        record = parse_json(file.read_text("utf-8"))
         classes = [{key: value for key, value in entry.items() if key != "share"} for entry in record["classes"]]
         return record | {"classes": classes} if record["path"] == printable(os.path.realpath(path)) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

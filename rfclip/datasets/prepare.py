@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from PIL import Image
 
 from rfclip.datasets.base import IGNORED, read_indices
 from rfclip.extras import require
-from rfclip.files import write_whole
+from rfclip.files import parse_json, write_whole
 
 # COCO's ids, minus one, that are not things; everything after 90 is stuff.
 _NO_THING = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
@@ -73,7 +72,7 @@ def context(root: Path) -> Iterator[Path]:
     folder = root / "VOCdevkit/VOC2010"
     path = folder / "trainval_merged.json"
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = parse_json(path.read_text("utf-8"))
         regions = defaultdict(list)
         for region in record["annos_segmentation"]:
             regions[region["image_id"]].append((region["category_id"], region["segmentation"]))

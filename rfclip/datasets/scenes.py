@@ -49,9 +49,9 @@ class Scenes(Dataset):
         seed = tuple(item["seed"])
         if seed[0] == SEGMENTATION_STREAM:
             scene = make_scene(seed)
-            return Image.fromarray(scene.image), scene.labels
+            return scene.picture(), scene.labels
         scene = make_scene(seed, 112, objects=(1, 1), object_size=(40, 100))
-        return Image.fromarray(scene.image), min(scene.present())  # objects come before grounds
+        return scene.picture(), min(scene.present())  # objects come before grounds
 
     def described(self) -> dict[str, object]:
         return super().described() | {"count": self.count, "seed": self.seed}

@@ -129,7 +129,7 @@ def explain(
     """
     tower, rgb = read_tower(model), to_rgb(image)
     config = checked_config(model, tower, config)
-    tower.check_eval()
+    tower.check_ready()
     if installed(tower) is not None:
         raise RuntimeError(
             "this model is already refocused: undo that first (handle.remove()); explain refocuses it on its own"

@@ -61,7 +61,7 @@ class Method:
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """What the tower's own forward returns, for the same arguments."""
-        self.tower.check_eval()
+        self.tower.check_ready()
         return self.tower.pool(self.stream(self.tower.patches(self.tower.images(*args, **kwargs))))
 
     def stream(self, patches: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Method:
             patches: the tower's [B, d, gh, gw], of images, or of windows that were cut out after the convolution.
             images: those windows [B, 3, height, width], normalized as the model expects, if the card's `sees_images`.
         """
-        self.tower.check_eval()
+        self.tower.check_ready()
         return self.tower.readout(self.tokens(patches)).mT.unflatten(-1, patches.shape[2:])
 
     def tokens(self, patches: Tensor) -> Tensor:

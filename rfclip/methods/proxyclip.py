@@ -34,7 +34,7 @@ class ProxyCLIP(Method):
 
         if images is None:
             raise ValueError("images=None: ProxyCLIP looks at the pictures as well")
-        self.tower.check_eval()
+        self.tower.check_ready()
         _, (_, _, v) = self.last(patches)
         tower, last = self.tower, self.tower.blocks[-1]
         mean, std = (images.new_tensor(value)[:, None, None] for value in (tower.image_mean, tower.image_std))

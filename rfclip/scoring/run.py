@@ -24,7 +24,7 @@ from PIL import Image
 from torch import nn
 
 from rfclip.datasets.base import Dataset, Item
-from rfclip.files import write_whole
+from rfclip.files import parse_json, write_whole
 from rfclip.methods import find_method
 from rfclip.scoring.metrics import Scores, confusion_matrix
 from rfclip.segment.job import Job
@@ -176,7 +176,7 @@ class Run:
             write_whole({path: lambda part: part.write_text(json.dumps(self.settings, indent=2) + "\n", "utf-8")})
             return
         try:
-            before = dict(json.loads(path.read_text("utf-8")))
+            before = dict(parse_json(path.read_text("utf-8")))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is corrupt ({error}): --overwrite starts over") from error
         differing = [key for key in {**before, **self.settings} if before.get(key) != self.settings.get(key)]
@@ -196,10 +196,10 @@ class Run:
         done = {}
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 seconds, hit = float(record.pop("seconds")), record.pop("hit", None)
                 pixels = None if hit is not None else np.array(record.pop("pixels"), np.int64).reshape(-1, 3)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
                 raise ValueError(f"{self._lines}, line {number}, is corrupt: --overwrite starts over") from error
             done[json.dumps(record)] = Scored(seconds, pixels, hit)
         return done

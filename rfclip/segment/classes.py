@@ -11,6 +11,42 @@ from typing import TypeAlias
 Classes: TypeAlias = str | os.PathLike | Sequence[str | Sequence[str]]
 ClassNames: TypeAlias = list[tuple[str, ...]]  # the names of each class, the first standing for it
 MOST = 65534  # classes, so that labels fit into 16 bits
+# What a picture holds beside the things asked for: the list with which the field's methods score Pascal VOC.
+GENERAL = (
+    *("sky", "wall", "tree", "wood", "grass", "road", "sea", "river", "mountain", "sands", "desk", "bed", "building"),
+    *("cloud", "lamp", "door", "window", "wardrobe", "ceiling", "shelf", "curtain", "stair", "floor", "hill", "rail"),
+    "fence",
+)
+
+
+class Background(tuple[str, ...]):
+    """General names that make up the class "background", a word that the model itself is not asked for."""
+
+
+def title(names: tuple[str, ...]) -> str:
+    """What a class is called in results."""
+    return "background" if isinstance(names, Background) else names[0]
+
+
+def with_background(named: ClassNames, wanted: bool | None, general: Sequence[str] = GENERAL) -> ClassNames:
+    """The classes and, if wanted, a background of those general names that no class has.
+
+    Args:
+        named: the names of each class.
+        wanted: None: if there is one class, which would otherwise cover every picture whole.
+        general: the names.
+
+    Raises:
+        ValueError: a background is wanted, and there is one, or every general name is taken.
+    """
+    given = {name.casefold() for names in named for name in names}
+    there = "background" in given
+    if wanted is False or wanted is None and (len(named) > 1 or there):
+        return named
+    names = Background(name for name in general if name.casefold() not in given)
+    if there or not names:
+        raise ValueError("background: there is such a class already" if there else "background: no name is left for it")
+    return [*named, names]
 
 
 def parse_classes(classes: Classes) -> ClassNames:
@@ -33,12 +69,14 @@ def parse_classes(classes: Classes) -> ClassNames:
         raise ValueError(f"classes: there is no file {classes}")
     elif isinstance(classes, str):
         items = split_classes(classes)
-    else:
+    elif isinstance(classes, Iterable):
         items = classes
+    else:
+        raise ValueError(f"classes: got {classes!r}, expected names, or a file of names")
     parsed = []
     for item in items:
         names = item.split(",") if isinstance(item, str) else item
-        if not all(isinstance(name, str) for name in names):
+        if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"classes: got {item!r}, expected a name or a list of names")
         parsed.append(tuple(" ".join(name.split()) for name in names))
     every = [name for names in parsed for name in names]

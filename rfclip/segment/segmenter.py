@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 import numpy as np
 import open_clip
@@ -13,16 +14,24 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from rfclip.config import TINY, RefocusConfig, canonical_name
+from rfclip.config import TINY, PrecisionName, RefocusConfig, canonical_name, is_finite
 from rfclip.images import ImageLike, to_rgb
 from rfclip.methods import RF_CLIP, Protocol, find_method
 from rfclip.plugin import installed, refocus
-from rfclip.segment.classes import Classes, ClassNames, parse_classes
+from rfclip.segment.classes import GENERAL, Classes, ClassNames, parse_classes, title, with_background
 from rfclip.segment.result import Segmentation
 from rfclip.segment.text import TextEmbeddings, digest
 from rfclip.segment.windows import Windows
+from rfclip.tiny.scenes import GROUNDS, is_scene
 from rfclip.towers import Tower, read_tower
 from rfclip.towers.loading import check_model, load_model, load_tokenizer
+
+NO_SCENE = (
+    f"{TINY} is a demonstration: it was trained on drawn scenes of emoji, and a picture here is none, so that its "
+    "labels mean nothing. For photographs use OpenAI's CLIP, which is downloaded once: rfclip segment photo.jpg "
+    "--classes ... --model ViT-B-16-quickgelu --pretrained openai, in Python "
+    'rfclip.Segmenter("ViT-B-16-quickgelu", "openai")'
+)
 
 
 class Segmenter:
@@ -78,6 +87,8 @@ class Segmenter:
         memory_limit: int = 1 << 30,
         cache: str | os.PathLike | bool | None = None,
     ) -> None:
+        if precision not in get_args(PrecisionName):
+            raise ValueError(f"precision={precision!r}: expected one of {', '.join(get_args(PrecisionName))}")
         if isinstance(model, str):
             model = canonical_name(model)
             self.name, self.pretrained = model, pretrained
@@ -102,7 +113,7 @@ class Segmenter:
         self.windows = Windows.by_protocol(protocol, self.tower, window, stride, short_side, long_side)
         if batch is not None and batch < 1:
             raise ValueError(f"batch={batch}: expected at least 1, or None")
-        if logit_scale is not None and not math.isfinite(logit_scale):
+        if logit_scale is not None and not is_finite(logit_scale):
             raise ValueError(f"logit_scale={logit_scale!r}: expected a finite number")
         self.batch, self.memory_limit = batch, memory_limit
         self._distinct: tuple[str, ...] = ()  # names that were checked last
@@ -146,6 +157,7 @@ class Segmenter:
         threshold: float | None = None,
         probabilities: bool = False,
         pamr: bool = False,
+        background: bool | None = None,
     ) -> Segmentation:
         """Segment one picture.
 
@@ -157,13 +169,18 @@ class Segmenter:
             probabilities: also return every class's probability.
             pamr: refine the cosines along the picture's edges before they are resized to the picture, step 9 of the
                 method.
+            background: add a class "background", made of general names such as sky, wall and road. None: if there is
+                one class, which would otherwise cover every picture whole.
 
         Raises:
             ValueError: the image, the classes or the threshold is not as described, two names are the same to the
                 model, or its features are not finite.
             RuntimeError: the segmenter is closed.
+
+        Warns:
+            UserWarning: the bundled CLIP is asked for names that it does not know, or for a picture that is no scene.
         """
-        named = parse_classes(classes)
+        named = self.with_background(parse_classes(classes), background)
         self.check_names(named)
         return self.segment(to_rgb(image), named, threshold=threshold, probabilities=probabilities, pamr=pamr)
 
@@ -181,14 +198,16 @@ class Segmenter:
 
         A name may stand in several classes: those have the same score for it, and the first of them wins.
         """
-        if installed(self.tower) is not self._method:
+        if installed(self.model) is not self._method:
             raise RuntimeError("this segmenter is closed, or its model was restored: make another Segmenter")
-        if threshold is not None and not 0 <= threshold <= 1:
+        if threshold is not None and not (is_finite(threshold) and 0 <= threshold <= 1):
             raise ValueError(f"threshold={threshold!r}: expected a probability, from 0 to 1")
+        if self._trained_on and not is_scene(rgb):
+            warnings.warn(NO_SCENE, stacklevel=3)
         text = self.text_embeddings(tuple(name for names in named for name in names))
         logits = self.window_logits(rgb, text, pamr=pamr)
         labels, dense = self._labels(logits, rgb.size[::-1], named, threshold, probabilities)
-        return Segmentation(rgb, labels, tuple(names[0] for names in named), dense)
+        return Segmentation(rgb, labels, tuple(map(title, named)), dense)
 
     @torch.inference_mode()
     def text_embeddings(self, names: tuple[str, ...]) -> Tensor:
@@ -199,6 +218,15 @@ class Segmenter:
         segmenter after changing them.
         """
         return self._text(names)
+
+    def with_background(self, named: ClassNames, wanted: bool | None) -> ClassNames:
+        """As `rfclip.segment.classes.with_background`, with general names that the model knows."""
+        return with_background(named, wanted, GROUNDS if self._trained_on else GENERAL)
+
+    @property
+    def _trained_on(self) -> bool:
+        """Whether the model is the bundled one, which knows a few names and drawn scenes only."""
+        return bool(getattr(self.model, "trained_on", None))
 
     def check_names(self, named: ClassNames) -> None:
         """Raise ValueError if two names of classes are the same to the model."""
@@ -246,9 +274,9 @@ class Segmenter:
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Labels [H, W] from logits [K, h, w] and, on request, probabilities [C, H, W], one band of rows at a time."""
         ops, (height, width) = self._method.ops, size
-        first_names = [names[0] for names in named]
+        titles = list(map(title, named))
         dtype: np.dtype[np.unsignedinteger] = np.dtype(np.uint8) if len(named) < 256 else np.dtype(np.uint16)
-        below = first_names.index("background") if "background" in first_names else np.iinfo(dtype).max
+        below = titles.index("background") if "background" in titles else np.iinfo(dtype).max
         class_of_name = torch.tensor([c for c, names in enumerate(named) for _ in names], device=logits.device)
         found = ops.upsample_argmax(logits, size, self.logit_scale, class_of_name, threshold).cpu().numpy()
         labels = np.where(found < 0, below, found).astype(dtype)

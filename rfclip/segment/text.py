@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -140,11 +140,31 @@ def digest(model: nn.Module, wanted: Callable[[str], bool] = lambda part: True) 
             continue
         own = sorted((key, text) for key, value in vars(module).items() if (text := _setting(key, value)) is not None)
         found.update(f"{name} {type(module).__qualname__} {own}".encode())
-        for key, value in [*module._parameters.items(), *module._buffers.items()]:
-            if value is not None:
-                found.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-                found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        # What is saved, which for a quantized module is neither parameter nor buffer, and buffers that are not.
+        values: dict[str, object] = {**module._buffers}
+        module._save_to_state_dict(values, "", keep_vars=True)
+        for key, value in sorted(values.items()):
+            found.update(key.encode())
+            for part in _content(value):
+                found.update(part)
     return found.hexdigest()
+
+
+def _content(value: object) -> Iterator[bytes]:
+    """What makes up a value of a module's state."""
+    if isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _content(each)
+    elif not isinstance(value, Tensor):
+        yield repr(value).encode()
+    elif hasattr(value, "__tensor_flatten__"):  # a tensor of several tensors, such as torchao's
+        names, rest = value.__tensor_flatten__()
+        yield f"{type(value).__qualname__} {rest}".encode()
+        yield from _content([getattr(value, name) for name in names])
+    else:
+        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        values = (value.dequantize() if value.is_quantized else value).detach().cpu().contiguous()
+        yield values.view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _setting(key: str, value: object) -> str | None:

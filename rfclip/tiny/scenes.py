@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 # Object names and the emoji that draws each; the order is the order of the sprite sheet and of the labels.
 OBJECTS = {
@@ -70,6 +72,8 @@ OBJECTS = {
 GROUNDS = ("grass", "sky", "water", "sand", "snow", "brick")
 CLASSES = (*OBJECTS, *GROUNDS)
 
+MARK = {"Software": "rfclip scene"}  # what a scene's picture and its PNG file say of themselves
+
 SPRITE_SIDE = 96  # pixels: the side of one cell of the sprite sheet
 SPRITE_COLUMNS = 10
 
@@ -85,6 +89,24 @@ class Scene:
         """Classes that cover at least `least` pixels, largest area first."""
         area = np.bincount(self.labels.ravel(), minlength=len(CLASSES))
         return [int(c) for c in np.argsort(-area, kind="stable") if area[c] >= least]
+
+    def picture(self) -> Image.Image:
+        """The image as an RGB picture that `is_scene` knows."""
+        picture = Image.fromarray(self.image)
+        picture.info.update(MARK)
+        return picture
+
+    def save(self, path: Path, **options: bool) -> None:
+        """Write the picture as a PNG file that `is_scene` knows once opened."""
+        info = PngInfo()
+        for key, text in MARK.items():
+            info.add_text(key, text)
+        self.picture().save(path, format="PNG", pnginfo=info, **options)
+
+
+def is_scene(picture: Image.Image) -> bool:
+    """Whether a picture says that it is a scene, which only ours do."""
+    return MARK.items() <= picture.info.items()
 
 
 @functools.cache

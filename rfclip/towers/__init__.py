@@ -8,7 +8,7 @@ from rfclip.towers.base import SUPPORTED, Block, Tower
 from rfclip.towers.hugging_face import HuggingFaceTower
 from rfclip.towers.open_clip import OpenCLIPTower
 
-__all__ = ["FAMILIES", "SUPPORTED", "Block", "Tower", "read_tower"]
+__all__ = ["FAMILIES", "SUPPORTED", "Block", "Tower", "find_module", "read_tower"]
 
 FAMILIES: tuple[type[Tower], ...] = (HuggingFaceTower, OpenCLIPTower)  # the first that fits is taken
 
@@ -19,7 +19,17 @@ def read_tower(model: nn.Module) -> Tower:
     Raises:
         ValueError: the model has no tower of standard blocks.
     """
+    return _found(model)[0](model)
+
+
+def find_module(model: nn.Module) -> nn.Module:
+    """The module of a model's image tower, without a look at its parts; ValueError if the model is of no family."""
+    return _found(model)[1]
+
+
+def _found(model: nn.Module) -> tuple[type[Tower], nn.Module]:
     for family in FAMILIES:
-        if family.reads(model):
-            return family(model)
+        module = family.find(model)
+        if module is not None:
+            return family, module
     raise ValueError(f"got a {type(model).__name__}; {SUPPORTED}")

@@ -72,9 +72,11 @@ class Tower:
         image_size, patch_size, grid_size: (height, width) in pixels, pixels and patches, as trained.
         image_mean, image_std: the statistics, per colour, that its images are normalized by.
         image_parts: names of the model's children that its text embeddings do not depend on.
+        library: the package that defines the classes of its modules.
     """
 
     image_parts: ClassVar[tuple[str, ...]]
+    library: ClassVar[str]
     prefix: int
     module: nn.Module
     conv: nn.Conv2d
@@ -98,8 +100,8 @@ class Tower:
     # The family
 
     @classmethod
-    def reads(cls, model: nn.Module) -> bool:
-        """Whether a model is of this family."""
+    def find(cls, model: nn.Module) -> nn.Module | None:
+        """The module of a model's image tower; None if the model is not of this family."""
         raise NotImplementedError
 
     @classmethod
@@ -144,14 +146,54 @@ class Tower:
         """A weight, which tells device and dtype."""
         return self.conv.weight
 
-    def check_eval(self) -> None:
-        """Raise RuntimeError in training mode."""
+    def check_ready(self) -> None:
+        """Raise RuntimeError in training mode, and if modules were exchanged since the tower was read."""
         if self.module.training:
             raise RuntimeError("the model is in training mode; RF-CLIP is for inference: call model.eval() first")
+        if torch.compiler.is_compiling():  # compiled code has guards of its own
+            return
+        present = self._state()
+        if present != self._read:
+            changed = [name for name, before in self._read.items() if present[name] != before]
+            raise RuntimeError(
+                f"image tower: {changed[0]} was changed after refocusing. Undo the refocusing (handle.remove(), or "
+                "close the Segmenter) and do it again"
+            )
+
+    def _bypass(self, *parts: tuple[str, nn.Module]) -> None:
+        """Take down the parts whose own `forward` never runs, since only their parameters and children are used.
+
+        Raises:
+            ValueError: one of them, or the tower's module, does more than the library's class, which would be ignored.
+        """
+        for name, part in (("its module", self.module), *parts):
+            own, kind = "" if part is self.module else _own(part), type(part)
+            if kind.__module__.startswith((f"{self.library}.", "torch.nn.modules.")) and not own:
+                continue
+            reason = f"has {own}" if own else f"is of class {kind.__module__}.{kind.__qualname__}"
+            raise ValueError(
+                f"image tower: {name} {reason}, which would be ignored, so that only {self.library}'s own modules are "
+                "taken. Merge adapters into the weights, make pruning permanent, and remove hooks, parametrizations, "
+                "sharding and offloading"
+            )
+        self._parts = dict(parts)
+        self._read = self._state()
+
+    def _state(self) -> dict[str, tuple[object, ...]]:
+        """What must stay as it was when the tower was read."""
+        state: dict[str, tuple[object, ...]] = {"its module": (*self.module._modules.values(),)}
+        for name, part in self._parts.items():
+            state[name] = type(part), _own(part), *part._modules.values()
+        return state
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """The patch grid (gh, gw) of images [B, 3, gh * patch, gw * patch]; ValueError for any other shape."""
         patch_height, patch_width = self.patch_size
+        if not isinstance(images, Tensor):
+            raise ValueError(
+                f"images: got an object of class {type(images).__name__}, expected a float tensor [B, 3, height, "
+                "width], normalized as the model expects; rfclip.Segmenter takes pictures"
+            )
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or 0 in images.shape:
             raise ValueError(f"images: got {images.dtype} {tuple(images.shape)}, expected float [B, 3, height, width]")
         height, width = images.shape[2:]
@@ -211,6 +253,18 @@ class Tower:
     def vocabulary(self, model: nn.Module) -> tuple[int | None, int | None]:
         """Size of the text tower's vocabulary and length of its context; None if the model does not say."""
         raise NotImplementedError
+
+
+def _own(part: nn.Module) -> str:
+    """What a module does beside its class's `forward`, in words; nothing if there is nothing."""
+    own = ["a forward of its own"] if "forward" in vars(part) else []
+    # Those with which transformers collects hidden states stay after a call, and do nothing in others.
+    hooks = [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
+    sources = [hook if hasattr(hook, "__qualname__") else type(hook) for hook in hooks]
+    own += [
+        f"the hook {source.__qualname__}" for source in sources if not source.__module__.startswith("transformers.")
+    ]
+    return ", ".join(own)
 
 
 def _through(modules: list[nn.Module], x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from rfclip.config import TINY
 from rfclip.towers.base import SUPPORTED, Block, Tower, first_line
+from rfclip.towers.bounds import Bounded
 
 SOURCES = ("hf-hub:", "local-dir:")  # prefixes of names that are not in open_clip's list
 # What the weights are called there, likeliest first.
@@ -41,12 +43,13 @@ class OpenCLIPTower(Tower):
     """The `.visual` of an open_clip model. This family takes every name that no other does."""
 
     image_parts = ("visual",)
+    library = "open_clip"
     prefix = 1
     module: VisionTransformer
 
     @classmethod
-    def reads(cls, model: nn.Module) -> bool:
-        return getattr(model, "visual", None) is not None
+    def find(cls, model: nn.Module) -> nn.Module | None:
+        return getattr(model, "visual", None)
 
     @classmethod
     def takes(cls, name: str) -> bool:
@@ -82,7 +85,13 @@ class OpenCLIPTower(Tower):
         try:
             if name.startswith(SOURCES):
                 # open_clip itself would go on without weights where it finds none, and take pickles.
-                model = open_clip.create_model(name, load_weights=False, pretrained_text=False, **given)
+                root = logging.getLogger()
+                root.addFilter(_no_weights_yet)
+                try:
+                    with Bounded(weights.stat().st_size):
+                        model = open_clip.create_model(name, load_weights=False, pretrained_text=False, **given)
+                finally:
+                    root.removeFilter(_no_weights_yet)
                 open_clip.load_checkpoint(model, str(weights))
                 return model
             quick_gelu = (open_clip.get_pretrained_cfg(name, pretrained or "") or {}).get("quick_gelu")
@@ -91,28 +100,32 @@ class OpenCLIPTower(Tower):
                 warnings.filterwarnings("ignore", message="QuickGELU mismatch")
                 return open_clip.create_model(name, pretrained, force_quick_gelu=bool(quick_gelu), **given)
         except Exception as error:  # of any kind, from whatever the files hold
-            raise ValueError(f"{weights} does not hold the weights of {name}: {first_line(error)}") from error
+            raise ValueError(f"{weights} does not hold the weights of {name}: {_reason(error)}") from error
 
     @classmethod
     def tokenizer(cls, name: str) -> Callable[[list[str]], Tensor] | None:
         return open_clip.get_tokenizer(name)
 
     def __init__(self, model: Any) -> None:
-        visual = getattr(model, "visual", None)
-        if visual is None:
-            raise ValueError(f"got a {type(model).__name__}; {SUPPORTED}")
+        visual = model.visual
         if not isinstance(visual, VisionTransformer):
             raise ValueError(f"got an image tower of class {type(visual).__name__}; {SUPPORTED}")
         if visual.attn_pool is not None or visual.pool_type not in ("tok", "avg"):
             raise ValueError(f"this image tower pools its tokens by attention or not at all; {SUPPORTED}")
-        for block in visual.transformer.resblocks:
+        blocks = visual.transformer.resblocks
+        parts = [("transformer", visual.transformer), ("resblocks", blocks)]
+        for number, block in enumerate(blocks, 1):
             _check_block(block)
+            parts += [(f"block {number}", block), (f"the attention of block {number}", block.attn)]
+            if isinstance(block.attn, nn.MultiheadAttention):  # which reads the weights of this one, as of itself
+                parts.append((f"the output projection of block {number}", block.attn.out_proj))
         self.module, self.conv = visual, visual.conv1
         self.ln_pre, self.ln_post = visual.ln_pre, visual.ln_post
-        self.blocks = [OpenCLIPBlock(block) for block in visual.transformer.resblocks]
+        self.blocks = [OpenCLIPBlock(block) for block in blocks]
         self.image_size, self.patch_size = tuple(visual.image_size), tuple(visual.patch_size)
         self.grid_size = tuple(visual.grid_size)
         self._normalize_as(visual)
+        self._bypass(*parts)
 
     def _embeddings(self) -> tuple[Tensor, Tensor]:
         return self.module.class_embedding[None], self.module.positional_embedding
@@ -138,6 +151,18 @@ class OpenCLIPTower(Tower):
 
     def vocabulary(self, model: Any) -> tuple[int | None, int | None]:
         return getattr(model, "vocab_size", None), getattr(model, "context_length", None)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, where a library's error alone does not tell."""
+    if isinstance(error, StopIteration):
+        return "the file is empty"
+    return f"its config lacks {error}" if isinstance(error, KeyError) else first_line(error)
+
+
+def _no_weights_yet(record: logging.LogRecord) -> bool:
+    """A filter that drops what open_clip says of a model whose weights are loaded next."""
+    return not record.getMessage().startswith("No pretrained weights loaded")
 
 
 def _weights_of(name: str, pretrained: str | None) -> Path:

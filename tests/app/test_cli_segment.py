@@ -1,5 +1,6 @@
 """`rfclip segment`, end to end on real files and bad ones."""
 
+import errno
 import json
 import os
 import re
@@ -17,9 +18,10 @@ from PIL import Image
 import rfclip
 import rfclip.methods
 from rfclip import RefocusConfig
-from rfclip.tiny.scenes import CLASSES
+from rfclip.tiny.scenes import CLASSES, GROUNDS, make_scene
+from rfclip.towers.loading import tiny_folder
 
-pytestmark = pytest.mark.usefixtures("folder")
+pytestmark = [pytest.mark.usefixtures("folder"), pytest.mark.filterwarnings("ignore:rfclip-tiny is a demonstration")]
 
 
 def results(*stems):
@@ -113,7 +115,7 @@ def test_results_are_not_segmented_again(pictures, given):
     [
         ("cat, kitten; dog", [["cat", "kitten"], ["dog"]]),
         (" cat ,dog", [["cat"], ["dog"]]),
-        ("cat", [["cat"]]),
+        ("cat", [["cat"], ["background", *GROUNDS]]),
         ("names.txt", [["cat", "kitten"], ["dog"], ["green grass"]]),
     ],
     ids=["synonyms", "spaces", "one", "file"],
@@ -162,10 +164,45 @@ def test_unknown_names_warn_once(pictures):
     result = segment("pictures", classes="cat, unicorn")
     assert result.exit_code == 0
     assert result.stdout == ""
-    assert result.stderr.count("warning:") == 1
-    assert "never trained on 'unicorn'" in result.stderr
+    assert result.stderr.count("never trained on 'unicorn'") == 1
     assert ", ".join(CLASSES) in result.stderr
-    assert "warning" not in segment("pictures", "--overwrite").stderr
+    assert "never trained" not in segment("pictures", "--overwrite").stderr
+
+
+def test_one_class_gets_a_background(folder):
+    """Which the output says; with --no-background the one class covers the picture."""
+    scene(1).save("picture.png")
+    done = segment("picture.png", classes="cat")
+    assert 'grass, sky, water, sand, snow, brick make up a class "background"; --no-background' in done.stderr
+    labels, _ = check_result("rfclip-out/picture", scene(1), [["cat"], ["background", *GROUNDS]])
+    assert 0 < labels.mean() < 1
+    done = segment("picture.png", "--no-background", "--overwrite", classes="cat")
+    assert "background" not in done.stderr
+    labels, _ = check_result("rfclip-out/picture", scene(1), [["cat"]])
+    assert not labels.any()
+
+
+def test_a_background_on_demand(folder, segmenter):
+    scene(1).save("picture.png")
+    assert segment("picture.png", "--background", classes="cat, dog; grass").exit_code == 0
+    grounds = ["background", *(name for name in GROUNDS if name != "grass")]
+    labels, _ = check_result("rfclip-out/picture", scene(1), [["cat", "dog"], ["grass"], grounds])
+    want = segmenter("picture.png", "cat, dog; grass", background=True)
+    assert want.classes == ("cat", "grass", "background")
+    assert np.array_equal(labels, want.labels)
+    refused(segment("picture.png", "--background", classes="cat; background"), "there is such a class already")
+
+
+def test_pictures_that_are_no_scenes_are_told_what_the_bundled_model_is(folder):
+    """Once in a run; scenes, and runs of other models, are told nothing."""
+    for name in ("a.png", "b.jpg"):
+        scene(1).save(name)
+    done = segment("a.png", "b.jpg")
+    assert done.stderr.count("rfclip-tiny is a demonstration") == 1
+    assert "--model ViT-B-16-quickgelu --pretrained openai" in done.stderr
+    make_scene(5, 64, object_size=(24, 40)).save(Path("scene.png"))
+    assert "demonstration" not in segment("scene.png").stderr
+    assert "demonstration" not in segment(str(tiny_folder() / "scene.png")).stderr
 
 
 def test_segment_by_another_method(folder):
@@ -355,8 +392,34 @@ def test_equal_names_from_two_folders(folder, given):
     for name in ("one", "two"):
         (folder / name).mkdir()
         scene(1).save(folder / name / "a.png")
-    refused(segment(*given), "a.png", "one at a time")
-    assert not (folder / "rfclip-out").exists()
+    scene(2).save(folder / "b.png")
+    done = segment(*given, "b.png")
+    assert done.exit_code == 1
+    assert done.stderr.count("another picture's results are called a") == 2
+    assert files_below(folder / "rfclip-out") == results("b")
+
+
+def test_names_in_one_folder_never_clash(pictures):
+    """A name with its suffix may be another's without."""
+    names = ["a.png", "a.jpg", "a.jpg.png", "a.jpg.png.gif", "b.jpg", "b.jpg.gif"]
+    for name in names[1:]:
+        scene(4).save(pictures / name)
+    (pictures / "deep/c.PNG").unlink()
+    assert segment("pictures").exit_code == 0
+    want = results("a.png", "a.jpg", "a.jpg.png", "a.jpg.png.gif", "b", "b.jpg")
+    assert files_below(pictures.parent / "rfclip-out") == want
+
+
+def test_a_full_disk_ends_the_run(pictures, monkeypatch):
+    """The other pictures would be segmented in vain."""
+
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device", "rfclip-out/a.mask.png")
+
+    monkeypatch.setattr("rfclip.app.writer.write_whole", full)
+    done = segment("pictures")
+    assert done.exit_code == 2
+    assert "No space left on device" in done.stderr and "failed" not in done.stderr
 
 
 ERRORS = {
@@ -370,6 +433,8 @@ ERRORS = {
     "device-without-data": (["--device", "meta"], ["--device meta", "--device cpu"]),
     "config-missing": (["--config", "missing.json"], ["missing.json"]),
     "config-malformed": (["--config", "malformed.json"], ["malformed.json", "must be JSON"]),
+    "config-deep": (["--config", "deep.json"], ["deep.json", "nested too deeply"]),
+    "config-huge": (["--config", "huge.json"], ["huge.json", "tau=1000", "expected a number"]),
     "config-unknown-key": (["--config", "unknown.json"], ["unknown.json", "taw", "known:", "tau_attn"]),
     "config-binary": (["--config", "picture.png"], ["--config picture.png"]),
     "config-of-another-model": (["--config", "wide.json"], ["distraction_dims [5000]"]),
@@ -388,6 +453,8 @@ def test_wrong_arguments(folder, case):
     arguments, words = ERRORS[case]
     scene(1).save("picture.png")
     (folder / "malformed.json").write_text('{"distraction_dims": [1')
+    (folder / "deep.json").write_text('{"distraction_dims": ' + 100_000 * "[")
+    (folder / "huge.json").write_text('{"distraction_dims": [1], "tau": 1' + 309 * "0" + "}")
     (folder / "unknown.json").write_text('{"distraction_dims": [], "taw": 5}')
     (folder / "wide.json").write_text('{"distraction_dims": [5000]}')
     torch.save({}, "weights.pt")

@@ -16,8 +16,10 @@ import pytest
 from commands import run
 from miniatures import JOB, NAMES, halves, make, same, save_labels, save_picture
 from PIL import Image
+from serving import heed_signals
 
 from rfclip.app import engines
+from rfclip.app.cli.segment import swept
 from rfclip.app.writer import Writer, described, plan_files, plan_shards
 from rfclip.datasets import find_dataset
 from rfclip.outputs import read_masks
@@ -244,3 +246,37 @@ def test_without_ray(monkeypatch):
         pass
     with engines.start() as engine:
         assert list(engine.results(lambda: dict, None, [{"a": 1}, {"a": 2}])) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_command_that_is_told_to_end(tmp_path, pictures, engine):
+    """No trace of any library, and nothing left of a file that was being written."""
+    if engine == "ray":
+        pytest.importorskip("ray")
+    ask = ["segment", *(str(path) for path, _ in pictures), "--classes", "cat, dog", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rfclip", *ask, "--engine", engine],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_signals,
+    )
+    until = time.monotonic() + 120
+    while not list((tmp_path / "out").glob("*.json")):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "received" not in said and "Traceback" not in said
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_parts_of_killed_workers_are_removed(tmp_path):
+    """Those of this run: other processes may be writing there."""
+    ours, theirs = tmp_path / "deep/.abcd1234ffff-0.part", tmp_path / ".eeee5678-0.part"
+    ours.parent.mkdir()
+    for path in (ours, theirs):
+        path.touch()
+    with pytest.raises(KeyboardInterrupt), swept(tmp_path, "abcd1234"):
+        raise KeyboardInterrupt
+    assert not ours.exists() and theirs.exists()

@@ -132,7 +132,7 @@ def test_towers(monkeypatch, changes, budget):
 def test_gradients_are_those_of_the_reference():
     config, found = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0), {}
     for backend in ("reference", "eager"):
-        model, images = small_clip(), pictures()
+        model, images = small_clip(), pictures().requires_grad_()
         with rfclip.refocus(model, config, backend=backend):
             rfclip.dense_features(model, images).square().sum().backward()
         found[backend] = {name: p.grad for name, p in model.visual.named_parameters() if p.grad is not None}

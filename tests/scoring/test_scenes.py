@@ -114,7 +114,7 @@ def test_refocusing_recovers_what_injection_costs():
 
     def accuracy(config, share):
         with inject_distraction(model, share), Segmenter(model, config=config) as segmenter:
-            return np.mean([segmenter(scene.image, CLASSES).labels == scene.labels for scene in scenes])
+            return np.mean([segmenter(scene.picture(), CLASSES).labels == scene.labels for scene in scenes])
 
     averaged, refocused = RefocusConfig(distraction_dims=()), RefocusConfig(distraction_dims=INJECTED_DIMS)
     clean, hurt, repaired = accuracy(averaged, 0), accuracy(averaged, 0.2), accuracy(refocused, 0.2)

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from rfclip.segment.classes import parse_classes
+from rfclip.segment.classes import GENERAL, Background, parse_classes, title, with_background
 from rfclip.tiny.scenes import CLASSES
 
 
@@ -23,6 +23,29 @@ from rfclip.tiny.scenes import CLASSES
 )
 def test_parse_classes(given, want):
     assert parse_classes(given) == want
+
+
+@pytest.mark.parametrize("given", [None, 5, [None], [3], [["cat", 3]], [["cat"], None]], ids=str)
+def test_what_are_no_names_is_refused(given):
+    with pytest.raises(ValueError, match="classes: got .*expected"):
+        parse_classes(given)
+
+
+def test_a_background_of_general_names():
+    """By default beside one class; names that a class has are left out, in whatever case."""
+    one, two = [("Sky", "cloud")], [("cat",), ("dog",)]
+    found = with_background(one, None)
+    assert found[0] == one[0] and isinstance(found[1], Background)
+    assert found[1] == tuple(name for name in GENERAL if name not in ("sky", "cloud"))
+    assert [title(names) for names in found] == ["Sky", "background"]
+    assert with_background(one, False) == one
+    assert with_background(two, None) == two
+    assert with_background(two, True) == [*two, GENERAL]
+    assert with_background([("background",)], None) == [("background",)]
+    with pytest.raises(ValueError, match="there is such a class already"):
+        with_background([("cat",), ("Background",)], True)
+    with pytest.raises(ValueError, match="no name is left"):
+        with_background([("grass", "sky")], None, ["sky", "grass"])
 
 
 def test_parse_classes_from_a_file(tmp_path):

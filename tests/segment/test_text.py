@@ -1,12 +1,15 @@
 """Text embeddings and their cache."""
 
 import copy
+import warnings
 
 import open_clip
 import pytest
 import torch
 from safetensors.torch import load, save_file
+from torch.testing._internal.two_tensor import TwoTensor
 
+import rfclip
 from rfclip import Segmenter
 from rfclip.segment.text import digest
 
@@ -118,6 +121,31 @@ def test_a_model_is_more_than_its_weights(model, change):
     assert digest(twin) == before
     change(twin)
     assert str(twin) == str(model) and digest(twin) != before
+
+
+def test_the_digest_of_quantized_weights():
+    """Neither a packed weight nor a tensor of tensors is one of plain values."""
+    seen = set()
+    for gain in (1, 1.5):
+        for quantize in (dynamic, packed):
+            twin = rfclip.load_model()
+            with torch.no_grad():
+                twin.visual.transformer.resblocks[0].mlp.c_fc.weight.mul_(gain)
+            quantize(twin)
+            assert digest(twin) == digest(twin)
+            seen.add(digest(twin))
+    assert len(seen) == 4
+
+
+def dynamic(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.visual = torch.ao.quantization.quantize_dynamic(model.visual, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+def packed(model):
+    linear = model.visual.transformer.resblocks[0].mlp.c_fc
+    linear.weight = torch.nn.Parameter(TwoTensor(linear.weight.detach(), linear.weight.detach() + 1))
 
 
 def test_autocast_has_entries_of_its_own(model, tmp_path):

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import pickle
+import shutil
 
 import helpers
 import huggingface_hub
@@ -73,7 +74,7 @@ def test_plain_features_are_transformers_own(size, act):
     want = model.visual_projection(model.vision_model.post_layernorm(tokens)).mT.unflatten(
         -1, (size[0] // 8, size[1] // 8)
     )
-    assert_close(rfclip.dense_features(model, images), want)
+    assert_close(rfclip.dense_features(model, images, method="clip"), want)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)], ids=str)
@@ -228,6 +229,53 @@ def test_segmenting_equals_open_clips(folder):
     assert (found.labels == want.labels).mean() > 0.999
 
 
+PROCESSORS = {
+    "none": {"do_normalize": False},
+    "scaled": {"rescale_factor": 1 / 127.5},
+    "unscaled": {"do_rescale": False},
+    "unscaled-none": {"do_rescale": False, "do_normalize": False},
+    "one-number": {"image_mean": 0.4, "image_std": 0.3},
+}
+
+
+@pytest.mark.parametrize("case", PROCESSORS)
+def test_pictures_are_normalized_as_by_the_processor(tmp_path, folder, case):
+    """Whatever it does to a pixel, we do: compared on the values that it makes of single colours."""
+    shutil.copytree(folder, tmp_path / "other")
+    transformers.CLIPImageProcessor(**PROCESSORS[case]).save_pretrained(tmp_path / "other")
+    processor = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "other")
+    model = load_model(f"transformers:{tmp_path / 'other'}")
+    for colour in ((0, 0, 0), (255, 255, 255), (10, 100, 200)):
+        made = processor(images=Image.new("RGB", (64, 64), colour), return_tensors="pt")["pixel_values"]
+        want = made[0, :, made.shape[2] // 2, made.shape[3] // 2].double().numpy()
+        found = (np.array(colour) / 255 - model.image_mean) / model.image_std
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"image_std": [0, 1, 1]}, {"image_mean": "half"}, {"image_mean": [0.5, 0.5]}], ids=str
+)
+def test_processors_that_cannot_be(tmp_path, folder, changes):
+    shutil.copytree(folder, tmp_path / "other")
+    path = tmp_path / "other/preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json says .*expected numbers, and no std of 0"):
+        load_model(f"transformers:{tmp_path / 'other'}")
+
+
+def test_a_processor_without_means(tmp_path, folder):
+    """transformers 4 takes OpenAI's for them, and transformers 5 refuses the processor once it is used."""
+    shutil.copytree(folder, tmp_path / "other")
+    path = tmp_path / "other/preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": None}))
+    processor = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "other")
+    if processor.image_mean is None:
+        with pytest.raises(ValueError, match="says image_mean=None"):
+            load_model(f"transformers:{tmp_path / 'other'}")
+    else:
+        assert load_model(f"transformers:{tmp_path / 'other'}").image_mean == tuple(processor.image_mean)
+
+
 def test_text_embeddings_are_cached_apart_from_the_tower(folder, tmp_path):
     """Another image tower reads the same cache, another text tower does not."""
     model = load_model(f"transformers:{folder}")
@@ -252,10 +300,10 @@ def test_scenes_and_injected_distraction(folder, tmp_path):
     assert found.miou == pytest.approx(want.miou, abs=1e-3)
     assert found.top1 == want.top1
     images = torch.rand(2, 3, 112, 112)
-    before = rfclip.dense_features(model, images)
+    before = rfclip.dense_features(model, images, method="clip")
     with inject_distraction(model, 0.2), inject_distraction(plain, 0.2):
-        found = rfclip.dense_features(model, images)
-        assert_close(found, rfclip.dense_features(plain, images), 1e-4)
+        found = rfclip.dense_features(model, images, method="clip")
+        assert_close(found, rfclip.dense_features(plain, images, method="clip"), 1e-4)
     assert relative_error(found, before) > 0.1
 
 
@@ -284,9 +332,10 @@ def test_the_command(folder, tmp_path):
         (lambda folder: (folder / "model.safetensors").write_bytes(b"nothing"), ["does not hold a CLIPModel"]),
         (lambda folder: _pickle_instead(folder), ["does not hold a CLIPModel", "safetensors"]),
         (lambda folder: _leave_out(folder, "visual_projection.weight"), ["lacks weights", "visual_projection"]),
+        (lambda folder: _widen(folder), ["far larger than the"]),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), ["does not hold a CLIPModel", "preprocessor"]),
     ],
-    ids=["siglip", "no-config", "damaged", "pickle", "missing-weight", "no-processor"],
+    ids=["siglip", "no-config", "damaged", "pickle", "missing-weight", "wide", "no-processor"],
 )
 def test_wrong_folders(tmp_path, folder, change, words):
     broken = tmp_path / "broken"
@@ -305,6 +354,12 @@ def _pickle_instead(folder):
     torch.save({}, buffer)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(buffer.getvalue())
+
+
+def _widen(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["hidden_size"] = 10**7
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def _leave_out(folder, name):

@@ -73,7 +73,8 @@ def test_it_is_calibrated_and_refocused(name):
         plain = model.visual(images)
         patches = model.visual.forward_intermediates(images, indices=1)["image_intermediates"][0].movedim(1, -1)
         want = model.visual.ln_post(patches) @ model.visual.proj
-        torch.testing.assert_close(rfclip.dense_features(model, images).movedim(1, -1), want, rtol=1e-4, atol=1e-4)
+        found = rfclip.dense_features(model, images, method="clip").movedim(1, -1)
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
         with rfclip.refocus(model, config):
             assert rfclip.dense_features(model, images).isfinite().all()
             assert not torch.equal(model.visual(images), plain)
@@ -134,9 +135,59 @@ def test_a_folder_without_weights_is_no_model(tmp_path):
         rfclip.load_model(saved(tmp_path / "pickle", open_clip_pytorch_model__bin=b""))
     with pytest.raises(ValueError, match="several weights"):
         rfclip.load_model(saved(tmp_path / "several", a__safetensors=b"", b__safetensors=b""))
-    for content in (b"", b"\x02" + 7 * b"\0" + b"{}", 8 * b"\xff"):
-        with pytest.raises(ValueError, match="does not hold the weights"):
+    for content, words in ((b"", ""), (b"\x02" + 7 * b"\0" + b"{}", ".*the file is empty"), (8 * b"\xff", "")):
+        with pytest.raises(ValueError, match=f"does not hold the weights{words}"):
             rfclip.load_model(saved(tmp_path / content.hex()[:8].ljust(1, "0"), open_clip_model__safetensors=content))
+
+
+LARGE = {
+    "width": ("vision_cfg", "width", 10**7),
+    "layers": ("vision_cfg", "layers", 10**7),
+    "picture": ("vision_cfg", "image_size", 10**6),
+    "context": ("text_cfg", "context_length", 10**6),
+    "vocabulary": ("text_cfg", "vocab_size", 10**10),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_a_config_far_larger_than_its_weights(tmp_path, case):
+    """Refused before the memory is taken, which would end the process."""
+    name = saved(tmp_path / "large", open_clip_model__safetensors=WEIGHTS.read_bytes())
+    part, key, value = LARGE[case]
+    config = json.loads((tmp_path / "large/open_clip_config.json").read_text("utf-8"))
+    config["model_cfg"][part][key] = value
+    (tmp_path / "large/open_clip_config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(ValueError, match=f"far larger than the {WEIGHTS.stat().st_size} bytes of weights"):
+        rfclip.load_model(name)
+
+
+CONFIGS = {
+    "no-text": (lambda config: json.dumps({"model_cfg": config["model_cfg"] | {"text_cfg": None}}), ""),
+    "lacks-text": (lambda config: json.dumps({"model_cfg": {"embed_dim": 128, "vision_cfg": {}}}), "lacks 'text_cfg'"),
+    "deep": (lambda config: 100_000 * "[", ""),
+    "huge": (lambda config: json.dumps(config).replace('"width": 128', '"width": 1' + 309 * "0"), ""),
+    "list": (lambda config: "[]", ""),
+    "text": (lambda config: json.dumps(config).replace('"width": 128', '"width": "wide"'), ""),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_that_describes_no_model(tmp_path, case):
+    name = saved(tmp_path / "odd", open_clip_model__safetensors=WEIGHTS.read_bytes())
+    change, words = CONFIGS[case]
+    path = tmp_path / "odd/open_clip_config.json"
+    path.write_text(change(json.loads(path.read_text("utf-8"))), "utf-8")
+    with pytest.raises(ValueError, match=f"does not hold the weights of .*{words}"):
+        rfclip.load_model(name)
+
+
+def test_what_a_library_logs_is_read(tmp_path, caplog):
+    """open_clip's remark on weights that are loaded next is dropped, and only that."""
+    name = saved(tmp_path / "whole", open_clip_model__safetensors=WEIGHTS.read_bytes())
+    rfclip.load_model(name)
+    assert not caplog.records
+    open_clip.create_model(name, load_weights=False)
+    assert "No pretrained weights loaded" in caplog.text
 
 
 def test_safetensors_are_taken_beside_a_pickle(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
+from PIL import Image
 from refocusing import DEFAULT, PLAIN, TOWERS, assert_each_close, assert_each_equal, differs, outputs, refocused
 from small_models import pictures, small_clip
 from torch import nn
@@ -95,7 +96,7 @@ def test_other_towers_are_refused(name, given):
     model = unsupported(name)
     calls = {
         "refocus": lambda: rfclip.refocus(model, DEFAULT),
-        "dense_features": lambda: rfclip.dense_features(model, pictures(dtype=torch.float32)),
+        "dense_features": lambda: rfclip.dense_features(model, pictures(dtype=torch.float32), method="clip"),
         "calibrate": lambda: rfclip.calibrate(model, pictures(dtype=torch.float32)),
     }
     for call in calls.values():
@@ -106,6 +107,8 @@ def test_other_towers_are_refused(name, given):
 
 
 IMAGE_ERRORS = {
+    "picture": (Image.new("RGB", (32, 32)), "got an object of class Image", "[B, 3, height, width]"),
+    "array": (pictures().numpy(), "got an object of class ndarray", "[B, 3, height, width]"),
     "rank": (pictures()[0], "(3, 32, 32)", "float [B, 3, height, width]"),
     "channels": (pictures()[:, :1], "(3, 1, 32, 32)", "float [B, 3, height, width]"),
     "bytes": (pictures().byte(), "torch.uint8", "float [B, 3, height, width]"),
@@ -119,7 +122,8 @@ IMAGE_ERRORS = {
 @pytest.mark.parametrize("case", IMAGE_ERRORS)
 def test_wrong_images(model, case, refocus):
     images, *words = IMAGE_ERRORS[case]
-    calls = [lambda: rfclip.dense_features(model, images), lambda: rfclip.calibrate(model, images)]
+    method = None if refocus else "clip"
+    calls = [lambda: rfclip.dense_features(model, images, method=method), lambda: rfclip.calibrate(model, images)]
     if refocus:
         rfclip.refocus(model, DEFAULT)
         calls.append(lambda: model.encode_image(images))

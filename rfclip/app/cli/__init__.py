@@ -6,6 +6,8 @@ PyTorch is imported only once the arguments that can be checked without it have 
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from typing import Annotated
 
 import typer
@@ -43,11 +45,19 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _ended(number: int, frame: object) -> None:
+    """End as after Ctrl-C, which removes temporary files and stops workers."""
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
 @app.callback()
 def main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    # What libraries log about a failed download, this command says once, in a sentence.
-    logging.disable(logging.ERROR)
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _ended)
+    # What it says about each attempt to reach the hub, the error that ends them says once, in a sentence.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -154,12 +154,14 @@ def find_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[s
             found.setdefault(file.resolve(), (file, result))
         if not files:
             missing.append((item, reason))
-    stems = Counter(same_name(result.with_suffix("")) for _, result in found.values())
-    images = []
-    for file, result in found.values():
-        stem = result.with_suffix("")
-        images.append((file, result if stems[same_name(stem)] > 1 else stem))
-    return images, missing
+    # Without suffix as far as that is unique, among each other and among those that keep theirs.
+    results = [result.with_suffix("") for _, result in found.values()]
+    before: list[Path] = []
+    while results != before:
+        before, counts = results, Counter(map(same_name, results))
+        pairs = zip(found.values(), before, strict=True)
+        results = [whole if counts[same_name(result)] > 1 else result for (_, whole), result in pairs]
+    return [(file, result) for (file, _), result in zip(found.values(), results, strict=True)], missing
 
 
 def _readable(files: list[Path], folder: str) -> list[Path]:
@@ -188,14 +190,15 @@ def some_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[s
     return found, missing
 
 
-def check_distinct(images: list[tuple[Path, Path]]) -> None:
-    """Refuse pictures whose results would overwrite each other."""
+def distinct(images: list[tuple[Path, Path]]) -> tuple[list[tuple[Path, Path]], list[tuple[str, str]]]:
+    """Pictures whose results have names of their own, and the others, which would overwrite each other, and why."""
     counts = Counter(same_name(result) for _, result in images)
-    clashing = dict.fromkeys(str(result) for _, result in images if counts[same_name(result)] > 1)
-    if clashing:
-        raise ValueError(
-            f"several images would be written as {', '.join(clashing)}; segment their folders one at a time"
-        )
+    failed = [
+        (str(file), f"another picture's results are called {result} as well: rename one, or give each its own --out")
+        for file, result in images
+        if counts[same_name(result)] > 1
+    ]
+    return [(file, result) for file, result in images if counts[same_name(result)] == 1], failed
 
 
 def print_failed(failed: list[tuple[str, str]]) -> None:

@@ -38,7 +38,8 @@ def explain(
         found, failed = common.some_images(images)
         # Windows drops dots and spaces at the end of a folder's name.
         found = [(file, result.with_name(result.name.rstrip(" .") or "_")) for file, result in found]
-        common.check_distinct(found)
+        found, clashing = common.distinct(found)
+        failed += clashing
         places, numbers = _places(points or []), _numbers(layers)
         names = common.given_once("--classes", classes) if classes else None
         common.check_folder(out)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
+import uuid
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -33,6 +35,13 @@ def segment(
         float | None,
         typer.Option(min=0.0, max=1.0, help='Pixels less probable than this get no class, or "background".'),
     ] = None,
+    background: Annotated[
+        bool | None,
+        typer.Option(
+            "--background/--no-background",
+            help='Add a class "background" of general names (sky, wall, road, ...). By default if there is one class.',
+        ),
+    ] = None,
     pamr: common.Pamr = False,
     format: Annotated[
         Literal["png", "parquet"],
@@ -49,12 +58,13 @@ def segment(
         from rfclip.segment.classes import parse_classes
 
         named = parse_classes(common.given_once("--classes", classes))
-        if len(named) > 255:
-            raise ValueError(f"--classes: got {len(named)}; an indexed mask holds at most 255")
+        if len(named) + bool(background) > 255:
+            raise ValueError(f"--classes: got {len(named)}; an indexed mask holds at most 255, the background included")
         find_method(method)
         refocusing = common.read_config(config)
         if format == "png":
-            common.check_distinct(found)
+            found, clashing = common.distinct(found)
+            failed += clashing
         else:
             require("--format parquet", "parquet", "pyarrow")
         common.check_folder(out)
@@ -62,17 +72,24 @@ def segment(
 
         starting = start(engine, workers, device)
         out.mkdir(parents=True, exist_ok=True)
-        done, skipped, rate = 0, 0, _Rate()
+        done, skipped, rate, mark = 0, 0, _Rate(), uuid.uuid4().hex[:8]
         if found:
             from rfclip.app.writer import Writer, described, plan_files, plan_shards
             from rfclip.segment.job import Job
 
             job = Job(model, pretrained, refocusing, method, backend, device, precision, pamr=pamr)
-            with starting as where, contextlib.ExitStack() as stack:
+            # What is left once the workers are gone was theirs.
+            with swept(out, mark), starting as where, contextlib.ExitStack() as stack:
                 common.available(where.here)
                 with common.loading(model):
                     segmenter = stack.enter_context(job.segmenter(device=where.here))
+                given, named = len(named), segmenter.with_background(named, background)
                 segmenter.check_names(named)
+                if len(named) > given:
+                    why = "" if background else "one class would cover every picture, so that "
+                    common.say(
+                        f'{why}{", ".join(named[-1])} make up a class "background"; --no-background leaves it out'
+                    )
                 record = described(job, segmenter, named, threshold)
                 stale: list[Path] = []
                 if format == "png":
@@ -82,8 +99,8 @@ def segment(
                     tasks, skipped, stale = plan_shards(found, out, record, overwrite)
                 with common.progress() as progress:
                     bar = progress.add_task("segmenting", total=sum(len(task["pictures"]) for task in tasks))
-                    there = partial(Writer, job.elsewhere(), named, record)
-                    for result in where.results(lambda: Writer(job, named, record, segmenter), there, tasks):
+                    there = partial(Writer, job.elsewhere(), named, record, mark=mark)
+                    for result in where.results(lambda: Writer(job, named, record, segmenter, mark), there, tasks):
                         done += result["done"]
                         failed += map(tuple, result["failed"])
                         rate.add(result["done"] + len(result["failed"]))
@@ -97,6 +114,16 @@ def segment(
     counts += [str(rate)] if str(rate) else []
     common.say("; ".join(counts))
     raise typer.Exit(1 if failed else 0)
+
+
+@contextlib.contextmanager
+def swept(out: Path, mark: str) -> Iterator[None]:
+    """Remove what workers that were killed in the middle of a file left of it."""
+    try:
+        yield
+    finally:
+        for part in out.rglob(f".{mark}*.part"):
+            part.unlink(missing_ok=True)
 
 
 class _Rate:
