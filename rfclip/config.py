@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Literal, get_args
 
 from rfclip.files import parse_json
@@ -89,7 +90,12 @@ class RefocusConfig:
             value = getattr(self, name)
             if value is None and name == "tau_attn":
                 continue
-            if not is_finite(value) or not value >= least or (most is not None and value > most):
+            if (
+                not isinstance(value, int | float)
+                or not is_finite(value)
+                or not value >= least
+                or (most is not None and value > most)
+            ):
                 upper = "" if most is None else f" and at most {most}"
                 raise ValueError(f"{name}={value!r}: expected a number of at least {least}{upper}")
         if not isinstance(self.shifted, bool):
@@ -173,8 +179,8 @@ class RefocusConfig:
 
 
 def is_finite(value: object) -> bool:
-    """Whether a value is a number, neither NaN nor infinite, that a float can hold."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """Whether a value is a number, Python's or NumPy's, neither NaN nor infinite, that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, Real):
         return False
     try:
         return math.isfinite(value)

@@ -63,8 +63,8 @@ def refocus(
     Only the tower's `forward` is replaced, and only on this instance: no weight or module is touched, `state_dict`
     stays the same, and other models stay as they are. From then on `model.encode_image`, or Hugging Face's
     `get_image_features`, gives the CLS embedding through the refocused blocks, and `dense_features` the refocused patch
-    embeddings. The blocks' parts are called rather than the blocks: hooks on a whole block do not run, and
-    `forward_intermediates` stays plain.
+    embeddings. The blocks' parts are called rather than the blocks, so that blocks or attention modules with hooks,
+    adapters or a forward of their own are refused, and `forward_intermediates` stays plain.
 
     Args:
         model: an open_clip CLIP model, or transformers' CLIPModel or CLIPVisionModelWithProjection, in eval mode.

@@ -202,7 +202,7 @@ class Segmenter:
             raise RuntimeError("this segmenter is closed, or its model was restored: make another Segmenter")
         if threshold is not None and not (is_finite(threshold) and 0 <= threshold <= 1):
             raise ValueError(f"threshold={threshold!r}: expected a probability, from 0 to 1")
-        if self._trained_on and not is_scene(rgb):
+        if self._bundled and not is_scene(rgb):
             warnings.warn(NO_SCENE, stacklevel=3)
         text = self.text_embeddings(tuple(name for names in named for name in names))
         logits = self.window_logits(rgb, text, pamr=pamr)
@@ -221,10 +221,10 @@ class Segmenter:
 
     def with_background(self, named: ClassNames, wanted: bool | None) -> ClassNames:
         """As `rfclip.segment.classes.with_background`, with general names that the model knows."""
-        return with_background(named, wanted, GROUNDS if self._trained_on else GENERAL)
+        return with_background(named, wanted, GROUNDS if self._bundled else GENERAL)
 
     @property
-    def _trained_on(self) -> bool:
+    def _bundled(self) -> bool:
         """Whether the model is the bundled one, which knows a few names and drawn scenes only."""
         return bool(getattr(self.model, "trained_on", None))
 

@@ -52,10 +52,12 @@ class TextEmbeddings:
             raise ValueError("templates: expected at least one function from a name to a prompt")
 
     def check_distinct(self, names: Sequence[str]) -> None:
-        """Raise ValueError if two names are the same to the model."""
+        """Raise ValueError if two names are the same to the model, and warn of one whose end it does not see."""
         seen: dict[tuple[int, ...], str] = {}
         for name in names:
-            tokens = self._tokenizer([self._templates[0](name)])[0].tolist()
+            tokens, shorter = self._tokenizer([self._templates[0](name), self._templates[0](name[:-1])]).tolist()
+            if tokens == shorter:
+                warnings.warn(f"classes: {name!r} is cut, as the model reads {len(tokens)} tokens", stacklevel=4)
             same = seen.setdefault(tuple(tokens), name)
             if same != name:
                 raise ValueError(

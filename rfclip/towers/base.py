@@ -262,7 +262,9 @@ def _own(part: nn.Module) -> str:
     hooks = [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
     sources = [hook if hasattr(hook, "__qualname__") else type(hook) for hook in hooks]
     own += [
-        f"the hook {source.__qualname__}" for source in sources if not source.__module__.startswith("transformers.")
+        f"the hook {source.__qualname__}"
+        for source in sources
+        if not f"{source.__module__}".startswith("transformers.")
     ]
     return ", ".join(own)
 

@@ -26,6 +26,8 @@ from rfclip.outputs import read_masks
 from rfclip.scoring.run import Run, Scorer
 from rfclip.segment.job import Job
 
+pytestmark = pytest.mark.filterwarnings("ignore:rfclip-tiny is a demonstration")
+
 
 @pytest.fixture(scope="module")
 def ray():

@@ -26,6 +26,7 @@ def port(tmp_path_factory):
     folder, port = tmp_path_factory.mktemp("guard"), free_port()
     process = started(port, folder)
     yield port
+    ask(port, "POST", "/gradio_api/queue/join", b"[" * 100_000, content_type="application/json")
     status, said = stopped(process, signal.SIGTERM)
     assert status == 0
     assert [line for line in said.splitlines() if not line.startswith("bad request: ")] == []

@@ -311,6 +311,7 @@ class Quiet:
         return values
 
 
+@pytest.mark.filterwarnings("ignore:rfclip-tiny is a demonstration")
 @pytest.mark.parametrize("size", [(1, 16), (16, 1), (250, 4000), (4000, 3000), (5000, 5000)])
 def test_the_work_is_bounded_by_what_is_shown(tmp_path, monkeypatch, size):
     """However many pixels an upload has, and however long it is, little is segmented and drawn; masks fit it."""

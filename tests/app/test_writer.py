@@ -8,6 +8,8 @@ from miniatures import JOB, NAMES, same
 from rfclip.app.writer import Writer, described, plan_shards
 from rfclip.outputs import read_masks
 
+pytestmark = pytest.mark.filterwarnings("ignore:rfclip-tiny is a demonstration")
+
 
 def test_shards_that_are_there(tmp_path, pictures, segmenter, masks):
     """They are continued; other settings are refused; on demand all are replaced, however the work is split."""

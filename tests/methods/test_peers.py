@@ -83,6 +83,7 @@ def test_proxyclip_on_sides_that_are_no_multiples():
         forward.dense(forward.tower.patches(images))
 
 
+@pytest.mark.filterwarnings("ignore:rfclip-tiny is a demonstration")
 def test_proxyclip_in_windows():
     """The segmenter passes it the pictures, and takes its logits on the grid of its DINO."""
     model = rfclip.load_model()

@@ -1,6 +1,7 @@
 """The segmenter against a plain loop over windows, at other sizes, thresholds and precisions; wrong options."""
 
 import copy
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,19 @@ def test_features_that_are_not_finite_give_no_labels(model, picture, value):
 LONG = "a very " + "long " * 40
 
 
+def test_a_name_that_is_cut_is_named(segmenter, picture):
+    """A name that just fits is not, whatever the template puts around it."""
+    with pytest.warns(UserWarning, match="classes: 'a very long .* cat' is cut, as the model reads 32 tokens"):
+        segmenter.check_names([(f"{LONG}cat",), ("dog",)])
+    fits = " ".join(["cat"] * 24)
+    tokens = open_clip.get_tokenizer(f"local-dir:{tiny_folder()}")(open_clip.OPENAI_IMAGENET_TEMPLATES[0](fits))[0]
+    assert tokens.count_nonzero() == 32
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        segmenter.check_names([(fits,), ("dog",)])
+
+
+@pytest.mark.filterwarnings("ignore:classes.* is cut")
 @pytest.mark.parametrize(
     "names",
     [["Dog", "dog"], ["caf\u00e9", "cafe\u0301"], ["salt & pepper", "salt &amp; pepper"], [f"{LONG}cat", f"{LONG}dog"]],

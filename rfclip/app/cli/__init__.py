@@ -57,7 +57,9 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _ended)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # which Windows does not have
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _ended)
     # What it says about each attempt to reach the hub, the error that ends them says once, in a sentence.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
