@@ -231,6 +231,8 @@ def test_an_unknown_precision():
     for name in ("rfclip-tiny", "ViT-B-16"):
         with pytest.raises(ValueError, match="precision='float16': expected one of fp32, bf16, fp16"):
             rfclip.load_model(name, None if name == "rfclip-tiny" else "openai", precision="float16")
+    with pytest.raises(ValueError, match="precision='banana': expected one of fp32, bf16, fp16"):
+        Segmenter(rfclip.load_model(), precision="banana")
 
 
 def test_no_network(monkeypatch):

@@ -8,7 +8,9 @@ import torch
 import transformers
 from refocusing import DEFAULT, assert_each_close, outputs, refocused
 from small_models import DIMS, pictures, small_clip, to_hugging_face
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import rfclip
@@ -223,6 +225,17 @@ def test_hugging_faces_modules_with_hooks_are_refused(part):
     model.vision_model.get_submodule(part).register_forward_hook(lambda *given: None)
     with pytest.raises(ValueError, match="has the hook"):
         rfclip.refocus(model, rfclip.RefocusConfig(DIMS))
+
+
+def test_sharded_blocks_are_refused(tmp_path):
+    model = small_clip()
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        fully_shard(model.visual.transformer.resblocks[1], mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"block 2 .*FSDP.*sharding"):
+            rfclip.refocus(model, DEFAULT)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_what_transformers_leaves_behind_is_no_hook():
