@@ -467,9 +467,9 @@ def test_wrong_arguments(folder, case):
 @pytest.mark.parametrize(
     "given, accepted",
     [
-        ("--threshold=1.5", "less than or equal to 1"),
-        ("--threshold=-0.1", "greater than or equal to 0"),
-        ("--threshold=nan", "equal to"),
+        ("--threshold=1.5", "less than or equal to 1|is not in the range 0<=x<=1"),  # newer and older Typer
+        ("--threshold=-0.1", "greater than or equal to 0|is not in the range 0<=x<=1"),
+        ("--threshold=nan", "equal to|expected a probability, from 0 to 1"),
         ("--backend=magic", "'auto', 'eager', 'reference', 'triton'"),
         ("--precision=fp8", "'fp32', 'bf16', 'fp16'"),
         ("--format=tiff", "'png', 'parquet'"),
@@ -481,7 +481,7 @@ def test_choices_on_the_command_line(folder, given, accepted):
     result = run("segment", "picture.png", "--classes", "cat", given)
     assert result.exit_code == 2
     said = " ".join(result.stderr.replace("│", " ").split())
-    assert f"Invalid value for '{given.partition('=')[0]}'" in said and accepted in said
+    assert given.partition("=")[0] in said and any(words in said for words in accepted.split("|"))
     assert files_below(folder) == {"picture.png"}
 
 

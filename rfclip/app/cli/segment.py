@@ -60,6 +60,8 @@ def segment(
         named = parse_classes(common.given_once("--classes", classes))
         if len(named) + bool(background) > 255:
             raise ValueError(f"--classes: got {len(named)}; an indexed mask holds at most 255, the background included")
+        if threshold is not None and not 0 <= threshold <= 1:  # Typer before 0.25 lets NaN pass
+            raise ValueError(f"--threshold {threshold}: expected a probability, from 0 to 1")
         find_method(method)
         refocusing = common.read_config(config)
         if format == "png":
