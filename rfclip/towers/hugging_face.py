@@ -144,7 +144,7 @@ class HuggingFaceTower(Tower):
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=self.ln_post(x[:, 0]))
 
     def encode_image(self, model: Any, images: Tensor) -> Tensor:
-        return model.visual_projection(model.vision_model(images, interpolate_pos_encoding=True, return_dict=True)[1])
+        return model.visual_projection(model.vision_model(images, interpolate_pos_encoding=True)[1])
 
     def encode_text(self, model: Any, tokens: Tensor) -> Tensor:
         found = model.get_text_features(tokens)

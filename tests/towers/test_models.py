@@ -187,7 +187,7 @@ def test_what_a_library_logs_is_read(tmp_path, caplog):
     rfclip.load_model(name)
     assert not caplog.records
     open_clip.create_model(name, load_weights=False)
-    assert "No pretrained weights loaded" in caplog.text
+    assert "No pretrained weights loaded" in caplog.text or "initialized partially" in caplog.text  # open_clip 3.0
 
 
 def test_safetensors_are_taken_beside_a_pickle(tmp_path):

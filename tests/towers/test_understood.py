@@ -250,7 +250,7 @@ def test_what_transformers_leaves_behind_is_no_hook():
     ("setting", "value"), [("output_attentions", True), ("output_hidden_states", True), ("return_dict", False)]
 )
 def test_a_config_that_asks_for_more_is_refused_where_it_matters(setting, value):
-    model, images = to_hugging_face(small_clip()), pictures()
+    model, images = to_hugging_face(small_clip(dtype=torch.float32)), pictures(dtype=torch.float32)
     assert isinstance(model, transformers.CLIPModel)
     with rfclip.refocus(model, rfclip.RefocusConfig(DIMS)):
         want = rfclip.dense_features(model, images)
