@@ -33,7 +33,7 @@ def refused(result, *words):
     """Assert that the command stopped with a single message, which contains these words."""
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
+    assert result.stderr.lstrip().startswith("error: ")  # Rich 13 ends a spinner with an empty line
     assert "\n\n" not in result.stderr
     for word in words:
         assert word in result.stderr

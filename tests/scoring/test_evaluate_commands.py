@@ -147,7 +147,7 @@ def test_evaluate_several_methods(tmp_path, monkeypatch):
         (["scenes", "--count", 0], "--count"),
         (["scenes", "--count", -3], "--count"),
         (["scenes", "--inject-distraction", 2], "--inject-distraction"),
-        (["scenes", "--inject-distraction", "nan"], "--inject-distraction"),
+        (["scenes", "--inject-distraction", "nan"], "inject"),  # Typer before 0.25 lets NaN pass
         (["voc21"], "--root DIR is missing"),
         (["voc21", "--root", "."], "expected below ."),
         (["voc21", "--root", ".", "--limit", 0], "--limit"),
