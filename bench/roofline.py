@@ -11,26 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rfclip_kernels.registry import Example
+from tools.kernel_report import forward
+from tools.kernel_report.forward import GPU, GPUS
 from tools.kernel_report.launches import OPS, SHAPES, Shape, record
-
-
-@dataclass(frozen=True)
-class GPU:
-    """`flops`: dense fp16 products summed in fp32, a second; `bandwidth`: bytes a second; `torch`: part of its name."""
-
-    flops: float
-    bandwidth: float
-    torch: str
-
-
-# NVIDIA's "Ampere GA102 GPU Architecture" whitepaper (RTX 3090: 71 TFLOPS with FP32 accumulate, 936 GB/s), the A100
-# data sheet (SXM, 80 GB: 312 TFLOPS, 2039 GB/s) and the H100 data sheet (SXM: 1979 TFLOPS with sparsity, so half of it
-# without, and 3.35 TB/s).
-GPUS = {
-    "RTX 3090": GPU(71e12, 936e9, "RTX 3090"),
-    "A100 SXM 80 GB": GPU(312e12, 2039e9, "A100-SXM4-80GB"),
-    "H100 SXM": GPU(989.5e12, 3350e9, "H100 80GB HBM3"),
-}
 
 
 @dataclass(frozen=True)
@@ -57,45 +40,7 @@ class Projection:
 def count(op: Example, shape: Shape) -> Work:
     """The work of one call; where it depends on how many keys are targets, the mean."""
     recording = record(op, shape)
-    matrix = (launch for launch in recording.launches if launch.products.tiles is not None)
-    return Work(sum(float(launch.operations.mean()) for launch in matrix), recording.moved)
-
-
-def linear(rows: int, inputs: int, outputs: int) -> Work:
-    """A linear layer in fp16."""
-    return Work(2.0 * rows * inputs * outputs, 2.0 * (rows * inputs + inputs * outputs + rows * outputs))
-
-
-def block(shape: Shape, whole: bool = True) -> list[Work]:
-    """The linear layers of one block, or of the last one, from which dense features take only the attention's."""
-    T, d = shape.sizes.T, shape.sizes.d
-    attention = [linear(T, d, 3 * d), linear(T, d, d)]
-    return attention + [linear(T, d, 4 * d), linear(T, 4 * d, d)] if whole else attention
-
-
-def plain_tower(shape: Shape) -> list[Work]:
-    """The linear layers, and flash attention that reads q, k and v once and writes as much as one of them."""
-    tokens, d = shape.sizes.T, shape.sizes.d
-    attention = Work(4.0 * tokens**2 * d, 2.0 * 4 * tokens * d)
-    return shape.sizes.L * [*block(shape), attention]
-
-
-def refocused_tower(shape: Shape, counted: dict[str, Work]) -> list[Work]:
-    """The linear layers and the operators that `rfclip.dense_features` calls with the preset of the model."""
-    L = shape.sizes.L
-    calls = {
-        "distraction_mask": L,
-        "redistribute_embeddings": L,
-        "received_attention": L if shape.model == "ViT-L/14" else 0,
-        "key_similarity, first block": 1,
-        "key_similarity, later block": L - 2,
-        "fiedler_vector": L - 1,
-        "defocus_mask": L - 1,
-        "refocused_attention": L - 1,
-        "proxy_attention": 1,
-    }
-    linears = (L - 1) * block(shape) + block(shape, whole=False)
-    return linears + [counted[name] for name, times in calls.items() for _ in range(times)]
+    return Work(sum(step.operations for step in recording.steps), recording.moved)
 
 
 def project() -> Iterator[Projection]:
@@ -103,7 +48,9 @@ def project() -> Iterator[Projection]:
     for shape in SHAPES:
         counted = {op.name: count(op, shape) for op in OPS}
         rows = {name: [work] for name, work in counted.items()}
-        rows |= {"plain tower": plain_tower(shape), "RF-CLIP tower": refocused_tower(shape, counted)}
+        towers = forward.count(shape, 1)
+        for name, steps in (("plain tower", towers.plain), ("RF-CLIP tower", towers.refocused)):
+            rows[name] = [Work(step.operations, step.moved) for step in steps]
         for name, works in rows.items():
             seconds = {gpu: sum(work.seconds(peak) for work in works) for gpu, peak in GPUS.items()}
             yield Projection(name, shape.model, shape.image, seconds)

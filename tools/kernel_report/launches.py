@@ -4,11 +4,12 @@ Each example of `rfclip_kernels.registry` runs on tensors without data, and what
 arguments and options, so that what is compiled and counted cannot drift from what runs. Nothing here is measured.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from triton import cdiv
 from triton.runtime.jit import JITFunction, MockTensor
 
@@ -27,6 +29,7 @@ from rfclip_kernels.registry import EXAMPLES, Example, Products, Sizes
 MOST_OPERATIONS = 1.02  # of plain flash attention's
 MOST_BYTES = 1.10  # of the least
 OPS = [example for example in EXAMPLES if example.module]
+PRODUCTS = {kernel: products for example in EXAMPLES for kernel, products in example.kernels.items()}
 
 
 @dataclass(frozen=True)
@@ -71,17 +74,31 @@ class Launch:
         return columns * math.prod(self.grid) * 2.0 * a["BM"] * a["BD"]
 
 
+class Step(NamedTuple):
+    """A launch of a Triton kernel, or an operator of PyTorch, which counts as one; and its matrix operations."""
+
+    name: str
+    triton: bool
+    operations: float
+    moved: int
+
+
 @dataclass
 class Recording:
-    """What one call of an operation launched and moved, and the bytes of its inputs and outputs, each once."""
+    """What was launched: its steps, the Triton launches among them, and the bytes of inputs and outputs, each once."""
 
+    steps: list[Step] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)
-    moved: int = 0
     least: int = 0
+
+    @property
+    def moved(self) -> int:
+        """Bytes that the steps move."""
+        return sum(step.moved for step in self.steps)
 
 
 class CountingMode(FakeTensorMode):
-    """Tensors without data, on a GPU that need not exist; counts the bytes that PyTorch's own operators move."""
+    """Tensors without data, on a GPU that need not exist; records PyTorch's own operators, but for views."""
 
     def __init__(self, recording: Recording) -> None:
         super().__init__()
@@ -101,42 +118,60 @@ class CountingMode(FakeTensorMode):
             known = {tensor.untyped_storage()._cdata for tensor in read}
             viewed = all(tensor.untyped_storage()._cdata in known for tensor in written)
             if func._schema.is_mutable or not viewed:
-                self.recording.moved += _bytes(read) + _bytes(written)
+                flops = flop_registry.get(func.overloadpacket)
+                operations = flops(*args, **(kwargs or {}), out_val=out) if flops else 0
+                moved = tensor_bytes(read) + tensor_bytes(written)
+                self.recording.steps.append(Step(func.name(), False, operations, moved))
         return out
 
 
-def record(op: Example, shape: Shape, hip: bool = False, function: Callable | None = None) -> Recording:
-    """Call an operation, or another function of its inputs, on tensors without data, as on a CUDA or a ROCm device."""
-    recording, function = Recording(), function or getattr(rfclip_kernels, op.operation)
+@contextlib.contextmanager
+def recording(hip: bool = False) -> Iterator[Recording]:
+    """Record what is launched, on tensors without data, as on a CUDA or a ROCm device."""
+    found = Recording()
 
     def run(kernel: JITFunction, *, grid: tuple[int, ...], warmup: bool, **arguments: Any) -> None:
         tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
         mocks = {name: MockTensor(value.dtype, value.shape) for name, value in tensors.items()}
-        products = op.kernels.get(kernel.__name__, Products())
+        products = PRODUCTS.get(kernel.__name__, Products())
         launch = Launch(kernel, grid, arguments | mocks, products)
         once = {id(value): value for name, value in tensors.items() if name not in products.sparse}
-        recording.moved += _bytes(once.values()) + _bytes(tensors[name] for name in products.updated)
-        recording.launches.append(launch)
+        moved = tensor_bytes(once.values()) + tensor_bytes(tensors[name] for name in products.updated)
+        operations = float(launch.operations.mean()) if products.tiles else 0.0
+        found.steps.append(Step(kernel.__name__, True, operations, moved))
+        found.launches.append(launch)
 
     with (
-        CountingMode(recording),
+        CountingMode(found),
         set_wrap_triton_enabled(False),
         patch.object(JITFunction, "run", run),
         patch.object(attention, "on_hip", lambda: hip),
     ):
+        yield found
+
+
+def record(op: Example, shape: Shape, hip: bool = False, function: Callable | None = None) -> Recording:
+    """Call an operation, or another function of its inputs."""
+    function = function or getattr(rfclip_kernels, op.operation)
+    with recording(hip) as found:
         inputs = op.inputs(shape.sizes)
-        recording.moved = 0
+        found.steps.clear()
         outputs = function(**inputs)
-        recording.least = _bytes(_tensors(inputs)) + _bytes(_tensors(outputs))
-    return recording
+        found.least = tensor_bytes(_tensors(inputs)) + tensor_bytes(_tensors(outputs))
+    return found
 
 
 def _tensors(tree: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of all their elements, those of an expanded dimension once."""
+    return sum(
+        tensor.itemsize * math.prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+        for tensor in tensors
+        if tensor.numel()
+    )
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """Compile every kernel for real GPUs, without one, and count what each launch computes and moves.
 
-python -m tools.kernel_report [--summary]
+python -m tools.kernel_report [--summary] [--gpu NAME --peak SHARE --bandwidth SHARE --launch US --graph-launch US]
 
 Everything comes from the launches that `tools.kernel_report.launches` records, specialized as Triton would on the GPU.
-The report has three tables: a line for each kernel (all that --summary prints), a line for each compilation, and
-operations and bytes relative to the least possible.
+The report has four tables: a line for each kernel (all that --summary prints), a line for each compilation, operations
+and bytes relative to the least possible, and whole forwards beside plain CLIP's, with their projected time.
 
-The exit code is 1 if a kernel fails to compile, spills, does not fit, or multiplies matrices without tensor cores, or
-if an attention sweep misses a goal: 1.02 times the operations of plain flash attention, 1.10 times the least bytes.
+The exit code is 1 if a kernel fails to compile, spills, does not fit, or multiplies matrices without tensor cores, if
+an attention sweep misses a goal (1.02 times the operations of plain flash attention, 1.10 times the least bytes), or if
+a forward launches more than it may.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import MockTensor, create_function_from_signature
 
 from rfclip_kernels.registry import Example
+from tools.kernel_report.forward import FORWARDS, GPUS, MOST, Assumptions, Forward, count
 from tools.kernel_report.launches import OPS, SHAPES, Cost, Launch, Shape, cost, record
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -51,6 +53,14 @@ Counted, not measured: fp16, batch 1, with the tiles of the CUDA launch. Operati
 padding, relative to plain flash attention's with the same tiles (mean and worst over the number of target keys) and to
 the least, without padding. Bytes are those of every tensor that a launch or a PyTorch operator reads or writes, once
 each, relative to those of the inputs and outputs, once each."""
+FORWARDS_TITLE = """\
+Whole forwards in fp16, counted: launches of plain CLIP (open_clip with PyTorch's attention and QuickGELU) and of
+RF-CLIP, by Triton and by PyTorch, whose operators count as one each. The times are projected, not measured, for {gpu}:
+each step takes as long as its operations at {peak:.0%} of the peak rate or its bytes at {bandwidth:.0%} of the
+bandwidth, and {launch:.1f} us more, or {graph_launch:.1f} us in a CUDA graph."""
+FORWARDS_HEADS = (
+    "model | image | batch | plain | Triton | PyTorch | a block | bytes over plain | time over plain | in graphs"
+)
 COSTS_HEADS = "operator | model | image | over flash | worst | over the least | bytes over the least"
 
 
@@ -263,6 +273,24 @@ def cost_rows(costs: dict[tuple[Example, Shape], Cost]) -> list[tuple]:
     return rows
 
 
+def forward_rows(forwards: list[Forward], assumed: Assumptions) -> list[tuple]:
+    """The last table."""
+    rows = []
+    for each in forwards:
+        own, others = each.launches
+        moved = sum(step.moved for step in each.refocused) / sum(step.moved for step in each.plain)
+        times = [
+            assumed.seconds(each.refocused, graph=graph) / assumed.seconds(each.plain, graph=graph)
+            for graph in (False, True)
+        ]
+        blocks = (own + others) / each.shape.sizes.L
+        ratios = [f"{ratio:.2f}" for ratio in (moved, *times)]
+        rows.append(
+            (each.shape.model, each.shape.image, each.batch, len(each.plain), own, others, f"{blocks:.0f}", *ratios)
+        )
+    return rows
+
+
 def table(title: str, heads: str, rows: Iterable[tuple]) -> str:
     """A Markdown table below its title."""
     lines = [f"| {heads} |", f"|{' --- |' * (heads.count('|') + 1)}"]
@@ -273,17 +301,31 @@ def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m tools.kernel_report", description=__doc__.splitlines()[0])
     parser.add_argument("--summary", action="store_true", help="print only the first table, a line for each kernel")
-    summary = parser.parse_args(arguments).summary
+    assumed = Assumptions()
+    parser.add_argument("--gpu", choices=GPUS, default=assumed.gpu, help="of the projection")
+    parser.add_argument("--peak", type=float, default=assumed.peak, help="share of the peak rate that is reached")
+    parser.add_argument("--bandwidth", type=float, default=assumed.bandwidth, help="share of the bandwidth")
+    parser.add_argument("--launch", type=float, default=assumed.launch, help="microseconds that a launch costs")
+    parser.add_argument("--graph-launch", type=float, default=assumed.graph_launch, help="the same in a CUDA graph")
+    given = vars(parser.parse_args(arguments))
+    summary, assumed = given.pop("summary"), Assumptions(**given)
     compiled = compile_all(jobs())
     costs = {(op, shape): cost(op, shape) for op in OPS for shape in SHAPES}
     print(table(KERNELS_TITLE, KERNELS_HEADS, kernel_rows(compiled)))
+    forwards = [count(shape, batch) for shape, batch in FORWARDS]
     if not summary:
         print(table(LINES_TITLE, LINES_HEADS, line_rows(compiled)))
         print(table(COSTS_TITLE, COSTS_HEADS, cost_rows(costs)))
+        print(table(FORWARDS_TITLE.format(**vars(assumed)), FORWARDS_HEADS, forward_rows(forwards, assumed)))
     faults = [f"{line}: {fault}" for line, found in compiled.items() for one in found for fault in one.faults]
     for (op, shape), found in costs.items():
         missed = found.missed() if op.sweep and op.sweep.goal else []
         faults += [f"{op.name} | {shape.model} | {shape.image}: {goal}" for goal in missed]
+    for each in forwards:
+        if len(each.refocused) > MOST[each.shape.model]:
+            faults.append(
+                f"{each.shape.model} | {each.shape.image} | batch {each.batch}: {len(each.refocused)} launches"
+            )
     clean = "No failed compile, no spill, tensor cores in every matrix kernel, goals met."
     print("\n".join(faults) or clean, file=sys.stderr)
     return 1 if faults else 0

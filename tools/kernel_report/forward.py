@@ -1,0 +1,137 @@
+"""What a whole forward launches, plain and refocused, and the least time that this can take. Counted, not measured.
+
+Both run on tensors without data, on a GPU that need not exist, in fp16: plain is open_clip's `encode_image` with
+PyTorch's attention and OpenAI's QuickGELU, refocused is `rfclip.dense_features` with the preset on the Triton kernels.
+A launch of Triton is one, and so is an operator of PyTorch, although some, such as a sort, launch several kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.model import CLIP
+from torch import Tensor
+
+import rfclip
+from rfclip.ops import dispatch
+from tools.kernel_report.launches import Recording, Shape, Step, recording, tensor_bytes
+
+
+@dataclass(frozen=True)
+class GPU:
+    """`flops`: dense fp16 products summed in fp32, a second; `bandwidth`: bytes a second; `torch`: part of its name."""
+
+    flops: float
+    bandwidth: float
+    torch: str
+
+
+# NVIDIA's "Ampere GA102 GPU Architecture" whitepaper (RTX 3090: 71 TFLOPS with FP32 accumulate, 936 GB/s), the A100
+# data sheet (SXM, 80 GB: 312 TFLOPS, 2039 GB/s) and the H100 data sheet (SXM: 1979 TFLOPS with sparsity, so half of it
+# without, and 3.35 TB/s).
+GPUS = {
+    "RTX 3090": GPU(71e12, 936e9, "RTX 3090"),
+    "A100 SXM 80 GB": GPU(312e12, 2039e9, "A100-SXM4-80GB"),
+    "H100 SXM": GPU(989.5e12, 3350e9, "H100 80GB HBM3"),
+}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a projection assumes.
+
+    Attributes:
+        gpu: one of `GPUS`.
+        peak: share of the peak rate that matrix products reach.
+        bandwidth: share of the peak bandwidth that every step reaches.
+        launch: microseconds that a launch costs without a CUDA graph.
+        graph_launch: and within one.
+    """
+
+    gpu: str = "H100 SXM"
+    peak: float = 1.0
+    bandwidth: float = 1.0
+    launch: float = 3.0
+    graph_launch: float = 1.0
+
+    def seconds(self, steps: list[Step], *, graph: bool) -> float:
+        """Of steps that run one after another, each no faster than its operations and its bytes allow."""
+        gpu, each = GPUS[self.gpu], self.graph_launch if graph else self.launch
+        rates = gpu.flops * self.peak, gpu.bandwidth * self.bandwidth
+        return sum(max(step.operations / rates[0], step.moved / rates[1]) + 1e-6 * each for step in steps)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A shape and a batch, and the steps of both forwards."""
+
+    shape: Shape
+    batch: int
+    plain: list[Step]
+    refocused: list[Step]
+
+    @property
+    def launches(self) -> tuple[int, int]:
+        """Of Triton and of PyTorch, refocused."""
+        own = sum(step.triton for step in self.refocused)
+        return own, len(self.refocused) - own
+
+
+# Batch 1 of each size in the report, and what is asked of the path.
+FORWARDS = [
+    (Shape("ViT-B/16", size), batch)
+    for size, batch in (((224, 224), 1), ((224, 224), 32), ((336, 448), 8), ((672, 896), 1), ((1024, 2048), 1))
+] + [(Shape("ViT-L/14", (224, 224)), 1), (Shape("ViT-L/14", (336, 448)), 8)]
+# The most launches of a refocused forward: today's. The goal for ViT-B/16 is 150, as many as plain CLIP.
+MOST = {"ViT-B/16": 779, "ViT-L/14": 1763}
+
+
+def count(shape: Shape, batch: int) -> Forward:
+    """Record both forwards at a size and a batch."""
+    name = shape.model.replace("/", "-")
+    config = open_clip.get_model_config(name)
+    height, width = shape.size
+    with (
+        recording() as found,
+        patch.object(F, "scaled_dot_product_attention", partial(_fused_attention, found)),
+        patch.object(dispatch, "_obstacle", lambda device, dtype: None),
+        torch.device("cuda"),
+        torch.no_grad(),  # in inference mode, operators would be recorded before they are taken apart
+    ):
+        vision = config["vision_cfg"] | {"image_size": (height, width)}
+        model = CLIP(config["embed_dim"], vision, config["text_cfg"], quick_gelu=True).eval()
+        model = _halved(model)
+        images = torch.empty(batch, 3, height, width, dtype=torch.float16)
+        found.steps.clear()
+        model.encode_image(images)
+        plain = list(found.steps)
+        with rfclip.refocus(model, rfclip.RefocusConfig.preset(name, "openai"), backend="triton"):
+            found.steps.clear()
+            rfclip.dense_features(model, images)
+    return Forward(shape, batch, plain, found.steps)
+
+
+def _fused_attention(found: Recording, q: Tensor, k: Tensor, v: Tensor, *given: Any, **named: Any) -> Tensor:
+    """PyTorch's attention as one step, which it is on a GPU; on one that does not exist it is taken apart."""
+    operations = 4.0 * q.numel() * k.shape[-2]
+    found.steps.append(Step("scaled_dot_product_attention", False, operations, tensor_bytes([q, k, v, q])))
+    return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _halved(model: CLIP) -> CLIP:
+    """The model in fp16; its own `half` cannot exchange parameters without data."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(_half(parameter), requires_grad=False)
+    return model
+
+
+def _half(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=torch.float16, device=tensor.device)
