@@ -5,11 +5,11 @@ the prefix unless it is in T):
 
     out = o_R + (1 - beta) o_S + (1 + beta m_S / m_T) o_T,   m_G the softmax mass of a group and o_G its sum of p v
 
-The patches of each image are ordered on the device, T first, and swept as keys in two runs of an online softmax. Only
-T's factor depends on the whole row, so the second run adds S and R to one accumulator: two accumulators are enough. The
-runs merge through their maxima and sums. What S loses goes to T as `beta m_S` times T's own softmax, which needs no
-division by a mass that might underflow, and rows keep summing to 1 by construction. The keys of the prefix start a run,
-so that the tiles hold the N keys of the patches.
+One launch orders the patches of each image, T first, and the next sweeps them as keys in two runs of an online softmax.
+Only T's factor depends on the whole row, so the second run adds S and R to one accumulator: two accumulators are
+enough. The runs merge through their maxima and sums. What S loses goes to T as `beta m_S` times T's own softmax, which
+needs no division by a mass that might underflow, and rows keep summing to 1 by construction. The keys of the prefix
+start a run, so that the tiles hold the N keys of the patches.
 
 Self-attention of a vector with itself, as the peers use it: softmax(u u^T + bias) v. The bias depends on the offset
 between two patches on the grid and is read from a table of offsets. Proxy attention is the same sweep, L times into one
@@ -22,8 +22,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels.launch import check_launch, interpreted, on_device, wrap_triton
+from rfclip_kernels.launch import check_launch, interpreted, on_device, strides, wrap_triton
 
+BLOCK_PATCHES = 512
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -65,6 +66,52 @@ def add_key(b_l, b_v, taken, b_max, b_sum, b_acc):
     b_shrink, b_p = tl.exp2(b_max - b_new), tl.exp2(b_l - b_new)
     b_acc = b_acc * b_shrink[:, None] + b_p[:, None] * tl.where(taken, b_v, 0.0)[None, :]
     return b_new, b_sum * b_shrink + b_p, b_acc
+
+
+@triton.jit(do_not_specialize=["N"])
+def partition_kernel(
+    distraction_ptr,  # [B, N] bool
+    target_ptr,  # [B, N] bool, or [B, PREFIX + N] where WHOLE
+    order_ptr,  # [B, N] int32, as the next kernel reads it, and so are the others
+    taken_ptr,  # [B, N] bool
+    count_ptr,  # [B] int32
+    prefix_ptr,  # [B, PREFIX] bool
+    N,
+    stride_db,
+    stride_dn,
+    stride_tb,
+    stride_tn,
+    WHOLE: tl.constexpr,
+    PREFIX: tl.constexpr,
+    BN: tl.constexpr,
+):
+    i_b = tl.program_id(0).to(tl.int64)
+    p_distraction, p_target = distraction_ptr + i_b * stride_db, target_ptr + i_b * stride_tb
+    for i in tl.static_range(PREFIX):
+        in_target = tl.load(p_target + i * stride_tn) != 0 if WHOLE else False
+        tl.store(prefix_ptr + i_b * PREFIX + i, in_target)
+    if WHOLE:
+        p_target += PREFIX * stride_tn
+    b_count = tl.zeros([BN], tl.float32)  # counts are exact in fp32
+    for start in range(0, N, BN):
+        o_n = start + tl.arange(0, BN)
+        m_taken = tl.load(p_distraction + o_n * stride_dn, mask=o_n < N, other=0) != 0
+        m_target = tl.load(p_target + o_n * stride_tn, mask=o_n < N, other=0) != 0
+        b_count += tl.where(m_taken, 0.0, m_target.to(tl.float32))
+    n_target = tl.sum(b_count, axis=0).to(tl.int32)
+    tl.store(count_ptr + i_b, n_target)
+    n_before, n_others = 0, n_target  # where the next patch of T, and the next of the others, goes
+    for start in range(0, N, BN):
+        o_n = start + tl.arange(0, BN)
+        m_taken = tl.load(p_distraction + o_n * stride_dn, mask=o_n < N, other=0) != 0
+        m_target = tl.load(p_target + o_n * stride_tn, mask=o_n < N, other=0) != 0
+        b_target = tl.where(m_taken, 0, m_target.to(tl.int32))
+        b_other = tl.where(o_n < N, 1 - b_target, 0)
+        i_place = tl.where(b_target == 1, n_before + tl.cumsum(b_target, 0), n_others + tl.cumsum(b_other, 0)) - 1
+        tl.store(order_ptr + i_b * N + i_place, PREFIX + o_n, mask=o_n < N)
+        tl.store(taken_ptr + i_b * N + i_place, m_taken, mask=o_n < N)
+        n_before += tl.sum(b_target.to(tl.float32), axis=0).to(tl.int32)
+        n_others += tl.sum(b_other.to(tl.float32), axis=0).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["H", "T"])
@@ -269,32 +316,40 @@ def constants(D: int, dtype: torch.dtype) -> dict[str, object]:
     return launch_options(D, dtype, on_hip()) | {"D": D, "PRECISION": precision(on_hip())}
 
 
-def strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
-    """The strides of a tensor as arguments `stride_<name><axis>`."""
-    return {f"stride_{name}{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
-
-
 @triton_op("rfclip::refocused_attention", mutates_args={})
 def _refocused_attention(
     q: Tensor, k: Tensor, v: Tensor, distraction: Tensor, target: Tensor, beta: float, scale: float, prefix: int
 ) -> Tensor:
     B, H, T, D = q.shape
     N = T - prefix
-    with_prefix = target[:, :prefix] if target.shape[1] == T else target.new_zeros((B, prefix))
-    given = (target[:, -N:] & ~distraction).contiguous()  # [B, N]; what is made of it is contiguous, too
-    order = torch.argsort(~given, dim=1, stable=True)
+    order, taken = q.new_empty((B, N), dtype=torch.int32), q.new_empty((B, N), dtype=torch.bool)
+    count, with_prefix = q.new_empty((B,), dtype=torch.int32), q.new_empty((B, prefix), dtype=torch.bool)
     out = q.new_empty((B, T, H, D))
     options = constants(D, q.dtype)
     if B:
         with on_device(q):
+            wrap_triton(partition_kernel)[(B,)](
+                distraction_ptr=distraction,
+                target_ptr=target,
+                order_ptr=order,
+                taken_ptr=taken,
+                count_ptr=count,
+                prefix_ptr=with_prefix,
+                N=N,
+                **strides("d", distraction, "bn"),
+                **strides("t", target, "bn"),
+                WHOLE=target.shape[1] == T,
+                PREFIX=prefix,
+                BN=BLOCK_PATCHES,
+            )
             wrap_triton(refocused_attention_kernel)[(triton.cdiv(T, options["BM"]), B * H)](
                 q_ptr=q,
                 k_ptr=k,
                 v_ptr=v,
-                order_ptr=order.to(torch.int32) + prefix,
-                taken_ptr=distraction.gather(1, order),
-                count_ptr=given.sum(dim=1, dtype=torch.int32),
-                prefix_ptr=with_prefix.contiguous(),
+                order_ptr=order,
+                taken_ptr=taken,
+                count_ptr=count,
+                prefix_ptr=with_prefix,
                 out_ptr=out,
                 H=H,
                 T=T,
@@ -349,10 +404,11 @@ def launch_refocused_attention(
     scale: float,
     prefix: int,
 ) -> Tensor:
-    """One flash sweep over keys ordered by group; views of a packed projection are read in place.
+    """Two launches: keys are ordered by group, and swept as by flash attention.
 
-    The result is a view of memory laid out [B, T, H, D], as the output projection reads it. Where the reference leaves
-    a row unchanged because its mass on the target underflows, this gives what exact arithmetic gives.
+    Views of a packed projection are read in place. The result is a view of memory laid out [B, T, H, D], as the output
+    projection reads it. Where the reference leaves a row unchanged because its mass on the target underflows, this
+    gives what exact arithmetic gives.
     """
     check_launch(q.shape[-1], q=q, k=k, v=v, distraction=distraction, target=target)
     return _refocused_attention(q, k, v, distraction, target, beta, scale, prefix).transpose(1, 2)

@@ -3,6 +3,7 @@
 (Deg - W) y = lambda Deg y,  W = (S + S^T) / 2,  Deg = diag(W 1);  with u = Deg^1/2 y, u is the eigenvector of the
 second largest eigenvalue of M = Deg^-1/2 W Deg^-1/2, and that of the largest is known: Deg^1/2 1.
 
+Two launches make what the steps need: 2 W and Deg by rows, then of Deg the known vector, the scales and the start.
 Fifteen Lanczos steps build an orthonormal basis of the Krylov space of M, orthogonal to the known vector. A step is one
 launch: each program orthogonalizes the new vector against the basis (twice, which is enough), for which it reads
 [16, N] a few times, and multiplies its own rows of M with it. A last launch takes the leading eigenvector of the
@@ -10,18 +11,98 @@ launch: each program orthogonalizes the new vector against the basis (twice, whi
 another program. Started from the vector of the block before, which is close, the same steps come closer still.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels.krylov import BREAKDOWN, SQUARINGS, STEPS, start_of_cut
-from rfclip_kernels.launch import check_launch, on_device, wrap_triton
+from rfclip_kernels.krylov import BREAKDOWN, RIPPLE, SQUARINGS, STEPS
+from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
 
 BASIS = STEPS + 1  # the known vector, and one a step
 BLOCK_ROWS = 32
 BLOCK_COLUMNS = 128
+
+
+@triton.jit(do_not_specialize=["N"])
+def affinity_kernel(
+    similarity_ptr,  # [B, N, N] any floating-point dtype
+    affinity_ptr,  # [B, N, N] fp32 contiguous, 2 W
+    degree_ptr,  # [B, N] fp32, Deg
+    N,
+    stride_sb,
+    stride_sm,
+    stride_sn,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    i_b = tl.program_id(1).to(tl.int64)
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    p_similarity = similarity_ptr + i_b * stride_sb
+    b_degree = tl.zeros([BM], tl.float32)
+    for start in range(0, N, BN):
+        o_n = start + tl.arange(0, BN)
+        mask = (o_m < N)[:, None] & (o_n < N)[None, :]
+        p_row = p_similarity + o_m[:, None] * stride_sm + o_n[None, :] * stride_sn
+        p_column = p_similarity + o_n[None, :] * stride_sm + o_m[:, None] * stride_sn
+        b_affinity = tl.load(p_row, mask=mask, other=0.0).to(tl.float32)
+        b_affinity += tl.load(p_column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(affinity_ptr + (i_b * N + o_m[:, None]) * N + o_n[None, :], b_affinity, mask=mask)
+        b_degree += tl.sum(b_affinity, axis=1)
+    tl.store(degree_ptr + i_b * N + o_m, b_degree / 2, mask=o_m < N)
+
+
+@triton.jit(do_not_specialize=["N"])
+def start_kernel(
+    degree_ptr,  # [B, N] fp32, Deg
+    start_ptr,  # [B, N], near y, where GIVEN
+    inv_sqrt_ptr,  # [B, N] fp32, Deg^-1/2, 0 for a token without any similarity
+    scale_ptr,  # [B, N] fp32, (2 Deg)^-1/2
+    w_ptr,  # [B, N] fp32, the vector to start from
+    basis_ptr,  # [B, R, N] fp32, whose first vector is written: the known one
+    diagonal_ptr,  # [B, R] fp32, filled with 0
+    beside_ptr,  # [B, R] fp32, filled with 0
+    N,
+    ripple,  # of what is added to a given start
+    stride_sb,
+    stride_sn,
+    GIVEN: tl.constexpr,
+    R: tl.constexpr,
+    BN: tl.constexpr,
+):
+    i_b = tl.program_id(0).to(tl.int64)
+    o_r = tl.arange(0, R)
+    tl.store(diagonal_ptr + i_b * R + o_r, tl.zeros([R], tl.float32))
+    tl.store(beside_ptr + i_b * R + o_r, tl.zeros([R], tl.float32))
+    p_start = start_ptr + i_b * stride_sb
+    b_known, b_given = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
+    for start in range(0, N, BN):
+        o_n = start + tl.arange(0, BN)
+        b_degree = tl.load(degree_ptr + i_b * N + o_n, mask=o_n < N, other=0.0)
+        b_known += b_degree
+        if GIVEN:
+            b_start = tl.load(p_start + o_n * stride_sn, mask=o_n < N, other=0.0).to(tl.float32)
+            b_given += b_start * b_start * b_degree
+    known = tl.maximum(tl.sqrt(tl.sum(b_known, axis=0)), 1e-12)
+    given = tl.maximum(tl.sqrt(tl.sum(b_given, axis=0)), 1e-12)
+    for start in range(0, N, BN):
+        o_n = start + tl.arange(0, BN)
+        b_degree = tl.load(degree_ptr + i_b * N + o_n, mask=o_n < N, other=0.0)
+        b_root = tl.sqrt(b_degree)
+        b_inv_sqrt = tl.where(b_degree > 0, 1.0 / tl.where(b_degree > 0, b_root, 1.0), 0.0)
+        tl.store(inv_sqrt_ptr + i_b * N + o_n, b_inv_sqrt, mask=o_n < N)
+        tl.store(scale_ptr + i_b * N + o_n, b_inv_sqrt * 0.7071067811865476, mask=o_n < N)
+        tl.store(basis_ptr + i_b * R * N + o_n, b_root / known, mask=o_n < N)
+        # As `start_of_cut` has it: a vector that no eigenvector is orthogonal to, or a little of it.
+        b_turn = (o_n + 1).to(tl.float32) * 0.6180339887
+        b_w = b_turn - tl.floor(b_turn) - 0.5
+        if GIVEN:
+            b_start = tl.load(p_start + o_n * stride_sn, mask=o_n < N, other=0.0).to(tl.float32)
+            b_w = b_start * b_root / given + ripple * b_w
+        tl.store(w_ptr + i_b * N + o_n, b_w, mask=o_n < N)
 
 
 @triton.jit
@@ -195,19 +276,42 @@ def defocus_kernel(
 @triton_op("rfclip::fiedler_vector", mutates_args={})
 def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
     B, N, _ = similarity.shape
-    S = similarity.float()
-    W2, inv_sqrt, known, w = start_of_cut(S, start)
-    basis = S.new_empty((B, BASIS, N))
-    basis[:, 0] = known
-    diagonal, beside = S.new_zeros((B, BASIS)), S.new_zeros((B, BASIS))
-    y = S.new_empty((B, N))
+    empty = partial(similarity.new_empty, dtype=torch.float32)
+    affinity, basis = empty((B, N, N)), empty((B, BASIS, N))
+    degree, inv_sqrt, scale, w, y = (empty((B, N)) for _ in range(5))
+    diagonal, beside = empty((B, BASIS)), empty((B, BASIS))
     if B:
-        with on_device(W2):
-            scale = inv_sqrt / 2**0.5
+        with on_device(similarity):
+            wrap_triton(affinity_kernel)[(triton.cdiv(N, BLOCK_ROWS), B)](
+                similarity_ptr=similarity,
+                affinity_ptr=affinity,
+                degree_ptr=degree,
+                N=N,
+                **strides("s", similarity, "bmn"),
+                BM=BLOCK_ROWS,
+                BN=BLOCK_COLUMNS,
+                num_warps=8,
+            )
+            wrap_triton(start_kernel)[(B,)](
+                degree_ptr=degree,
+                start_ptr=degree if start is None else start,
+                inv_sqrt_ptr=inv_sqrt,
+                scale_ptr=scale,
+                w_ptr=w,
+                basis_ptr=basis,
+                diagonal_ptr=diagonal,
+                beside_ptr=beside,
+                N=N,
+                ripple=RIPPLE * (12 / N) ** 0.5,
+                **strides("s", degree if start is None else start, "bn"),
+                GIVEN=start is not None,
+                R=BASIS,
+                BN=BLOCK_COLUMNS,
+            )
             for step in range(1, BASIS):
-                out = S.new_empty((B, N))
+                out = empty((B, N))
                 wrap_triton(lanczos_kernel)[(triton.cdiv(N, BLOCK_ROWS), B)](
-                    affinity_ptr=W2,
+                    affinity_ptr=affinity,
                     scale_ptr=scale,
                     w_ptr=w,
                     basis_ptr=basis,

@@ -46,6 +46,11 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if several else nullcontext()
 
 
+def strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
+    """The strides of a tensor as arguments `stride_<name><axis>`."""
+    return {f"stride_{name}{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
+
+
 def wrap_triton(kernel: Any) -> Any:
     """`torch.library.wrap_triton`, which refuses interpreted kernels before PyTorch 2.12."""
     return kernel if interpreted() else torch.library.wrap_triton(kernel)

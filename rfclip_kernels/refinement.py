@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels.attention import strides
-from rfclip_kernels.launch import check_launch, on_device, wrap_triton
+from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
 
 BLOCK = 2048  # places of a tile [BP, BX]: 16 a thread
 NUM_WARPS = 4

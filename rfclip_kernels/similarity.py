@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels.attention import LOG2E, constants, dot, key_logits, softmax_step, strides
-from rfclip_kernels.launch import check_launch, on_device, wrap_triton
+from rfclip_kernels.attention import LOG2E, constants, dot, key_logits, softmax_step
+from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
 
 
 @triton.jit(do_not_specialize=["H", "T"])

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels.attention import LOG2E, strides
-from rfclip_kernels.launch import check_launch, on_device, wrap_triton
+from rfclip_kernels.attention import LOG2E
+from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
 
 BLOCK_NAMES = 4
 BLOCK_COLUMNS = 128

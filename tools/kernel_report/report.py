@@ -210,7 +210,7 @@ def jobs() -> dict[Line, list[Job]]:
             first = next(value for value in launch.arguments.values() if isinstance(value, MockTensor))
             D = "-" if launch.products.tiles is None else launch.arguments["D"]
             job = specialize(launch, name)
-            line = Line(launch.kernel.__name__.removesuffix("_kernel"), DTYPES[first.dtype], D, name)
+            line = Line(launch.kernel.__name__.removesuffix("_kernel"), DTYPES.get(first.dtype, "-"), D, name)
             lines[line][repr(job)] = job
     return {line: list(found.values()) for line, found in lines.items()}
 
