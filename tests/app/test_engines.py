@@ -251,13 +251,14 @@ def test_without_ray(monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
-def test_a_command_that_is_told_to_end(tmp_path, pictures, engine):
+def test_a_command_that_is_told_to_end(tmp_path, pictures, request, engine):
     """No trace of any library, and nothing left of a file that was being written."""
-    if engine == "ray":
-        pytest.importorskip("ray")
+    ray = request.getfixturevalue("ray") if engine == "ray" else None
+    cluster = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address} if ray else {}
     ask = ["segment", *(str(path) for path, _ in pictures), "--classes", "cat, dog", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(
         [sys.executable, "-m", "rfclip", *ask, "--engine", engine],
+        env=os.environ | cluster,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=heed_signals,
