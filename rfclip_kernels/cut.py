@@ -25,6 +25,8 @@ from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
 BASIS = STEPS + 1  # the known vector, and one a step
 BLOCK_ROWS = 32
 BLOCK_COLUMNS = 128
+SQUARE_ROWS = 16  # of the matrix that is made, in tiles that are read twice
+SQUARE_COLUMNS = 64
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -282,15 +284,14 @@ def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
     diagonal, beside = empty((B, BASIS)), empty((B, BASIS))
     if B:
         with on_device(similarity):
-            wrap_triton(affinity_kernel)[(triton.cdiv(N, BLOCK_ROWS), B)](
+            wrap_triton(affinity_kernel)[(triton.cdiv(N, SQUARE_ROWS), B)](
                 similarity_ptr=similarity,
                 affinity_ptr=affinity,
                 degree_ptr=degree,
                 N=N,
                 **strides("s", similarity, "bmn"),
-                BM=BLOCK_ROWS,
-                BN=BLOCK_COLUMNS,
-                num_warps=8,
+                BM=SQUARE_ROWS,
+                BN=SQUARE_COLUMNS,
             )
             wrap_triton(start_kernel)[(B,)](
                 degree_ptr=degree,
