@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import open_clip
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
@@ -62,7 +63,11 @@ def load_dino() -> nn.Module:
     import timm  # slow to import, and needed by this method only
 
     try:
-        dino = timm.create_model(DINO, pretrained=True, num_classes=0, dynamic_img_size=True)
+        # By itself timm would also take a pickle.
+        weights = open_clip.factory.download_pretrained_from_hf(f"timm/{DINO}", filename="model.safetensors")
+        dino = timm.create_model(
+            DINO, pretrained=True, pretrained_cfg_overlay={"file": weights}, num_classes=0, dynamic_img_size=True
+        )
     except (OSError, RuntimeError) as error:
         raise ConnectionError(
             f"the weights of DINO ViT-B/8 could not be downloaded ({error}); this needs a network once"

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import relative_error
 from oracles.methods import FORMULAS, Plain, formula, proxyclip, released_stream
+from safetensors.torch import save_file
 from small_models import DIMS, pictures, small_clip
 from timm.models.vision_transformer import VisionTransformer
 
@@ -170,6 +171,20 @@ def test_dino_that_cannot_be_downloaded(monkeypatch):
     def offline(*arguments, **options):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr("open_clip.factory.download_pretrained_from_hf", offline)
     with pytest.raises(ConnectionError, match="DINO ViT-B/8 could not be downloaded .no route to host."):
         rfclip.refocus(tower(), method="proxyclip")
+
+
+def test_dino_comes_from_safetensors(monkeypatch, tmp_path):
+    """The real loading path but for the download."""
+    monkeypatch.undo()
+    real = timm.create_model(proxyclip_file.DINO)
+    save_file(real.state_dict(), tmp_path / "model.safetensors")
+    asked = []
+    monkeypatch.setattr(
+        "open_clip.factory.download_pretrained_from_hf",
+        lambda *place, **named: asked.append((place, named)) or str(tmp_path / "model.safetensors"),
+    )
+    assert torch.equal(proxyclip_file.load_dino().pos_embed, real.pos_embed)
+    assert asked == [(("timm/vit_base_patch8_224.dino",), {"filename": "model.safetensors"})]
