@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,7 +65,7 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor]) -> Calibratio
     """
     tower, ops = read_tower(model), operations("reference")
     total, tokens = torch.zeros(tower.width, dtype=torch.float64), 0
-    several = isinstance(images, Iterable) and not isinstance(images, Tensor | np.ndarray)
+    several = isinstance(images, Iterable) and not isinstance(images, Tensor)
     for batch in cast(Iterable[Tensor], images if several else [images]):
         x = tower.embed(tower.patches(batch))
         for block in tower.blocks:

@@ -188,6 +188,12 @@ def is_finite(value: object) -> bool:
         return False
 
 
+def check_precision(precision: str) -> None:
+    """Raise ValueError for a precision that is none."""
+    if precision not in get_args(PrecisionName):
+        raise ValueError(f"precision={precision!r}: expected one of {', '.join(get_args(PrecisionName))}")
+
+
 def canonical_name(name: str) -> str:
     """A model's name as its library lists it: ViT-B/16 is ViT-B-16."""
     return name if ":" in name else name.replace("/", "-")

@@ -160,6 +160,5 @@ def dense_features(model: nn.Module, images: Tensor, *, method: str | None = Non
             return dense_features(model, images)
     if method is not None:
         raise ValueError(f"method={method!r}: this model is already refocused, with {present.name!r}")
-    present.tower.grid(images)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and getattr(images, "requires_grad", False)):
         return present.dense(present.tower.patches(images), images)

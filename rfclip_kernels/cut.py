@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels.krylov import BREAKDOWN, RIPPLE, SQUARINGS, STEPS
+from rfclip_kernels.krylov import BREAKDOWN, SQUARINGS, STEPS, ripple
 from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
 
 BASIS = STEPS + 1  # the known vector, and one a step
@@ -303,7 +303,7 @@ def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
                 diagonal_ptr=diagonal,
                 beside_ptr=beside,
                 N=N,
-                ripple=RIPPLE * (12 / N) ** 0.5,
+                ripple=ripple(N),
                 **strides("s", degree if start is None else start, "bn"),
                 GIVEN=start is not None,
                 R=BASIS,

@@ -9,8 +9,12 @@ from torch import Tensor
 
 STEPS = 15
 BREAKDOWN = 1e-6  # a vector with less than this that is new ends the basis
-RIPPLE = 1e-3  # of the vector that is added to a given start, to which no eigenvector is orthogonal
 SQUARINGS = 16  # of the projected matrix, where its leading eigenvector is found by squaring it
+
+
+def ripple(N: int) -> float:
+    """How much of the vector that no eigenvector is orthogonal to, of length about sqrt(N / 12), a given start gets."""
+    return 1e-3 * (12 / N) ** 0.5
 
 
 def start_of_cut(S: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -26,5 +30,5 @@ def start_of_cut(S: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     # A vector that no eigenvector is orthogonal to: for the first block, and a little of it beside a given start.
     w = (torch.arange(1, S.shape[1] + 1, device=S.device, dtype=S.dtype) * 0.6180339887) % 1 - 0.5  # about sqrt(N / 12)
     if start is not None:
-        w = F.normalize(start.to(S.dtype) * root, dim=-1) + RIPPLE * (12 / S.shape[1]) ** 0.5 * w
+        w = F.normalize(start.to(S.dtype) * root, dim=-1) + ripple(S.shape[1]) * w
     return W2, torch.where(degree > 0, degree.rsqrt(), 0), F.normalize(root, dim=-1), w.expand_as(root).contiguous()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import get_args
 
 import numpy as np
 import open_clip
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from rfclip.config import TINY, PrecisionName, RefocusConfig, canonical_name, is_finite
+from rfclip.config import TINY, RefocusConfig, canonical_name, check_precision, is_finite
 from rfclip.images import ImageLike, to_rgb
 from rfclip.methods import RF_CLIP, Protocol, find_method
 from rfclip.plugin import installed, refocus
@@ -87,8 +86,7 @@ class Segmenter:
         memory_limit: int = 1 << 30,
         cache: str | os.PathLike | bool | None = None,
     ) -> None:
-        if precision not in get_args(PrecisionName):
-            raise ValueError(f"precision={precision!r}: expected one of {', '.join(get_args(PrecisionName))}")
+        check_precision(precision)
         if isinstance(model, str):
             model = canonical_name(model)
             self.name, self.pretrained = model, pretrained

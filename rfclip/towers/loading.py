@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import open_clip
 import torch
 from torch import Tensor
 
-from rfclip.config import TINY, PrecisionName, RefocusConfig, canonical_name
+from rfclip.config import TINY, RefocusConfig, canonical_name, check_precision
 from rfclip.tiny.scenes import CLASSES
 from rfclip.towers import FAMILIES, Tower
 
@@ -48,8 +48,7 @@ def load_model(
     """
     model: Any
     name = canonical_name(name)
-    if precision not in get_args(PrecisionName):
-        raise ValueError(f"precision={precision!r}: expected one of {', '.join(get_args(PrecisionName))}")
+    check_precision(precision)
     if name == TINY:
         if pretrained is not None:
             raise ValueError(f"pretrained={pretrained!r}: {TINY} comes with its own weights")

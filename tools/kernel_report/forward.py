@@ -129,9 +129,6 @@ def _halved(model: CLIP) -> CLIP:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = torch.nn.Parameter(_half(parameter), requires_grad=False)
+                half = torch.empty_like(parameter, dtype=torch.float16)
+                module._parameters[name] = torch.nn.Parameter(half, requires_grad=False)
     return model
-
-
-def _half(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=torch.float16, device=tensor.device)
