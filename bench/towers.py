@@ -29,6 +29,7 @@ from bench.measure import (
     peak_bytes,
     relative_error,
 )
+from rfclip.ops import operations
 from rfclip.ops.eager import KeyAverage
 from rfclip.plugin import installed
 from rfclip.towers import Tower, read_tower
@@ -183,7 +184,7 @@ def sdpa_tower(model: nn.Module, images: Tensor) -> Tensor:
     tower = read_tower(model)
     x = tower.embed(tower.patches(images))
     for block in tower.blocks:
-        x = block.finish(x, F.scaled_dot_product_attention(*block.query_key_value(x)))
+        x = torch.add(*block.finish(x, F.scaled_dot_product_attention(*block.query_key_value(x)), operations("eager")))
     return tower.pool(x)
 
 

@@ -72,7 +72,7 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor]) -> Calibratio
             weights = ops.dimension_weights(x[:, tower.prefix :])
             total += weights.sum(dim=(0, 1), dtype=torch.float64).cpu()
             tokens += weights.shape[0] * weights.shape[1]
-            x = block.finish(x, F.scaled_dot_product_attention(*block.query_key_value(x)))
+            x = torch.add(*block.finish(x, F.scaled_dot_product_attention(*block.query_key_value(x)), ops))
     if not tokens:
         raise ValueError("no image to calibrate on: give at least one")
     profile = (total / tokens).float()

@@ -12,8 +12,41 @@ from torch.library import triton_op
 
 from rfclip_kernels.launch import check_launch, on_device, wrap_triton
 
-BLOCK_TOKENS = 16
-BLOCK_WIDTH = 128
+
+@triton.jit
+def dimensions(DIMS: tl.constexpr, BJ: tl.constexpr):
+    """D_dis as offsets [BJ], the first of them repeated."""
+    o_j = tl.arange(0, BJ)
+    b_dims = tl.full([BJ], DIMS[0], tl.int32)
+    for j in tl.static_range(1, len(DIMS)):
+        b_dims = tl.where(o_j == j, DIMS[j], b_dims)
+    return b_dims
+
+
+@triton.jit
+def token_score(b_x, b_own, m_d, SHIFTED: tl.constexpr):
+    """phi of one token, from all of its values b_x [BD] and those in D_dis, b_own [BJ], in fp32."""
+    least = tl.min(tl.where(m_d, b_x, float("inf")), axis=0) if SHIFTED else 0.0
+    total = tl.sum(tl.where(m_d, b_x - least, 0.0), axis=0)
+    # Dividing by a negative sum, which only values that are not shifted have, turns the order round.
+    most = tl.where(total > 0, tl.max(b_own, axis=0), tl.min(b_own, axis=0)) - least
+    return tl.where(total == 0, 0.0, most / tl.where(total == 0, 1.0, total))
+
+
+@triton.jit
+def neighbours(i_n, gh, gw, SIZE: tl.constexpr, BP: tl.constexpr):
+    """The patches around patch i_n and whether they exist, [BP]."""
+    place = tl.arange(0, BP)
+    row, column = i_n // gw + place // SIZE - SIZE // 2, i_n % gw + place % SIZE - SIZE // 2
+    m_near = (row >= 0) & (row < gh) & (column >= 0) & (column < gw) & (place < SIZE * SIZE)
+    return row * gw + column, m_near & (place != SIZE * SIZE // 2)
+
+
+@triton.jit
+def mean_of_neighbours(b_near, m_near):
+    """The means of values [BJ, BP], and where there are any, [BJ]."""
+    b_count = tl.sum(m_near.to(tl.float32), axis=1)
+    return tl.sum(b_near.to(tl.float32), axis=1) / tl.maximum(b_count, 1.0), b_count > 0
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -29,32 +62,16 @@ def distraction_scores_kernel(
     DIMS: tl.constexpr,  # tuple of int
     SHIFTED: tl.constexpr,
     MASK: tl.constexpr,
-    BN: tl.constexpr,
     BD: tl.constexpr,
+    BJ: tl.constexpr,
 ):
-    i_b = tl.program_id(1).to(tl.int64)
-    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m_n = o_n < N
-    p_x = x_ptr + i_b * stride_xb + o_n * stride_xn  # [BN]
-    b_min = tl.full([BN], float("inf"), tl.float32)
-    b_sum = tl.zeros([BN], tl.float32)
-    b_first = tl.load(p_x, mask=m_n, other=0.0).to(tl.float32)  # sums are of differences from it: a large mean cancels
-    for start in range(0, d, BD):
-        o_d = start + tl.arange(0, BD)
-        m_x = m_n[:, None] & (o_d < d)[None, :]
-        b_x = tl.load(p_x[:, None] + o_d[None, :] * stride_xd, mask=m_x, other=0.0).to(tl.float32)  # [BN, BD]
-        b_min = tl.minimum(b_min, tl.min(tl.where(m_x, b_x, float("inf")), axis=1))
-        b_sum += tl.sum(tl.where(m_x, b_x - b_first[:, None], 0.0), axis=1)
-    b_least = tl.where(m_n, b_min, 0.0) if SHIFTED else tl.zeros([BN], tl.float32)
-    b_sum += d * (b_first - b_least)
-    b_phi = tl.full([BN], float("-inf"), tl.float32)
-    for j in tl.static_range(len(DIMS)):
-        b_f = tl.load(p_x + DIMS[j] * stride_xd, mask=m_n, other=0.0).to(tl.float32) - b_least
-        b_phi = tl.maximum(b_phi, tl.where(b_sum == 0, 0.0, b_f / tl.where(b_sum == 0, 1.0, b_sum)))
-    if MASK:
-        tl.store(out_ptr + i_b * N + o_n, b_phi > threshold, mask=m_n)
-    else:
-        tl.store(out_ptr + i_b * N + o_n, b_phi, mask=m_n)
+    i_b, i_n = (tl.program_id(0) // N).to(tl.int64), tl.program_id(0) % N
+    o_d = tl.arange(0, BD)
+    p_x = x_ptr + i_b * stride_xb + i_n * stride_xn
+    b_x = tl.load(p_x + o_d * stride_xd, mask=o_d < d, other=0.0).to(tl.float32)
+    b_own = tl.load(p_x + dimensions(DIMS, BJ) * stride_xd).to(tl.float32)
+    phi = token_score(b_x, b_own, o_d < d, SHIFTED)
+    tl.store(out_ptr + i_b * N + i_n, phi > threshold if MASK else phi)
 
 
 @triton.jit(do_not_specialize=["gh", "gw"])
@@ -71,24 +88,19 @@ def redistribute_kernel(
     stride_mn,
     DIMS: tl.constexpr,
     SIZE: tl.constexpr,
-    BN: tl.constexpr,
+    BJ: tl.constexpr,
+    BP: tl.constexpr,
 ):
-    i_b = tl.program_id(1).to(tl.int64)
-    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m_n = o_n < gh * gw
-    m_n &= tl.load(mask_ptr + i_b * stride_mb + o_n * stride_mn, mask=m_n, other=0) != 0
-    row, column = o_n // gw, o_n % gw
-    for j in tl.static_range(len(DIMS)):
-        b_sum = tl.zeros([BN], tl.float32)
-        b_count = tl.zeros([BN], tl.float32)
-        for place in range(SIZE * SIZE):
-            r, c = row + place // SIZE - SIZE // 2, column + place % SIZE - SIZE // 2
-            m_near = m_n & (r >= 0) & (r < gh) & (c >= 0) & (c < gw) & (place != SIZE * SIZE // 2)
-            p_near = before_ptr + (i_b * gh * gw + r * gw + c) * len(DIMS) + j
-            b_sum += tl.load(p_near, mask=m_near, other=0.0).to(tl.float32)
-            b_count += m_near.to(tl.float32)
-        b_mean = (b_sum / tl.maximum(b_count, 1.0)).to(x_ptr.dtype.element_ty)
-        tl.store(x_ptr + i_b * stride_xb + o_n * stride_xn + DIMS[j] * stride_xd, b_mean, mask=m_n & (b_count > 0))
+    N = gh * gw
+    i_b, i_n = (tl.program_id(0) // N).to(tl.int64), tl.program_id(0) % N
+    if tl.load(mask_ptr + i_b * stride_mb + i_n * stride_mn) != 0:
+        i_near, m_near = neighbours(i_n, gh, gw, SIZE, BP)
+        o_j = tl.arange(0, BJ)
+        m_near = m_near[None, :] & (o_j < len(DIMS))[:, None]  # [BJ, BP]
+        p_near = before_ptr + (i_b * N + i_near[None, :]) * len(DIMS) + o_j[:, None]
+        b_mean, b_exists = mean_of_neighbours(tl.load(p_near, mask=m_near, other=0.0), m_near)
+        p_x = x_ptr + i_b * stride_xb + i_n * stride_xn + dimensions(DIMS, BJ) * stride_xd
+        tl.store(p_x, b_mean.to(x_ptr.dtype.element_ty), mask=b_exists)
 
 
 @triton_op("rfclip::distraction_scores", mutates_args={})
@@ -97,7 +109,7 @@ def _distraction_scores(x: Tensor, dims: list[int], threshold: float | None, shi
     out = x.new_empty((B, N), dtype=torch.float32 if threshold is None else torch.bool)
     if B:
         with on_device(x):
-            wrap_triton(distraction_scores_kernel)[(triton.cdiv(N, BLOCK_TOKENS), B)](
+            wrap_triton(distraction_scores_kernel)[(B * N,)](
                 x_ptr=x,
                 out_ptr=out,
                 N=N,
@@ -109,8 +121,8 @@ def _distraction_scores(x: Tensor, dims: list[int], threshold: float | None, shi
                 DIMS=tuple(dims),
                 SHIFTED=shifted,
                 MASK=threshold is not None,
-                BN=BLOCK_TOKENS,
-                BD=BLOCK_WIDTH,
+                BD=triton.next_power_of_2(d),
+                BJ=triton.next_power_of_2(len(dims)),
             )
     return out
 
@@ -120,7 +132,7 @@ def _redistribute_embeddings_(x: Tensor, mask: Tensor, dims: list[int], gh: int,
     B, N, _ = x.shape
     if B:
         with on_device(x):
-            wrap_triton(redistribute_kernel)[(triton.cdiv(N, BLOCK_TOKENS), B)](
+            wrap_triton(redistribute_kernel)[(B * N,)](
                 before_ptr=torch.stack([x[:, :, j] for j in dims], dim=-1),
                 mask_ptr=mask,
                 x_ptr=x,
@@ -133,7 +145,8 @@ def _redistribute_embeddings_(x: Tensor, mask: Tensor, dims: list[int], gh: int,
                 stride_mn=mask.stride(1),
                 DIMS=tuple(dims),
                 SIZE=size,
-                BN=BLOCK_TOKENS,
+                BJ=triton.next_power_of_2(len(dims)),
+                BP=triton.next_power_of_2(size**2),
             )
 
 

@@ -104,6 +104,88 @@ class Operations:
             return x.new_zeros(x.shape[:2], dtype=torch.bool)
         return self._run["distraction_mask"](x, dims, threshold, shifted)
 
+    # Steps 1 and 3 between the branches of a block
+
+    def add_layer_norm(
+        self, x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5
+    ) -> tuple[Tensor, Tensor]:
+        """A branch joins the residual stream, and the stream is normalized for the next: no equation, but every block.
+
+        s = x + branch,  y = (s - mean) / sqrt(var + eps) * weight + bias, mean and variance over d
+
+        Args:
+            x, branch: stream and branch [B, T, d], any floating-point dtypes.
+            weight, bias: those of a `torch.nn.LayerNorm`, [d].
+            eps: added to the variance.
+
+        Returns:
+            s and y, [B, T, d] of the dtype that x + branch has.
+        """
+        self._normed(x, branch, weight, bias)
+        return self._run["add_layer_norm"](x, branch, weight, bias, checks.number("eps", eps, 0))
+
+    def repaired_layer_norm(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        dims: Sequence[int],
+        threshold: float,
+        grid: tuple[int, int],
+        *,
+        eps: float = 1e-5,
+        shifted: bool = True,
+        size: int = 3,
+        prefix: int = 1,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`add_layer_norm` with the patches repaired in between, as the stream enters a block [P 6, P 13].
+
+        s = x + branch, whose patches `distraction_mask` judges and `redistribute_embeddings` repairs; y is its norm.
+
+        Args:
+            x, branch, weight, bias, eps: as in `add_layer_norm`; the first block has no branch.
+            dims, threshold, shifted: as in `distraction_mask`, at least one dimension.
+            grid, size: as in `redistribute_embeddings`.
+            prefix: as in `received_attention`.
+
+        Returns:
+            s and y, [B, T, d] of the dtype that x + branch has, and T_dis, bool [B, N].
+        """
+        sizes = self._normed(x, branch, weight, bias, {"prefix": checks.integer("prefix", prefix, 0)})
+        checks.window_side(size)
+        dims, (gh, gw) = checks.dimension_list(dims, sizes["d"]), checks.grid_sides(grid, sizes["N"])
+        if not dims:
+            raise ValueError("dims must have at least one dimension; use add_layer_norm where nothing is repaired")
+        eps, threshold = checks.number("eps", eps, 0), checks.number("threshold", threshold)
+        given = (x, branch, weight, bias, eps, dims, threshold, gh, gw, shifted, size, prefix)
+        return self._run["repaired_layer_norm"](*given)
+
+    @staticmethod
+    def _normed(
+        x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, known: dict[str, int] | None = None
+    ) -> dict[str, int]:
+        """Check a stream and its norm; returns the sizes."""
+        sizes = tensor_sizes("x", x, "B T d", known)
+        if branch is not None:
+            tensor_sizes("branch", branch, "B T d", sizes)
+        for name, value in (("weight", weight), ("bias", bias)):
+            tensor_sizes(name, value, "d", sizes)
+        return sizes
+
+    def quick_gelu(self, x: Tensor) -> Tensor:
+        """OpenAI's approximation of GELU, x * sigmoid(1.702 x), elementwise.
+
+        Args:
+            x: of any shape and floating-point dtype.
+
+        Returns:
+            A new tensor of x's shape and dtype.
+        """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise ValueError(f"x must be a floating-point tensor, got {checks.given(x)}")
+        return self._run["quick_gelu"](x)
+
     # Step 2: the joint criterion
 
     def received_attention(self, q: Tensor, k: Tensor, *, scale: float | None = None, prefix: int = 1) -> Tensor:

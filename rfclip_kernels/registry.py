@@ -180,6 +180,16 @@ def _masked(s: Sizes) -> Inputs:
     return {"x": s.patches(), "mask": s.mask(10), "dims": s.dims}
 
 
+def _normed(s: Sizes) -> Inputs:
+    x = s.tensor(s.B, s.T, s.d)
+    x[:, s.prefix :] = s.patches()
+    return {"x": x, "branch": s.tensor(s.B, s.T, s.d), "weight": s.scores(s.d), "bias": s.scores(s.d)}
+
+
+def _repaired(s: Sizes) -> Inputs:
+    return _normed(s) | {"dims": s.dims, "threshold": 5 / s.d, "grid": s.grid, "prefix": s.prefix}
+
+
 def _filtered(s: Sizes) -> Inputs:
     return {"x": s.patches(), "mask": s.mask(10), "grid": s.grid}
 
@@ -263,6 +273,10 @@ EXAMPLES = (
         module="distraction",
         kernels=_REPAIRED,
     ),
+    Example("add_layer_norm", _normed, module="stream"),
+    Example("repaired_layer_norm", _repaired, module="stream"),
+    Example("repaired_layer_norm", lambda s: _repaired(s) | {"branch": None, "size": 5}, "no branch", module="stream"),
+    Example("quick_gelu", lambda s: {"x": s.tensor(s.B, s.T, 4 * s.d)}, module="stream"),
     Example("clamp_embeddings", lambda s: _masked(s) | {"threshold": 5 / s.d}),
     Example("filter_embeddings", _filtered),
     Example("filter_embeddings", lambda s: _filtered(s) | {"statistic": "median"}, "median"),

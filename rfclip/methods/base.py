@@ -67,7 +67,11 @@ class Method:
     def stream(self, patches: Tensor) -> Tensor:
         """What leaves the last block [B, T, d] on the way to the image embedding; most methods do not change it."""
         x, qkv = self.last(patches)
-        return self.tower.blocks[-1].finish(x, F.scaled_dot_product_attention(*qkv))
+        return self.finished(x, F.scaled_dot_product_attention(*qkv))
+
+    def finished(self, x: Tensor, heads: Tensor) -> Tensor:
+        """The last block's output [B, T, d] from its input x and what its heads gathered [B, H, T, D]."""
+        return torch.add(*self.tower.blocks[-1].finish(x, heads, self.ops))
 
     def dense(self, patches: Tensor, images: Tensor | None = None) -> Tensor:
         """Patch embeddings [B, C, gh, gw], before normalization.
@@ -85,12 +89,13 @@ class Method:
 
     def inputs(self, patches: Tensor) -> Iterator[tuple[Block, Tensor, QKV]]:
         """Each block with its input in the plain tower, and its q, k and v."""
-        x = self.tower.embed(patches)
+        ops, x, branch = self.ops, self.tower.embed(patches), None
         for number, block in enumerate(self.tower.blocks, 1):
-            qkv = block.query_key_value(x)
+            x, y = ops.add_norm(block.ln_1, x, branch)
+            qkv = block.heads_of(y)
             yield block, x, qkv
             if number < len(self.tower.blocks):
-                x = block.finish(x, F.scaled_dot_product_attention(*qkv))
+                x, branch = block.finish(x, F.scaled_dot_product_attention(*qkv), ops)
 
     def last(self, patches: Tensor) -> tuple[Tensor, QKV]:
         """x[L], in most methods that of the plain tower, and its q, k and v."""

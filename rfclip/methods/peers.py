@@ -26,7 +26,7 @@ class SCLIP(Method):
         x, (q, k, v) = self.last(patches)
         prefix = self.tower.prefix
         gathered = self.ops.self_attention(q, v, prefix=prefix) + self.ops.self_attention(k, v, prefix=prefix)
-        return self.tower.blocks[-1].finish(x, gathered)[:, prefix:]
+        return self.finished(x, gathered)[:, prefix:]
 
 
 class ClearCLIP(Method):
@@ -58,4 +58,4 @@ class CLIPtrase(Method):
         x, qkv = self.last(patches)
         prefix, v = self.tower.prefix, qkv[2]
         gathered = reduce(torch.add, (self.ops.self_attention(u, v, prefix=prefix) for u in qkv))
-        return self.tower.blocks[-1].finish(x, gathered)[:, prefix:]
+        return self.finished(x, gathered)[:, prefix:]

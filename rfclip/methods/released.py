@@ -48,7 +48,8 @@ class Released(Method):
             before = x
             q, k, v = block.query_key_value(x)
             keys.append(k)
-            x = self._denoised(block.finish(x, F.scaled_dot_product_attention(q, k, v)), grid)
+            x = torch.add(*block.finish(x, F.scaled_dot_product_attention(q, k, v), self.ops))
+            x = self._denoised(x, grid)
             total = total + x
         return x, before, total / len(blocks), torch.stack(keys)
 

@@ -6,7 +6,7 @@ all blocks' SS(k).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,8 @@ class RFCLIP(Method):
 
     def last(self, patches: Tensor) -> tuple[Tensor, QKV]:
         """With every block refocused; the last one then runs unchanged."""
-        x, distraction, _ = self._run(patches)
-        q, k, v = self.tower.blocks[-1].query_key_value(x)
+        x, y, distraction, _ = self._run(patches)
+        q, k, v = self.tower.blocks[-1].heads_of(y)
         self.observe(Observed(len(self.tower.blocks), x, q, k, distraction, None, None))
         return x, (q, k, v)
 
@@ -47,16 +47,16 @@ class RFCLIP(Method):
         proxy, last, prefix = self.config.proxy, self.tower.blocks[-1], self.tower.prefix
         if proxy == "none":
             return self.stream(patches)[:, prefix:]
-        x, _, average = self._run(patches, gathers=proxy == "kk-mean")
+        _, y, _, average = self._run(patches, gathers=proxy == "kk-mean")
         if proxy == "qk":  # like the others without the rows and columns of the prefix, not renormalized [D]
-            q, k, v = last.query_key_value(x)
+            q, k, v = last.heads_of(y)
             patches_only = torch.cat([torch.zeros_like(v[:, :, :prefix]), v[:, :, prefix:]], dim=2)
             gathered = F.scaled_dot_product_attention(q, k, patches_only)[:, :, prefix:]
         elif proxy == "qq":
-            q, _, v = last.query_key_value(x)
+            q, _, v = last.heads_of(y)
             gathered = self.ops.proxy_attention(q[None], v, prefix=prefix)
         else:
-            k, v = last.key_value(x)
+            k, v = last.key_value(y)
             if proxy == "kk-mean":
                 average.add(k)
                 gathered = average.gather(v)
@@ -64,14 +64,14 @@ class RFCLIP(Method):
                 gathered = self.ops.proxy_attention({"kk": k, "vv": v}[proxy][None], v, prefix=prefix)
         return last.project(gathered)
 
-    def _run(self, patches: Tensor, gathers: bool = False) -> tuple[Tensor, Tensor | None, KeyAverage]:
-        """The last block's input after its repair [B, T, d], T_dis there, and the average over the blocks before it.
+    def _run(self, patches: Tensor, gathers: bool = False) -> tuple[Tensor, Tensor, Tensor | None, KeyAverage]:
+        """The last block's input after its repair and its norm [B, T, d], T_dis there, and the average before it.
 
         T_dis is None if the block stays plain. The average can `gather` if asked to, once the last keys are added.
         """
         config, ops, blocks, prefix = self.config, self.ops, self.tower.blocks, self.tower.prefix
         grid = patches.shape[2], patches.shape[3]
-        x = self.tower.embed(patches)
+        x, branch = self.tower.embed(patches), None
         refocused = range(1, len(blocks) + 1) if config.layers is None else config.layers
         refocused = refocused if config.distraction_dims else ()
         cut = config.beta > 0 and config.target == "defocused"
@@ -80,16 +80,13 @@ class RFCLIP(Method):
         average = ops.key_average(layers=len(blocks), similar=averaged, gathers=gathers, prefix=prefix)
         fiedler: Tensor | None = None
         for number, block in enumerate(blocks, 1):
-            distraction = None
             if number in refocused:
-                distraction = self._locate(block, x, number)
-                if _known_empty(distraction):
-                    distraction = None
-                else:
-                    x = self._repair(x, distraction, grid)
+                x, y, distraction = self._enter(block, x, branch, number, grid)
+            else:
+                (x, y), distraction = ops.add_norm(block.ln_1, x, branch), None
             if number == len(blocks):
                 break
-            q, k, v = block.query_key_value(x)
+            q, k, v = block.heads_of(y)
             if number <= averaged or gathers:
                 average.add(k)
             target = None
@@ -107,8 +104,37 @@ class RFCLIP(Method):
                 attended = ops.refocused_attention(q, k, v, distraction, target, config.beta, prefix=prefix)
             seen = Observed(number, x, q, k, distraction, fiedler if cut and target is not None else None, target)
             self.observe(seen)
-            x = block.finish(x, attended)
-        return x, distraction, average
+            x, branch = block.finish(x, attended, ops)
+        return x, y, distraction, average
+
+    def _enter(
+        self, block: Block, x: Tensor, branch: Tensor | None, number: int, grid: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A block's repaired input x + branch and its norm [B, T, d], and T_dis, None if it is known to be empty."""
+        config, ops, prefix = self.config, self.ops, self.tower.prefix
+        norm: Any = block.ln_1
+        tau, tau_attn = config.thresholds(x.shape[2], x.shape[1] - prefix)
+        paper = tau_attn is None and config.tokens == "distraction" and config.embedding == "redistribute"
+        if paper and ops.fuses(norm):
+            return ops.repaired_layer_norm(
+                x,
+                branch,
+                norm.weight,
+                norm.bias,
+                config.distraction_dims,
+                tau,
+                grid,
+                eps=norm.eps,
+                shifted=config.shifted,
+                size=config.neighbourhood,
+                prefix=prefix,
+            )
+        x = x if branch is None else x + branch
+        distraction = self._locate(block, x, number)
+        if _known_empty(distraction):
+            return x, norm(x), None
+        x = self._repair(x, distraction, grid)
+        return x, norm(x), distraction
 
     def _locate(self, block: Block, x: Tensor, number: int) -> Tensor:
         """T_dis, bool [B, N], from the input of a block [B, T, d]: steps 1 and 2."""

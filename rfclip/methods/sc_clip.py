@@ -43,7 +43,7 @@ class SCCLIP(Method):
     def _guided(self, x: Tensor, cls: Tensor, P: Tensor) -> Tensor:
         """G of patches x [B, N, d] and a class token [B, 1, d]."""
         last = self.tower.blocks[-1]
-        k, v = last.key_value(x)
+        k, v = last.key_value(last.ln_1(x))
         own = self.ops.self_attention(k, v, prefix=0)
         return last.project((matmul(P[:, None], v).to(v.dtype) + own) / 2) + 0.3 * cls
 

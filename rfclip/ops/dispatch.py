@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import rfclip_kernels
 from rfclip.config import BACKENDS
@@ -15,6 +17,12 @@ from rfclip.ops.key_average import KeyAverage
 from rfclip_kernels.launch import interpreted
 from rfclip_kernels.operations import OPERATIONS, Operations
 
+LAYER_NORMS = {
+    "torch.nn.modules.normalization.LayerNorm",
+    "open_clip.transformer.LayerNorm",
+    "open_clip.transformer.LayerNormFp32",
+}
+QUICK_GELUS = {"open_clip.transformer.QuickGELU", "transformers.activations.QuickGELUActivation"}
 REFERENCE = {name: getattr(reference, name) for name in OPERATIONS}
 
 
@@ -34,6 +42,28 @@ class Backend(Operations):
     def key_average(self, *, layers: int, similar: int, gathers: bool, prefix: int) -> KeyAverage:
         """A new running average of key-key attention; arguments as for `KeyAverage`."""
         return self._key_average(self, layers=layers, similar=similar, gathers=gathers, prefix=prefix)
+
+    def add_norm(self, norm: Any, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + branch [B, T, d] and its norm, in one pass where a kernel can; the first block has no branch."""
+        if branch is None:
+            return x, norm(x)
+        if self.fuses(norm):
+            return self.add_layer_norm(x, branch, norm.weight, norm.bias, eps=norm.eps)
+        x = x + branch
+        return x, norm(x)
+
+    def activate(self, module: nn.Module, x: Tensor) -> Tensor:
+        """A layer of an MLP: OpenAI's activation as a kernel where there is one, everything else as it is."""
+        return self.quick_gelu(x) if self._replaces(module, QUICK_GELUS) else module(x)
+
+    def fuses(self, norm: Any) -> bool:
+        """Whether kernels replace a norm: a layer norm with weight and bias, and without hooks."""
+        return self._replaces(norm, LAYER_NORMS) and norm.weight is not None and norm.bias is not None
+
+    def _replaces(self, module: nn.Module, classes: set[str]) -> bool:
+        kind = type(module)
+        hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+        return self.name == "triton" and f"{kind.__module__}.{kind.__qualname__}" in classes and not hooked
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return backend, (self.name,)

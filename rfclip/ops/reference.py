@@ -49,6 +49,37 @@ def redistribute_embeddings(x: Tensor, mask: Tensor, dims: list[int], gh: int, g
         x[..., j] = values
 
 
+def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x = (x + branch).contiguous()
+    return x, _layer_norm(x, weight, bias, eps)
+
+
+def repaired_layer_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dims: list[int],
+    threshold: float,
+    gh: int,
+    gw: int,
+    shifted: bool,
+    size: int,
+    prefix: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.clone(memory_format=torch.contiguous_format) if branch is None else (x + branch).contiguous()
+    patches = x[:, prefix:]
+    mask = distraction_mask(patches, dims, threshold, shifted)
+    redistribute_embeddings(patches, mask, dims, gh, gw, size)
+    return x, _layer_norm(x, weight, bias, eps), mask
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    values = x.to(computing_dtype(x))
+    return (values * torch.sigmoid(1.702 * values)).to(x.dtype).contiguous()
+
+
 def clamp_embeddings(x: Tensor, mask: Tensor, dims: list[int], threshold: float, shifted: bool) -> Tensor:
     values = x.to(computing_dtype(x))
     least = values.amin(dim=-1, keepdim=True) if shifted else torch.zeros_like(values[..., :1])
@@ -243,6 +274,12 @@ def _shifted_sum(x: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
     if shifted:
         f = f - f.amin(dim=-1, keepdim=True)
     return f, f.sum(dim=-1, keepdim=True)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """In the computing dtype, rounded to that of x."""
+    dtype = computing_dtype(x)
+    return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
 
 
 def _attention(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:

@@ -6,12 +6,15 @@ Nothing here changes or copies a weight. Tokens are always [B, T, d], even where
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from rfclip.ops import Backend
 
 SUPPORTED = (
     "rfclip works with open_clip's own vision transformers (ViT-B-16, ViT-L-14 and the like, with a class token, "
@@ -21,6 +24,8 @@ SUPPORTED = (
 
 class Block:
     """One residual attention block: x + out(attention), then x + mlp(ln_2(x)).
+
+    Between blocks the stream is x + branch, what left the last MLP being added by the next norm's `Backend.add_norm`.
 
     Attributes:
         heads: H.
@@ -35,12 +40,16 @@ class Block:
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of x [B, T, d], each a [B, H, T, D] view of a projection."""
-        q, k, v = self._split(self._projections(self.ln_1(x), query=True))
+        return self.heads_of(self.ln_1(x))
+
+    def heads_of(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of the normalized stream y [B, T, d], as `query_key_value`."""
+        q, k, v = self._split(self._projections(y, query=True))
         return q, k, v
 
-    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """k and v alone, where q is not needed."""
-        k, v = self._split(self._projections(self.ln_1(x), query=False))
+    def key_value(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v alone of the normalized stream y, where q is not needed."""
+        k, v = self._split(self._projections(y, query=False))
         return k, v
 
     def _split(self, projections: Sequence[Tensor]) -> list[Tensor]:
@@ -55,10 +64,12 @@ class Block:
         """The attention branch's output [B, T, d] for what its heads gathered [B, H, T, D]."""
         return _through(self.out, heads.transpose(1, 2).flatten(2))
 
-    def finish(self, x: Tensor, heads: Tensor) -> Tensor:
-        """The block's output [B, T, d] from its input x and what its heads gathered [B, H, T, D]."""
-        x = x + self.project(heads)
-        return x + _through(self.mlp, self.ln_2(x))
+    def finish(self, x: Tensor, heads: Tensor, ops: Backend) -> tuple[Tensor, Tensor]:
+        """The block's output as x + branch [B, T, d], from its input x and what its heads gathered [B, H, T, D]."""
+        x, y = ops.add_norm(self.ln_2, x, self.project(heads))
+        for module in self.mlp:
+            y = ops.activate(module, y)
+        return x, y
 
 
 class Tower:
@@ -267,6 +278,15 @@ def _own(part: nn.Module) -> str:
         if not f"{source.__module__}".startswith("transformers.")
     ]
     return ", ".join(own)
+
+
+def steps(mlp: Any) -> list[nn.Module]:
+    """The layers of an MLP in order, or the MLP itself if it does more than they do."""
+    if _own(mlp):
+        return [mlp]
+    if type(mlp) is nn.Sequential:
+        return list(mlp)
+    return [mlp.fc1, mlp.activation_fn, mlp.fc2] if type(mlp).__name__ == "CLIPMLP" else [mlp]
 
 
 def _through(modules: list[nn.Module], x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rfclip.extras import require
-from rfclip.towers.base import SUPPORTED, Block, Tower, first_line
+from rfclip.towers.base import SUPPORTED, Block, Tower, first_line, steps
 from rfclip.towers.bounds import Bounded
 
 LARGEST = 20_000_000_000  # bytes of weights, where they are on the hub
@@ -26,7 +26,7 @@ class HuggingFaceBlock(Block):
 
     def __init__(self, layer: Any) -> None:
         self.attention = layer.self_attn
-        out, mlp = [layer.self_attn.out_proj], [layer.mlp]
+        out, mlp = [layer.self_attn.out_proj], steps(layer.mlp)
         super().__init__(layer.self_attn.num_heads, layer.layer_norm1, out, layer.layer_norm2, mlp)
 
     def _projections(self, y: Tensor, query: bool) -> Sequence[Tensor]:
@@ -108,6 +108,7 @@ class HuggingFaceTower(Tower):
         parts += [("encoder", vision.encoder), ("layers", vision.encoder.layers)]
         for number, layer in enumerate(vision.encoder.layers, 1):
             parts += [(f"layer {number}", layer), (f"the attention of layer {number}", layer.self_attn)]
+            parts += [(f"the MLP of layer {number}", layer.mlp)] if len(steps(layer.mlp)) > 1 else []
         self._bypass(*parts)
 
     def _embeddings(self) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from rfclip.config import TINY
-from rfclip.towers.base import SUPPORTED, Block, Tower, first_line
+from rfclip.towers.base import SUPPORTED, Block, Tower, first_line, steps
 from rfclip.towers.bounds import Bounded
 
 SOURCES = ("hf-hub:", "local-dir:")  # prefixes of names that are not in open_clip's list
@@ -30,7 +30,7 @@ class OpenCLIPBlock(Block):
         self.attention = block.attn
         # LayerScale and the norm in open_clip's custom blocks belong to the branch; in CLIP both are identities.
         norms = [block.ln_attn] if hasattr(block, "ln_attn") else []
-        out, mlp = [block.attn.out_proj, *norms, block.ls_1], [block.mlp, block.ls_2]
+        out, mlp = [block.attn.out_proj, *norms, block.ls_1], [*steps(block.mlp), block.ls_2]
         super().__init__(block.attn.num_heads, block.ln_1, out, block.ln_2, mlp)
 
     def _projections(self, y: Tensor, query: bool) -> Sequence[Tensor]:
@@ -117,6 +117,7 @@ class OpenCLIPTower(Tower):
         for number, block in enumerate(blocks, 1):
             _check_block(block)
             parts += [(f"block {number}", block), (f"the attention of block {number}", block.attn)]
+            parts += [(f"the MLP of block {number}", block.mlp)] if len(steps(block.mlp)) > 1 else []
             if isinstance(block.attn, nn.MultiheadAttention):  # which reads the weights of this one, as of itself
                 parts.append((f"the output projection of block {number}", block.attn.out_proj))
         self.module, self.conv = visual, visual.conv1

@@ -46,8 +46,14 @@ def features(model, images, config, backend, read=rfclip.dense_features):
     model, images, masks = model.to(DEVICE), images.to(DEVICE), []
     with rfclip.refocus(model, config, backend=backend), torch.inference_mode():
         forward = read_tower(model).module.forward
-        locate = forward._locate
-        forward._locate = lambda *arguments: masks.append(locate(*arguments)) or masks[-1]
+        enter = forward._enter
+
+        def watched(*arguments):
+            x, y, mask = enter(*arguments)
+            masks.append(torch.zeros_like(x[:, 1:, 0], dtype=torch.bool) if mask is None else mask)
+            return x, y, mask
+
+        forward._enter = watched
         return read(model, images), masks
 
 

@@ -36,10 +36,15 @@ def tensors(inputs):
     return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
 
 
+def results(out):
+    """What an operation returned, as a tuple, as most return one tensor."""
+    return out if isinstance(out, tuple) else (out,)
+
+
 def of_images(inputs, images):
     """The inputs of some images of a batch."""
     parts = {name: t[:, images] if name == "keys" else t[images] for name, t in tensors(inputs).items()}
-    return inputs | parts | {name: inputs[name] for name in parts if name == "bias"}
+    return inputs | parts | {name: inputs[name] for name in parts if name in ("weight", "bias")}
 
 
 @every_example
@@ -49,9 +54,10 @@ def test_inputs_are_not_modified_and_results_are_new(impl, example, dtype):
     before = {name: tensor.clone() for name, tensor in tensors(inputs).items()}
     out = call(impl, example, inputs)
     storages = {tensor.untyped_storage().data_ptr() for tensor in tensors(inputs).values()}
-    assert out.untyped_storage().data_ptr() not in storages
-    # Heads may be laid out as the output projection reads them.
-    assert out.is_contiguous() or out.transpose(1, 2).is_contiguous()
+    for each in results(out):
+        assert each.untyped_storage().data_ptr() not in storages
+        # Heads may be laid out as the output projection reads them.
+        assert each.is_contiguous() or each.transpose(1, 2).is_contiguous()
     for name, tensor in tensors(inputs).items():
         assert torch.equal(tensor, before[name]), name
 
@@ -77,8 +83,10 @@ def test_a_batch_equals_its_images_one_by_one(impl, example, dtype):
     inputs = inputs_of(example, dtype)
     batch = call(impl, example, inputs)
     for b in range(3):
-        torch.testing.assert_close(call(impl, example, of_images(inputs, slice(b, b + 1))), batch[b : b + 1])
-    assert not torch.equal(batch[0], batch[1])
+        alone = call(impl, example, of_images(inputs, slice(b, b + 1)))
+        for got, want in zip(results(alone), results(batch), strict=True):
+            torch.testing.assert_close(got, want[b : b + 1])
+    assert not any(torch.equal(each[0], each[1]) for each in results(batch))
 
 
 @every_example
@@ -95,8 +103,9 @@ def test_strided_inputs(impl, example):
 @batched_example
 def test_an_empty_batch(impl, example):
     inputs = inputs_of(example)
-    shape = call(impl, example, inputs).shape
-    assert call(impl, example, of_images(inputs, slice(0, 0))).shape == (0, *shape[1:])
+    empty = call(impl, example, of_images(inputs, slice(0, 0)))
+    for got, full in zip(results(empty), results(call(impl, example, inputs)), strict=True):
+        assert got.shape == (0, *full.shape[1:])
 
 
 @every_example
@@ -105,7 +114,7 @@ def test_the_reference_reads_nothing_back_from_the_device(example):
     want = call(reference, example, inputs)
     meta = {name: tensor.to("meta") for name, tensor in tensors(inputs).items()}  # which has no values to read
     out = call(reference, example, inputs | meta)
-    assert (out.shape, out.dtype) == (want.shape, want.dtype)
+    assert [(t.shape, t.dtype) for t in results(out)] == [(t.shape, t.dtype) for t in results(want)]
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0])
