@@ -3,12 +3,15 @@
 (Deg - W) y = lambda Deg y,  W = (S + S^T) / 2,  Deg = diag(W 1);  with u = Deg^1/2 y, u is the eigenvector of the
 second largest eigenvalue of M = Deg^-1/2 W Deg^-1/2, and that of the largest is known: Deg^1/2 1.
 
-Two launches make what the steps need: 2 W and Deg by rows, then of Deg the known vector, the scales and the start.
-Fifteen Lanczos steps build an orthonormal basis of the Krylov space of M, orthogonal to the known vector. A step is one
-launch: each program orthogonalizes the new vector against the basis (twice, which is enough), for which it reads
-[16, N] a few times, and multiplies its own rows of M with it. A last launch takes the leading eigenvector of the
-15 x 15 matrix that M is in this basis, by squaring it sixteen times, and orients y. No step waits for the host or for
-another program. Started from the vector of the block before, which is close, the same steps come closer still.
+A round of block Lanczos: five times, three vectors are orthogonalized against the basis (twice, which is enough), made
+orthonormal, added to it and multiplied with M. The basis, whose first vector is the known one, then has sixteen. In it
+M is a matrix [16, 16]. Squaring that sixteen times leaves its leading eigenvector, which is u; squaring it five times
+leaves its largest eigenvalues, so that the first three vectors, multiplied by this, start the next round. Three rounds
+begin with the first block; for every later one, whose W is close, one is enough: five products instead of fifteen.
+
+Up to 256 patches, one program an image does all of this. Above, a product is a launch: each program orthogonalizes the
+whole vectors, for which it reads [16 + 3, N] thrice, and multiplies its own rows of W, which is read once.
+Nothing waits for the host. After the first block, an image without distraction tokens exits at once.
 """
 
 from functools import partial
@@ -19,30 +22,32 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels.krylov import BREAKDOWN, SQUARINGS, STEPS, ripple
+from rfclip_kernels.krylov import BREAKDOWN, DEPTH, RESTART, ROUNDS, SQUARINGS, WIDTH, ripple
 from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
 
-BASIS = STEPS + 1  # the known vector, and one a step
-BLOCK_ROWS = 32
-BLOCK_COLUMNS = 128
-SQUARE_ROWS = 16  # of the matrix that is made, in tiles that are read twice
+BASIS = 16  # the known vector and WIDTH * DEPTH others; also the rows of a tile of WIDTH vectors
+WHOLE = 256  # patches that one program takes
+BLOCK_ROWS = 64  # of the matrix that a program multiplies
+BLOCK_COLUMNS = 64
+SQUARE_ROWS = 16  # of a tile of the matrix that is made of S
 SQUARE_COLUMNS = 64
 
 
 @triton.jit(do_not_specialize=["N"])
 def affinity_kernel(
     similarity_ptr,  # [B, N, N] any floating-point dtype
-    affinity_ptr,  # [B, N, N] fp32 contiguous, 2 W
-    degree_ptr,  # [B, N] fp32, Deg
+    affinity_ptr,  # [B, N, SW] fp32, W
+    degrees_ptr,  # [B, 1, N] fp32, Deg
     N,
+    SW,
     stride_sb,
     stride_sm,
     stride_sn,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    i_b = tl.program_id(1).to(tl.int64)
-    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    i_b = (tl.program_id(0) // tl.cdiv(N, BM)).to(tl.int64)
+    o_m = tl.program_id(0) % tl.cdiv(N, BM) * BM + tl.arange(0, BM)
     p_similarity = similarity_ptr + i_b * stride_sb
     b_degree = tl.zeros([BM], tl.float32)
     for start in range(0, N, BN):
@@ -51,184 +56,462 @@ def affinity_kernel(
         p_row = p_similarity + o_m[:, None] * stride_sm + o_n[None, :] * stride_sn
         p_column = p_similarity + o_n[None, :] * stride_sm + o_m[:, None] * stride_sn
         b_affinity = tl.load(p_row, mask=mask, other=0.0).to(tl.float32)
-        b_affinity += tl.load(p_column, mask=mask, other=0.0).to(tl.float32)
-        tl.store(affinity_ptr + (i_b * N + o_m[:, None]) * N + o_n[None, :], b_affinity, mask=mask)
+        b_affinity = (b_affinity + tl.load(p_column, mask=mask, other=0.0).to(tl.float32)) / 2
+        tl.store(affinity_ptr + (i_b * N + o_m[:, None]) * SW + o_n[None, :], b_affinity, mask=mask)
         b_degree += tl.sum(b_affinity, axis=1)
-    tl.store(degree_ptr + i_b * N + o_m, b_degree / 2, mask=o_m < N)
+    tl.store(degrees_ptr + i_b * N + o_m, b_degree, mask=o_m < N)
 
 
-@triton.jit(do_not_specialize=["N"])
-def start_kernel(
-    degree_ptr,  # [B, N] fp32, Deg
-    start_ptr,  # [B, N], near y, where GIVEN
-    inv_sqrt_ptr,  # [B, N] fp32, Deg^-1/2, 0 for a token without any similarity
-    scale_ptr,  # [B, N] fp32, (2 Deg)^-1/2
-    w_ptr,  # [B, N] fp32, the vector to start from
-    basis_ptr,  # [B, R, N] fp32, whose first vector is written: the known one
-    diagonal_ptr,  # [B, R] fp32, filled with 0
-    beside_ptr,  # [B, R] fp32, filled with 0
+@triton.jit
+def load_vectors(p_rows, o_n, N, count, R: tl.constexpr):
+    """The first `count` vectors at the tokens o_n, [R, BN], and zeros."""
+    o_r = tl.arange(0, R)
+    mask = (o_r < count)[:, None] & (o_n < N)[None, :]
+    return tl.load(p_rows + o_r[:, None] * N + o_n[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_vectors(p_rows, b_rows, o_n, N, count):
+    """The first `count` rows of a tile at the tokens o_n."""
+    o_r = tl.arange(0, b_rows.shape[0])
+    tl.store(p_rows + o_r[:, None] * N + o_n[None, :], b_rows, mask=(o_r < count)[:, None] & (o_n < N)[None, :])
+
+
+@triton.jit
+def inner(b_rows, b_others):
+    return tl.sum(b_rows[:, None, :] * b_others[None, :, :], axis=2)  # [P, BN] @ [R, BN]^T -> [P, R]
+
+
+@triton.jit
+def combine(b_coefficients, b_rows):
+    return tl.sum(b_coefficients[:, :, None] * b_rows[None, :, :], axis=1)  # [P, R] @ [R, BN] -> [P, BN]
+
+
+@triton.jit
+def row_of(b_rows, i):
+    """Row i of a tile."""
+    o_r = tl.arange(0, b_rows.shape[0])
+    return tl.sum(tl.where(o_r[:, None] == i, b_rows, 0.0), axis=0)
+
+
+@triton.jit
+def start_rows(
+    p_degrees,  # [G, N] fp32, summands of Deg
+    p_y,  # [2, WIDTH, N] fp32: the first are written, the second read where WARM
+    p_basis,  # [R, N]: the first vector is written, Deg^1/2, not normalized
+    o_m,
     N,
-    ripple,  # of what is added to a given start
-    stride_sb,
-    stride_sn,
-    GIVEN: tl.constexpr,
+    G,
+    ripple,
+    WARM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
+):
+    b_degree = tl.zeros([o_m.shape[0]], tl.float32)
+    for part in range(0, G):
+        b_degree += tl.load(p_degrees + part * N + o_m, mask=o_m < N, other=0.0)
+    tl.store(p_basis + o_m, tl.sqrt(b_degree), mask=o_m < N)
+    o_p = tl.arange(0, P)
+    # Vectors that no eigenvector is orthogonal to: multiples of the roots of 5, 2 and 3, less their floor.
+    b_root = tl.sqrt(tl.where(o_p == 0, 5.0, tl.where(o_p == 1, 2.0, 3.0)))
+    b_turn = b_root[:, None] * (o_m + 1).to(tl.float32)[None, :]
+    b_y = b_turn - tl.floor(b_turn) - 0.5
+    if WARM:
+        b_y = load_vectors(p_y + WIDTH * N, o_m, N, WIDTH, P) + tl.where(o_p == WIDTH - 1, ripple, 0.0)[:, None] * b_y
+    store_vectors(p_y, b_y, o_m, N, WIDTH)
+
+
+@triton.jit
+def projections(p_basis, p_y, N, count, WIDTH: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BN: tl.constexpr):
+    """Of y on the first `count` vectors of the basis, [P, R], and the squared lengths of both, [P] and [R]."""
+    b_c, b_length, b_norm = tl.zeros([P, R], tl.float32), tl.zeros([P], tl.float32), tl.zeros([R], tl.float32)
+    for start in range(0, N, BN):
+        o_n = start + tl.arange(0, BN)
+        b_basis, b_y = load_vectors(p_basis, o_n, N, count, R), load_vectors(p_y, o_n, N, WIDTH, P)
+        b_c += inner(b_y, b_basis)
+        b_length += tl.sum(b_y * b_y, axis=1)
+        b_norm += tl.sum(b_basis * b_basis, axis=1)
+    return b_c, b_length, b_norm
+
+
+@triton.jit
+def orthonormal(b_gram, b_length, WIDTH: tl.constexpr, BREAKDOWN: tl.constexpr):
+    """T with T gram T^T = 1: Cholesky's factor, inverted. Rows of vectors with nothing new are 0.
+
+    New is what is more than the rounding of a vector of squared length b_length, and of the gram matrix.
+    """
+    o_p = tl.arange(0, b_gram.shape[0])
+    b_t = tl.where(o_p[:, None] == o_p[None, :], 1.0, 0.0)
+    b_least = tl.maximum(tl.sum(b_gram * b_t, axis=0), b_length * BREAKDOWN) * BREAKDOWN
+    for i in tl.static_range(WIDTH):
+        b_row = row_of(b_gram, i)
+        pivot, least = tl.sum(tl.where(o_p == i, b_row, 0.0)), tl.sum(tl.where(o_p == i, b_least, 0.0))
+        factor = tl.where(pivot > least, 1.0 / tl.sqrt(tl.where(pivot > least, pivot, 1.0)), 0.0)
+        b_row, b_own = factor * b_row, factor * row_of(b_t, i)
+        b_below = tl.where(o_p > i, b_row, 0.0)
+        b_t = tl.where((o_p == i)[:, None], b_own[None, :], b_t - b_below[:, None] * b_own[None, :])
+        b_gram -= b_below[:, None] * b_row[None, :]
+    return tl.where((o_p < WIDTH)[:, None], b_t, 0.0)
+
+
+@triton.jit
+def coefficients(
+    p_basis,  # [R, N]
+    p_y,  # [WIDTH, N], M times the vectors of the step before, or the vectors to start from
+    p_projected,  # [R, R]: M in the basis, whose columns of the step before are written
+    N,
+    step,
+    writes,  # whether this program writes p_projected
+    WIDTH: tl.constexpr,
+    BREAKDOWN: tl.constexpr,
+    P: tl.constexpr,
     R: tl.constexpr,
     BN: tl.constexpr,
 ):
-    i_b = tl.program_id(0).to(tl.int64)
-    o_r = tl.arange(0, R)
-    tl.store(diagonal_ptr + i_b * R + o_r, tl.zeros([R], tl.float32))
-    tl.store(beside_ptr + i_b * R + o_r, tl.zeros([R], tl.float32))
-    p_start = start_ptr + i_b * stride_sb
-    b_known, b_given = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
+    """What makes y orthonormal and orthogonal to the basis, for `new_vectors`, and the mean of Deg."""
+    count = 1 + WIDTH * step
+    b_first, b_length, b_norm = projections(p_basis, p_y, N, count, WIDTH, P, R, BN)
+    b_weight = tl.where(b_norm > 0, 1.0 / tl.where(b_norm > 0, b_norm, 1.0), 0.0)
+    b_first *= b_weight[None, :]
+    b_second, b_gram = tl.zeros([P, R], tl.float32), tl.zeros([P, P], tl.float32)
     for start in range(0, N, BN):
         o_n = start + tl.arange(0, BN)
-        b_degree = tl.load(degree_ptr + i_b * N + o_n, mask=o_n < N, other=0.0)
-        b_known += b_degree
-        if GIVEN:
-            b_start = tl.load(p_start + o_n * stride_sn, mask=o_n < N, other=0.0).to(tl.float32)
-            b_given += b_start * b_start * b_degree
-    known = tl.maximum(tl.sqrt(tl.sum(b_known, axis=0)), 1e-12)
-    given = tl.maximum(tl.sqrt(tl.sum(b_given, axis=0)), 1e-12)
-    for start in range(0, N, BN):
-        o_n = start + tl.arange(0, BN)
-        b_degree = tl.load(degree_ptr + i_b * N + o_n, mask=o_n < N, other=0.0)
-        b_root = tl.sqrt(b_degree)
-        b_inv_sqrt = tl.where(b_degree > 0, 1.0 / tl.where(b_degree > 0, b_root, 1.0), 0.0)
-        tl.store(inv_sqrt_ptr + i_b * N + o_n, b_inv_sqrt, mask=o_n < N)
-        tl.store(scale_ptr + i_b * N + o_n, b_inv_sqrt * 0.7071067811865476, mask=o_n < N)
-        tl.store(basis_ptr + i_b * R * N + o_n, b_root / known, mask=o_n < N)
-        # As `start_of_cut` has it: a vector that no eigenvector is orthogonal to, or a little of it.
-        b_turn = (o_n + 1).to(tl.float32) * 0.6180339887
-        b_w = b_turn - tl.floor(b_turn) - 0.5
-        if GIVEN:
-            b_start = tl.load(p_start + o_n * stride_sn, mask=o_n < N, other=0.0).to(tl.float32)
-            b_w = b_start * b_root / given + ripple * b_w
-        tl.store(w_ptr + i_b * N + o_n, b_w, mask=o_n < N)
+        b_basis = load_vectors(p_basis, o_n, N, count, R)
+        b_y = load_vectors(p_y, o_n, N, WIDTH, P) - combine(b_first, b_basis)
+        b_second += inner(b_y, b_basis)
+        b_gram += inner(b_y, b_y)
+    b_gram -= inner(b_second * b_weight[None, :], b_second)
+    b_second *= b_weight[None, :]
+    if writes & (step > 0):
+        store_columns(p_projected, b_first + b_second, count - WIDTH, WIDTH)
+    b_t = orthonormal(b_gram, b_length, WIDTH, BREAKDOWN)
+    return b_first, b_second, b_t, tl.sum(tl.where(tl.arange(0, R) == 0, b_norm, 0.0)) / N
 
 
 @triton.jit
-def load_basis(p_basis, o_n, N, count, R: tl.constexpr):
-    """The first `count` basis vectors at the tokens o_n, [R, BN]."""
-    o_r = tl.arange(0, R)
-    mask = (o_r < count)[:, None] & (o_n < N)[None, :]
-    return tl.load(p_basis + o_r[:, None] * N + o_n[None, :], mask=mask, other=0.0)
+def store_columns(p_matrix, b_columns, first, WIDTH: tl.constexpr):
+    """The first WIDTH rows of a tile [P, R] as columns of a matrix [R, R]."""
+    P: tl.constexpr = b_columns.shape[0]
+    R: tl.constexpr = b_columns.shape[1]
+    o_p, o_r = tl.arange(0, P), tl.arange(0, R)
+    p_columns = p_matrix + o_r[None, :] * R + (first + o_p)[:, None]
+    tl.store(p_columns, b_columns, mask=tl.broadcast_to((o_p < WIDTH)[:, None], [P, R]))
 
 
 @triton.jit
-def combine(b_coefficients, b_basis):
-    return tl.sum(b_coefficients[:, None] * b_basis, axis=0)  # [R] @ [R, BN] -> [BN]
+def new_vectors(
+    p_basis, p_y, o_n, N, count, b_first, b_second, b_t, WIDTH: tl.constexpr, P: tl.constexpr, R: tl.constexpr
+):
+    """The next vectors of the basis at the tokens o_n, [P, BN]."""
+    b_basis = load_vectors(p_basis, o_n, N, count, R)
+    b_y = load_vectors(p_y, o_n, N, WIDTH, P) - combine(b_first, b_basis)
+    return combine(b_t, b_y - combine(b_second, b_basis))
 
 
 @triton.jit
-def remainder(p_w, p_basis, o_n, N, step, b_first, b_second, R: tl.constexpr):
-    """w at the tokens o_n, less its projections on the basis and less those of what was left."""
-    b_basis = load_basis(p_basis, o_n, N, step, R)
-    b_w = tl.load(p_w + o_n, mask=o_n < N, other=0.0)
-    return b_w - combine(b_first, b_basis) - combine(b_second, b_basis)
+def products(b_x, p_affinity, o_m, o_n, N, SW):
+    """The rows o_m of W times b_x [P, BN], before they are summed: [P, BM, BN]."""
+    mask = (o_m < N)[:, None] & (o_n < N)[None, :]
+    b_affinity = tl.load(p_affinity + o_m[:, None] * SW + o_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    return b_x[:, None, :] * b_affinity[None, :, :]
 
 
-@triton.jit(do_not_specialize=["step"])
-def lanczos_kernel(
-    affinity_ptr,  # [B, N, N] fp32 contiguous, 2 W
-    scale_ptr,  # [B, N] fp32, (2 Deg)^-1/2
-    w_ptr,  # [B, N] fp32, M times the last basis vector, or the start
-    basis_ptr,  # [B, R, N] fp32, the vectors before `step`; that of `step` is written
-    diagonal_ptr,  # [B, R] fp32, of M in the basis: that before `step` is written
-    beside_ptr,  # [B, R] fp32, beside the diagonal: the length of the new vector, 0 where the basis has ended
-    out_ptr,  # [B, N] fp32, M times the new vector
+@triton.jit
+def scales(p_basis, o_n, N, mean):
+    """(Deg / mean)^-1/2 at the tokens o_n, 0 for a token without any similarity."""
+    b_root = tl.load(p_basis + o_n, mask=o_n < N, other=0.0)
+    return tl.where(b_root > 0, tl.sqrt(mean) / tl.where(b_root > 0, b_root, 1.0), 0.0)
+
+
+@triton.jit
+def powers(
+    p_basis,
+    p_y,
+    p_projected,
     N,
-    step,
-    R: tl.constexpr,
+    WIDTH: tl.constexpr,
     BREAKDOWN: tl.constexpr,
+    RESTART: tl.constexpr,
+    SQUARINGS: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """In the basis, the vectors to go on from and y, [P, R] and [R]; and the squared lengths of the basis [R]."""
+    o_p, o_r = tl.arange(0, P), tl.arange(0, R)
+    b_c, _length, b_norm = projections(p_basis, p_y, N, R, WIDTH, P, R, BN)
+    tl.debug_barrier()
+    store_columns(p_projected, b_c, R - WIDTH, WIDTH)
+    tl.debug_barrier()
+    # A column lacks the rows of later steps: M is symmetric. Without the known vector, and without those of length 0.
+    low, high = tl.minimum(o_r[:, None], o_r[None, :]), tl.maximum(o_r[:, None], o_r[None, :])
+    on, own = (b_norm > 0) & (o_r > 0), o_r[:, None] == o_r[None, :]
+    b_power = tl.load(p_projected + low * R + high, mask=on[:, None] & on[None, :], other=0.0)
+    # 2 is added to M, so that the leading eigenvalue is the one largest in size.
+    b_power += tl.where(own & on[:, None], 2.0, 0.0)
+    for _squaring in range(RESTART):
+        b_power = squared(b_power)
+    b_next = combine(tl.where(o_p[:, None] + 1 == o_r[None, :], 1.0, 0.0), b_power)  # without the known vector
+    b_next = combine(orthonormal(inner(b_next, b_next), tl.zeros([P], tl.float32), WIDTH, BREAKDOWN), b_next)
+    for _squaring in range(RESTART, SQUARINGS):
+        b_power = squared(b_power)
+    i_largest = tl.argmax(tl.sum(tl.where(own, b_power, 0.0), axis=1), axis=0)
+    b_ritz = row_of(b_power, i_largest)
+    return b_next, b_ritz / tl.maximum(tl.sqrt(tl.sum(b_ritz * b_ritz, axis=0)), 1e-30), b_norm
+
+
+@triton.jit
+def squared(b_power):
+    """A symmetric matrix squared, its largest entry having been made 1."""
+    b_power = b_power / tl.maximum(tl.max(tl.max(tl.abs(b_power), axis=1), axis=0), 1e-30)
+    return inner(b_power, b_power)
+
+
+@triton.jit
+def restart(p_basis, p_y, b_next, N, WIDTH: tl.constexpr, R: tl.constexpr, BN: tl.constexpr):
+    """The vectors that the next round, or the next block, starts from."""
+    for start in range(0, N, BN):
+        o_n = start + tl.arange(0, BN)
+        store_vectors(p_y, combine(b_next, load_vectors(p_basis, o_n, N, R, R)), o_n, N, WIDTH)
+
+
+@triton.jit
+def finish(
+    p_basis,
+    p_fiedler,  # [N] fp32, y is written
+    p_target,  # [N] bool, written where MASKED
+    p_distraction,  # [N] bool, read where MASKED
+    stride_dn,
+    b_ritz,
+    b_norm,
+    N,
+    MASKED: tl.constexpr,
+    R: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """y, its largest entry being positive, and the tokens above its mean that are no distraction tokens."""
+    o_r = tl.arange(0, R)
+    mean = tl.sum(tl.where(o_r == 0, b_norm, 0.0)) / N  # of Deg
+    b_top, b_bottom, b_sum = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
+    for start in range(0, N, BN):
+        b_y = cut_values(p_basis, start + tl.arange(0, BN), N, b_ritz, mean, R)
+        b_top, b_bottom, b_sum = tl.maximum(b_top, b_y), tl.minimum(b_bottom, b_y), b_sum + b_y
+    sign = tl.where(tl.max(b_top, axis=0) >= -tl.min(b_bottom, axis=0), 1.0, -1.0)
+    threshold = sign * tl.sum(b_sum, axis=0) / N
+    for start in range(0, N, BN):
+        o_n = start + tl.arange(0, BN)
+        b_y = sign * cut_values(p_basis, o_n, N, b_ritz, mean, R)
+        tl.store(p_fiedler + o_n, b_y, mask=o_n < N)
+        if MASKED:
+            m_taken = tl.load(p_distraction + o_n * stride_dn, mask=o_n < N, other=0) != 0
+            tl.store(p_target + o_n, (b_y > threshold) & (m_taken == 0), mask=o_n < N)
+
+
+@triton.jit
+def cut_values(p_basis, o_n, N, b_ritz, mean, R: tl.constexpr):
+    """y at the tokens o_n, in either orientation."""
+    b_basis = load_vectors(p_basis, o_n, N, R, R)
+    b_inv_sqrt = scales(p_basis, o_n, N, mean) / tl.sqrt(tl.maximum(mean, 1e-30))
+    return tl.sum(b_ritz[:, None] * b_basis, axis=0) * b_inv_sqrt
+
+
+@triton.jit
+def no_target(p_target, N, BN: tl.constexpr):
+    """An empty mask."""
+    for start in range(0, N, BN):
+        o_n = start + tl.arange(0, BN)
+        tl.store(p_target + o_n, tl.zeros([BN], tl.int1), mask=o_n < N)
+
+
+@triton.jit
+def distracted(p_distraction, stride_dn, N, BN: tl.constexpr):
+    """Whether an image has distraction tokens."""
+    b_any = tl.zeros([BN], tl.int32)
+    for start in range(0, N, BN):
+        o_n = start + tl.arange(0, BN)
+        b_any |= tl.load(p_distraction + o_n * stride_dn, mask=o_n < N, other=0).to(tl.int32)
+    return tl.max(b_any, axis=0) > 0
+
+
+@triton.jit(do_not_specialize=["N", "G"])
+def cut_kernel(
+    affinity_ptr,  # [B, N, SW] fp32 or fp16, W
+    degrees_ptr,  # [B, G, N] fp32, summands of Deg
+    vectors_ptr,  # [B, 2, WIDTH, N] fp32: the second are those to start from where WARM, and those to start from next
+    fiedler_ptr,  # [B, N] fp32, y is written
+    distraction_ptr,  # [B, N] bool, read where MASKED
+    target_ptr,  # [B, N] bool, written where MASKED
+    basis_ptr,  # [B, R, N] fp32
+    projected_ptr,  # [B, R, R] fp32
+    N,
+    SW,
+    G,
+    ripple,
+    stride_db,
+    stride_dn,
+    WARM: tl.constexpr,
+    MASKED: tl.constexpr,
+    ROUNDS: tl.constexpr,  # odd, as is DEPTH
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    RESTART: tl.constexpr,
+    SQUARINGS: tl.constexpr,
+    BREAKDOWN: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    i_b = tl.program_id(1).to(tl.int64)
-    p_w, p_basis, p_scale = w_ptr + i_b * N, basis_ptr + i_b * R * N, scale_ptr + i_b * N
-    b_first, b_second = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
-    b_square = tl.zeros([BN], tl.float32)
-    for start in range(0, N, BN):
-        o_n = start + tl.arange(0, BN)
-        b_w = tl.load(p_w + o_n, mask=o_n < N, other=0.0)
-        b_first += tl.sum(load_basis(p_basis, o_n, N, step, R) * b_w[None, :], axis=1)
-    for start in range(0, N, BN):
-        o_n = start + tl.arange(0, BN)
-        b_basis = load_basis(p_basis, o_n, N, step, R)
-        b_w = tl.load(p_w + o_n, mask=o_n < N, other=0.0) - combine(b_first, b_basis)
-        b_second += tl.sum(b_basis * b_w[None, :], axis=1)
-        b_square += b_w * b_w
-    length = tl.sqrt(tl.maximum(tl.sum(b_square, axis=0) - tl.sum(b_second * b_second, axis=0), 0.0))
-    length = tl.where(length > BREAKDOWN, length, 0.0)
-    factor = tl.where(length > 0, 1.0 / tl.where(length > 0, length, 1.0), 0.0)
+    i_b = tl.program_id(0).to(tl.int64)
+    p_affinity, p_degrees = affinity_ptr + i_b * N * SW, degrees_ptr + i_b * G * N
+    p_basis, p_projected = basis_ptr + i_b * R * N, projected_ptr + i_b * R * R
+    p_y, p_fiedler = vectors_ptr + i_b * 2 * WIDTH * N, fiedler_ptr + i_b * N
+    p_distraction, p_target = distraction_ptr + i_b * stride_db, target_ptr + i_b * N
+    active = distracted(p_distraction, stride_dn, N, BN) if MASKED and WARM else True
+    if active:
+        for start in range(0, N, BN):
+            start_rows(p_degrees, p_y, p_basis, start + tl.arange(0, BN), N, G, ripple, WARM, WIDTH, P)
+        for i in range(ROUNDS * DEPTH):
+            tl.debug_barrier()
+            p_now, p_next, step = p_y + i % 2 * WIDTH * N, p_y + (i + 1) % 2 * WIDTH * N, i % DEPTH
+            b_first, b_second, b_t, mean = coefficients(
+                p_basis, p_now, p_projected, N, step, True, WIDTH, BREAKDOWN, P, R, BN
+            )
+            count = 1 + step * WIDTH
+            p_x = p_basis + count * N
+            for start in range(0, N, BN):
+                o_n = start + tl.arange(0, BN)
+                b_x = new_vectors(p_basis, p_now, o_n, N, count, b_first, b_second, b_t, WIDTH, P, R)
+                store_vectors(p_x, b_x, o_n, N, WIDTH)
+            tl.debug_barrier()
+            for first in range(0, N, BM):
+                o_m = first + tl.arange(0, BM)
+                b_out = tl.zeros([P, BM, BN], tl.float32)
+                for start in range(0, N, BN):
+                    o_n = start + tl.arange(0, BN)
+                    b_x = load_vectors(p_x, o_n, N, WIDTH, P) * scales(p_basis, o_n, N, mean)[None, :]
+                    b_out += products(b_x, p_affinity, o_m, o_n, N, SW)
+                b_scale = scales(p_basis, o_m, N, mean) / tl.maximum(mean, 1e-30)
+                store_vectors(p_next, tl.sum(b_out, axis=2) * b_scale[None, :], o_m, N, WIDTH)
+            if step == DEPTH - 1:
+                tl.debug_barrier()
+                b_next, b_ritz, b_norm = powers(
+                    p_basis, p_next, p_projected, N, WIDTH, BREAKDOWN, RESTART, SQUARINGS, P, R, BN
+                )
+                restart(p_basis, p_next, b_next, N, WIDTH, R, BN)
+                if i == ROUNDS * DEPTH - 1:
+                    finish(p_basis, p_fiedler, p_target, p_distraction, stride_dn, b_ritz, b_norm, N, MASKED, R, BN)
+    else:
+        no_target(p_target, N, BN)
 
-    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
-    b_own = factor * remainder(p_w, p_basis, o_m, N, step, b_first, b_second, R)
-    tl.store(p_basis + step * N + o_m, b_own, mask=o_m < N)
-    if tl.program_id(0) == 0:
-        o_r = tl.arange(0, R)
-        tl.store(diagonal_ptr + i_b * R + o_r, b_first, mask=o_r == step - 1)
-        tl.store(beside_ptr + i_b * R + step, length)
-    p_affinity = affinity_ptr + (i_b * N + o_m[:, None]) * N
-    b_out = tl.zeros([BM], tl.float32)
-    for start in range(0, N, BN):
-        o_n = start + tl.arange(0, BN)
-        b_w = factor * remainder(p_w, p_basis, o_n, N, step, b_first, b_second, R)
-        b_w *= tl.load(p_scale + o_n, mask=o_n < N, other=0.0)
-        m_affinity = (o_m < N)[:, None] & (o_n < N)[None, :]
-        b_out += tl.sum(tl.load(p_affinity + o_n[None, :], mask=m_affinity, other=0.0) * b_w[None, :], axis=1)
-    b_out *= tl.load(p_scale + o_m, mask=o_m < N, other=0.0)
-    tl.store(out_ptr + i_b * N + o_m, b_out, mask=o_m < N)
 
-
-@triton.jit(do_not_specialize=["N"])
-def ritz_kernel(
-    scale_ptr,  # [B, N] fp32, Deg^-1/2
-    w_ptr,  # [B, N] fp32, M times the last basis vector
-    basis_ptr,  # [B, R, N] fp32
-    diagonal_ptr,  # [B, R] fp32
-    beside_ptr,  # [B, R] fp32
-    out_ptr,  # [B, N] fp32, y
+@triton.jit(do_not_specialize=["N", "G"])
+def cut_start_kernel(
+    degrees_ptr,  # this and all that follows as in cut_kernel
+    vectors_ptr,
+    basis_ptr,
+    distraction_ptr,
     N,
+    G,
+    ripple,
+    stride_db,
+    stride_dn,
+    WARM: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
     R: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    i_b = (tl.program_id(0) // tl.cdiv(N, BM)).to(tl.int64)
+    o_m = tl.program_id(0) % tl.cdiv(N, BM) * BM + tl.arange(0, BM)
+    active = distracted(distraction_ptr + i_b * stride_db, stride_dn, N, BN) if MASKED and WARM else True
+    if active:
+        p_y, p_basis = vectors_ptr + i_b * 2 * WIDTH * N, basis_ptr + i_b * R * N
+        start_rows(degrees_ptr + i_b * G * N, p_y, p_basis, o_m, N, G, ripple, WARM, WIDTH, P)
+
+
+@triton.jit(do_not_specialize=["N", "i"])
+def cut_product_kernel(
+    affinity_ptr,
+    vectors_ptr,
+    basis_ptr,
+    projected_ptr,
+    distraction_ptr,
+    N,
+    SW,
+    i,  # counts the products
+    stride_db,
+    stride_dn,
+    WARM: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BREAKDOWN: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    i_b, i_m = (tl.program_id(0) // tl.cdiv(N, BM)).to(tl.int64), tl.program_id(0) % tl.cdiv(N, BM)
+    active = distracted(distraction_ptr + i_b * stride_db, stride_dn, N, BN) if MASKED and WARM else True
+    if active:
+        p_affinity, p_basis = affinity_ptr + i_b * N * SW, basis_ptr + i_b * R * N
+        p_y, step, count = vectors_ptr + i_b * 2 * WIDTH * N, i % DEPTH, 1 + i % DEPTH * WIDTH
+        p_now, p_next = p_y + i % 2 * WIDTH * N, p_y + (i + 1) % 2 * WIDTH * N
+        p_projected = projected_ptr + i_b * R * R
+        b_first, b_second, b_t, mean = coefficients(
+            p_basis, p_now, p_projected, N, step, i_m == 0, WIDTH, BREAKDOWN, P, R, BN
+        )
+        o_m = i_m * BM + tl.arange(0, BM)
+        b_out = tl.zeros([P, BM, BN], tl.float32)
+        for start in range(0, N, BN):
+            o_n = start + tl.arange(0, BN)
+            b_x = new_vectors(p_basis, p_now, o_n, N, count, b_first, b_second, b_t, WIDTH, P, R)
+            b_x *= scales(p_basis, o_n, N, mean)[None, :]
+            b_out += products(b_x, p_affinity, o_m, o_n, N, SW)
+        b_scale = scales(p_basis, o_m, N, mean) / tl.maximum(mean, 1e-30)
+        store_vectors(p_next, tl.sum(b_out, axis=2) * b_scale[None, :], o_m, N, WIDTH)
+        b_x = new_vectors(p_basis, p_now, o_m, N, count, b_first, b_second, b_t, WIDTH, P, R)
+        store_vectors(p_basis + count * N, b_x, o_m, N, WIDTH)
+
+
+@triton.jit(do_not_specialize=["N", "i"])
+def cut_round_kernel(
+    vectors_ptr,
+    fiedler_ptr,
+    distraction_ptr,
+    target_ptr,
+    basis_ptr,
+    projected_ptr,
+    N,
+    i,  # counts the products so far
+    stride_db,
+    stride_dn,
+    WARM: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BREAKDOWN: tl.constexpr,
+    RESTART: tl.constexpr,
     SQUARINGS: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
     BN: tl.constexpr,
 ):
     i_b = tl.program_id(0).to(tl.int64)
-    o_r = tl.arange(0, R)
-    p_w, p_basis, p_scale = w_ptr + i_b * N, basis_ptr + i_b * R * N, scale_ptr + i_b * N
-    b_last = tl.zeros([R], tl.float32)
-    for start in range(0, N, BN):
-        o_n = start + tl.arange(0, BN)
-        b_w = tl.load(p_w + o_n, mask=o_n < N, other=0.0)
-        b_last += tl.sum(load_basis(p_basis, o_n, N, R, R) * b_w[None, :], axis=1)
-    b_diagonal = tl.where(o_r == R - 1, b_last, tl.load(diagonal_ptr + i_b * R + o_r))
-    b_beside = tl.load(beside_ptr + i_b * R + o_r)
-    # 2 is added to M, so that the leading eigenvalue is the one largest in size. The known vector, and what follows the
-    # end of the basis, are left with 0.
-    b_diagonal = tl.where((o_r > 0) & (b_beside > 0), b_diagonal + 2, 0.0)
-    b_beside = tl.where(o_r > 1, b_beside, 0.0)
-    on = o_r[:, None] == o_r[None, :]
-    b_power = tl.where(on, b_diagonal[:, None], 0.0)  # [R, R]
-    b_power += tl.where(o_r[:, None] == o_r[None, :] + 1, b_beside[:, None], 0.0)
-    b_power += tl.where(o_r[:, None] + 1 == o_r[None, :], b_beside[None, :], 0.0)
-    for _squaring in range(SQUARINGS):
-        b_power = b_power / tl.maximum(tl.max(tl.max(tl.abs(b_power), axis=1), axis=0), 1e-30)
-        b_power = tl.sum(b_power[:, None, :] * b_power[None, :, :], axis=2)  # symmetric
-    i_largest = tl.argmax(tl.sum(tl.where(on, b_power, 0.0), axis=1), axis=0)
-    b_ritz = tl.sum(tl.where(o_r[None, :] == i_largest, b_power, 0.0), axis=1)
-    b_ritz = b_ritz / tl.maximum(tl.sqrt(tl.sum(b_ritz * b_ritz, axis=0)), 1e-30)
-
-    b_top, b_bottom = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
-    for start in range(0, N, BN):
-        o_n = start + tl.arange(0, BN)
-        b_y = combine(b_ritz, load_basis(p_basis, o_n, N, R, R)) * tl.load(p_scale + o_n, mask=o_n < N, other=0.0)
-        b_top, b_bottom = tl.maximum(b_top, b_y), tl.minimum(b_bottom, b_y)
-    b_ritz *= tl.where(tl.max(b_top, axis=0) >= -tl.min(b_bottom, axis=0), 1.0, -1.0)
-    for start in range(0, N, BN):
-        o_n = start + tl.arange(0, BN)
-        b_y = combine(b_ritz, load_basis(p_basis, o_n, N, R, R)) * tl.load(p_scale + o_n, mask=o_n < N, other=0.0)
-        tl.store(out_ptr + i_b * N + o_n, b_y, mask=o_n < N)
+    p_basis, p_y = basis_ptr + i_b * R * N, vectors_ptr + (i_b * 2 + i % 2) * WIDTH * N
+    p_distraction, p_target = distraction_ptr + i_b * stride_db, target_ptr + i_b * N
+    active = distracted(p_distraction, stride_dn, N, BN) if MASKED and WARM else True
+    if active:
+        b_next, b_ritz, b_norm = powers(
+            p_basis, p_y, projected_ptr + i_b * R * R, N, WIDTH, BREAKDOWN, RESTART, SQUARINGS, P, R, BN
+        )
+        restart(p_basis, p_y, b_next, N, WIDTH, R, BN)
+        p_fiedler = fiedler_ptr + i_b * N
+        finish(p_basis, p_fiedler, p_target, p_distraction, stride_dn, b_ritz, b_norm, N, MASKED, R, BN)
+    else:
+        no_target(p_target, N, BN)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -275,73 +558,71 @@ def defocus_kernel(
         tl.store(out_ptr + i_b * N + o_n, b_y > threshold, mask=o_n < N)
 
 
-@triton_op("rfclip::fiedler_vector", mutates_args={})
-def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
-    B, N, _ = similarity.shape
-    empty = partial(similarity.new_empty, dtype=torch.float32)
-    affinity, basis = empty((B, N, N)), empty((B, BASIS, N))
-    degree, inv_sqrt, scale, w, y = (empty((B, N)) for _ in range(5))
-    diagonal, beside = empty((B, BASIS)), empty((B, BASIS))
+@triton_op("rfclip::cut_", mutates_args={"vectors", "fiedler"})
+def _cut_(
+    affinity: Tensor,
+    degrees: Tensor,
+    vectors: Tensor,
+    fiedler: Tensor,
+    distraction: Tensor | None,
+    warm: bool,
+    rounds: int,
+) -> Tensor:
+    B, N, SW = affinity.shape
+    empty = partial(affinity.new_empty, dtype=torch.float32)
+    target = empty((B, N), dtype=torch.bool)
+    basis, projected = empty((B, BASIS, N)), empty((B, BASIS, BASIS))
+    given = target if distraction is None else distraction
+    state = {"vectors_ptr": vectors, "basis_ptr": basis, "distraction_ptr": given, "N": N, **strides("d", given, "bn")}
+    shared = {"WARM": warm, "MASKED": distraction is not None, "WIDTH": WIDTH, "P": 4, "R": BASIS}
+    summed = {"degrees_ptr": degrees, "G": degrees.shape[1], "ripple": ripple(N)}
+    multiplied = {"affinity_ptr": affinity, "projected_ptr": projected, "SW": SW, "BREAKDOWN": BREAKDOWN}
+    multiplied |= {"DEPTH": DEPTH}
+    ended = {"fiedler_ptr": fiedler, "target_ptr": target, "projected_ptr": projected}
+    ended |= {"RESTART": RESTART, "SQUARINGS": SQUARINGS, "BREAKDOWN": BREAKDOWN}
     if B:
-        with on_device(similarity):
-            wrap_triton(affinity_kernel)[(triton.cdiv(N, SQUARE_ROWS), B)](
-                similarity_ptr=similarity,
-                affinity_ptr=affinity,
-                degree_ptr=degree,
-                N=N,
-                **strides("s", similarity, "bmn"),
-                BM=SQUARE_ROWS,
-                BN=SQUARE_COLUMNS,
-            )
-            wrap_triton(start_kernel)[(B,)](
-                degree_ptr=degree,
-                start_ptr=degree if start is None else start,
-                inv_sqrt_ptr=inv_sqrt,
-                scale_ptr=scale,
-                w_ptr=w,
-                basis_ptr=basis,
-                diagonal_ptr=diagonal,
-                beside_ptr=beside,
-                N=N,
-                ripple=ripple(N),
-                **strides("s", degree if start is None else start, "bn"),
-                GIVEN=start is not None,
-                R=BASIS,
-                BN=BLOCK_COLUMNS,
-            )
-            for step in range(1, BASIS):
-                out = empty((B, N))
-                wrap_triton(lanczos_kernel)[(triton.cdiv(N, BLOCK_ROWS), B)](
-                    affinity_ptr=affinity,
-                    scale_ptr=scale,
-                    w_ptr=w,
-                    basis_ptr=basis,
-                    diagonal_ptr=diagonal,
-                    beside_ptr=beside,
-                    out_ptr=out,
-                    N=N,
-                    step=step,
-                    R=BASIS,
-                    BREAKDOWN=BREAKDOWN,
+        with on_device(affinity):
+            if N <= WHOLE:
+                wrap_triton(cut_kernel)[(B,)](
+                    **state,
+                    **shared,
+                    **summed,
+                    **multiplied | ended,
+                    ROUNDS=rounds,
                     BM=BLOCK_ROWS,
                     BN=BLOCK_COLUMNS,
                     num_warps=8,
                 )
-                w = out
-            wrap_triton(ritz_kernel)[(B,)](
-                scale_ptr=inv_sqrt,
-                w_ptr=w,
-                basis_ptr=basis,
-                diagonal_ptr=diagonal,
-                beside_ptr=beside,
-                out_ptr=y,
+                return target
+            rows = (triton.cdiv(N, BLOCK_ROWS) * B,)
+            wrap_triton(cut_start_kernel)[rows](**state, **shared, **summed, BM=BLOCK_ROWS, BN=BLOCK_COLUMNS)
+            for i in range(1, rounds * DEPTH + 1):
+                wrap_triton(cut_product_kernel)[rows](
+                    **state, **shared, **multiplied, i=i - 1, BM=BLOCK_ROWS, BN=BLOCK_COLUMNS, num_warps=8
+                )
+                if i % DEPTH == 0:
+                    wrap_triton(cut_round_kernel)[(B,)](**state, **shared, **ended, i=i, BN=BLOCK_COLUMNS)
+    return target
+
+
+@triton_op("rfclip::affinity", mutates_args={})
+def _affinity(similarity: Tensor) -> tuple[Tensor, Tensor]:
+    B, N, _ = similarity.shape
+    empty = partial(similarity.new_empty, dtype=torch.float32)
+    affinity, degrees = empty((B, N, row_stride(N))), empty((B, 1, N))
+    if B:
+        with on_device(similarity):
+            wrap_triton(affinity_kernel)[(triton.cdiv(N, SQUARE_ROWS) * B,)](
+                similarity_ptr=similarity,
+                affinity_ptr=affinity,
+                degrees_ptr=degrees,
                 N=N,
-                R=BASIS,
-                SQUARINGS=SQUARINGS,
-                BN=BLOCK_COLUMNS,
-                num_warps=8,
+                SW=row_stride(N),
+                **strides("s", similarity, "bmn"),
+                BM=SQUARE_ROWS,
+                BN=SQUARE_COLUMNS,
             )
-    return y
+    return affinity, degrees
 
 
 @triton_op("rfclip::defocus_mask", mutates_args={})
@@ -362,13 +643,22 @@ def _defocus_mask(fiedler: Tensor, threshold: str) -> Tensor:
     return out
 
 
-def launch_fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
-    """Fifteen Lanczos steps, started from `start` where it is given, such as the vector of the block before.
+def row_stride(N: int) -> int:
+    """Numbers from row to row of W, so that every row is aligned."""
+    return triton.cdiv(N, 16) * 16
 
-    Where fifteen steps cannot tell the second eigenvalue from the third, y is some vector of their eigenspaces.
+
+def launch_fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
+    """Five rounds, whatever the start, from the same vectors.
+
+    Where they cannot tell the second eigenvalue from the third, y is some vector of their eigenspaces.
     """
     check_launch(similarity=similarity, start=start)
-    return _fiedler_vector(similarity, start)
+    B, N, _ = similarity.shape
+    affinity, degrees = _affinity(similarity)
+    vectors, y = (affinity.new_empty((B, *size, N)) for size in ((2, WIDTH), ()))
+    _cut_(affinity, degrees, vectors, y, None, False, ROUNDS + 2)
+    return y
 
 
 def launch_defocus_mask(fiedler: Tensor, threshold: str) -> Tensor:

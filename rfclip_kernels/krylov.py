@@ -8,7 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 STEPS = 15
-BREAKDOWN = 1e-6  # a vector with less than this that is new ends the basis
+WIDTH, DEPTH = 3, 5  # vectors that are multiplied at once, and how often in a round; odd
+ROUNDS = 3  # of the first block; odd
+RESTART = 5  # squarings of the projected matrix that the next round starts from
+BREAKDOWN = 1e-5  # a vector with less than this that is new ends the basis
 SQUARINGS = 16  # of the projected matrix, where its leading eigenvector is found by squaring it
 
 
