@@ -52,6 +52,13 @@ def softmax_step(b_s, b_max, b_sum):
 
 
 @triton.jit
+def image_head_rows(H, T, BM: tl.constexpr):
+    """The image, the head and the block of rows of a program; all are on the grid's first axis, which has no limit."""
+    i_bh, blocks = tl.program_id(0) // tl.cdiv(T, BM), tl.cdiv(T, BM)
+    return (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64), tl.program_id(0) % blocks
+
+
+@triton.jit
 def key_logits(b_q, p_k, m_d, scale):
     """The logits of the one key that p_k points to: [BM]."""
     b_k = tl.load(p_k, mask=m_d, other=0.0).to(tl.float32)  # [BD]
@@ -147,8 +154,8 @@ def refocused_attention_kernel(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    i_b, i_h, i_m = image_head_rows(H, T, BM)
+    o_m = i_m * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     m_q = (o_m < T)[:, None] & m_d[None, :]
@@ -239,9 +246,9 @@ def self_attention_kernel(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     first = PREFIX if DROP else 0
-    o_m = first + tl.program_id(0) * BM + tl.arange(0, BM)
+    i_b, i_h, i_m = image_head_rows(H, T - first, BM)
+    o_m = first + i_m * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     m_m = (o_m < T)[:, None] & m_d[None, :]
@@ -342,7 +349,7 @@ def _refocused_attention(
                 PREFIX=prefix,
                 BN=BLOCK_PATCHES,
             )
-            wrap_triton(refocused_attention_kernel)[(triton.cdiv(T, options["BM"]), B * H)](
+            wrap_triton(refocused_attention_kernel)[(triton.cdiv(T, options["BM"]) * B * H,)](
                 q_ptr=q,
                 k_ptr=k,
                 v_ptr=v,
@@ -373,7 +380,7 @@ def _self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, pre
     options = constants(D, v.dtype)
     if B:
         with on_device(v):
-            wrap_triton(self_attention_kernel)[(triton.cdiv(rows, options["BM"]), B * H)](
+            wrap_triton(self_attention_kernel)[(triton.cdiv(rows, options["BM"]) * B * H,)](
                 u_ptr=u,
                 v_ptr=v,
                 bias_ptr=out if bias is None else bias.float().contiguous(),

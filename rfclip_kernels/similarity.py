@@ -4,7 +4,8 @@
     a[j]     = (1 / (H N)) sum over h and patch queries i of softmax_j(q_h,i . k_h,j)
 
 Both first need the log-sum-exp of every row: one sweep of online softmax without values. Then a tile of S adds up its
-heads in registers, and a block of columns its heads and rows.
+heads in registers, and a block of columns its heads and rows. Since k_h,i . k_h,j is symmetric, a tile of products also
+gives the tile of S across the diagonal: only tiles on and above it are multiplied.
 """
 
 import torch
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels.attention import LOG2E, constants, dot, key_logits, softmax_step
+from rfclip_kernels.attention import LOG2E, constants, dot, image_head_rows, key_logits, softmax_step
 from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
 
 
@@ -22,6 +23,7 @@ def row_logsumexp_kernel(
     q_ptr,  # [B, H, T, D]
     k_ptr,  # [B, H, T, D]
     out_ptr,  # [B, H, T] fp32, in base 2
+    kept_ptr,  # [B, H, T, D] contiguous, a copy of q, written where KEEP
     H,
     T,
     scale,  # times log2(e)
@@ -34,18 +36,22 @@ def row_logsumexp_kernel(
     stride_kt,
     stride_kd,
     PREFIX: tl.constexpr,
+    KEEP: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    i_b, i_h, i_m = image_head_rows(H, T, BM)
+    o_m = i_m * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + o_m[:, None] * stride_qt + o_d[None, :] * stride_qd
-    b_q = tl.load(p_q, mask=(o_m < T)[:, None] & m_d[None, :], other=0.0)  # [BM, BD]
+    m_q = (o_m < T)[:, None] & m_d[None, :]
+    b_q = tl.load(p_q, mask=m_q, other=0.0)  # [BM, BD]
+    if KEEP:
+        tl.store(kept_ptr + ((i_b * H + i_h) * T + o_m[:, None]) * D + o_d[None, :], b_q, mask=m_q)
     p_k = k_ptr + i_b * stride_kb + i_h * stride_kh + o_d * stride_kd
     b_max, b_sum = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
     for i in tl.static_range(PREFIX):
@@ -66,7 +72,8 @@ def row_logsumexp_kernel(
 def key_similarity_kernel(
     k_ptr,  # [B, H, T, D]
     lse_ptr,  # [B, H, T]
-    running_ptr,  # [B, N, N] fp32, read where count > 0, and written
+    running_ptr,  # [B, N, N] fp32 or fp16, S, or W where SYMMETRIC; read where count > 0, and written
+    degrees_ptr,  # [B, G, N] fp32, the sums of each row of W in each of G tiles, written where SYMMETRIC
     H,
     T,
     count,
@@ -79,32 +86,65 @@ def key_similarity_kernel(
     stride_sm,
     stride_sn,
     PREFIX: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
-    BN: tl.constexpr,
+    BN: tl.constexpr,  # the same
+    BK: tl.constexpr,  # dimensions that are multiplied at a time
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    i_b = tl.program_id(2).to(tl.int64)
-    o_m, o_n = PREFIX + tl.program_id(0) * BM + tl.arange(0, BM), PREFIX + tl.program_id(1) * BN + tl.arange(0, BN)
-    o_d = tl.arange(0, BD)
-    m_d = o_d < D
-    m_q, m_k = (o_m < T)[:, None] & m_d[None, :], m_d[:, None] & (o_n < T)[None, :]
-    p_k = k_ptr + i_b * stride_kb
-    p_lse = lse_ptr + i_b * H * T
+    N = T - PREFIX
+    G = tl.cdiv(N, BM)
+    i_b, i_tile = (tl.program_id(0) // (G * (G + 1) // 2)).to(tl.int64), tl.program_id(0) % (G * (G + 1) // 2)
+    # Tiles (m, n) with m <= n are counted by columns: n (n + 1) / 2 + m.
+    i_n = ((tl.sqrt(8.0 * i_tile.to(tl.float32) + 1.0) - 1.0) / 2).to(tl.int32)
+    i_n = tl.where(i_n * (i_n + 1) // 2 > i_tile, i_n - 1, i_n)
+    i_n = tl.where((i_n + 1) * (i_n + 2) // 2 <= i_tile, i_n + 1, i_n)
+    i_m = i_tile - i_n * (i_n + 1) // 2
+    o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
+    m_m, m_n = o_m < N, o_n < N
+    p_k = k_ptr + i_b * stride_kb + PREFIX * stride_kt
+    p_lse = lse_ptr + i_b * H * T + PREFIX
     b_mean = tl.zeros([BM, BN], tl.float32)
+    b_across = tl.zeros([BM, BN], tl.float32)  # of the tile across the diagonal, unless SYMMETRIC
     for _head in range(0, H):
-        b_q = tl.load(p_k + o_m[:, None] * stride_kt + o_d[None, :] * stride_kd, mask=m_q, other=0.0)  # [BM, BD]
-        b_k = tl.load(p_k + o_n[None, :] * stride_kt + o_d[:, None] * stride_kd, mask=m_k, other=0.0)  # [BD, BN]
-        b_lse = tl.load(p_lse + o_m, mask=o_m < T, other=0.0)
-        b_mean += tl.exp2(dot(b_q, b_k, PRECISION) * scale - b_lse[:, None])
+        b_s = tl.zeros([BM, BN], tl.float32)
+        for first in tl.static_range(0, BD, BK):
+            o_d = first + tl.arange(0, BK)
+            p_q = p_k + o_m[:, None] * stride_kt + o_d[None, :] * stride_kd
+            b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)  # [BM, BK]
+            p_other = p_k + o_n[None, :] * stride_kt + o_d[:, None] * stride_kd
+            b_k = tl.load(p_other, mask=(o_d < D)[:, None] & m_n[None, :], other=0.0)  # [BK, BN]
+            b_s += dot(b_q, b_k, PRECISION) * scale
+        b_lse_m = tl.load(p_lse + o_m, mask=m_m, other=0.0)
+        b_lse_n = tl.load(p_lse + o_n, mask=m_n, other=0.0)
+        b_mean += tl.exp2(b_s - b_lse_m[:, None])
+        if SYMMETRIC:
+            b_mean += tl.exp2(b_s - b_lse_n[None, :])
+        else:
+            b_across += tl.exp2(b_s - b_lse_n[None, :])
         p_k += stride_kh
         p_lse += T
-    m_out = (o_m < T)[:, None] & (o_n < T)[None, :]
-    p_out = running_ptr + i_b * stride_sb + (o_m - PREFIX)[:, None] * stride_sm + (o_n - PREFIX)[None, :] * stride_sn
-    m_before = m_out & (o_m < T * (count > 0))[:, None]
-    b_before = tl.load(p_out, mask=m_before, other=0.0)
-    tl.store(p_out, (b_before * count + b_mean / H) / (count + 1), mask=m_out)
+    mask = m_m[:, None] & m_n[None, :]
+    m_before = mask & (o_m < N * (count > 0))[:, None]
+    p_out = running_ptr + i_b * stride_sb + o_m[:, None] * stride_sm + o_n[None, :] * stride_sn
+    p_across = running_ptr + i_b * stride_sb + o_n[None, :] * stride_sm + o_m[:, None] * stride_sn
+    dtype: tl.constexpr = running_ptr.dtype.element_ty
+    b_mean = b_mean / (2 * H) if SYMMETRIC else b_mean / H
+    b_out = (tl.load(p_out, mask=m_before, other=0.0).to(tl.float32) * count + b_mean) / (count + 1)
+    if not SYMMETRIC:
+        b_before = tl.load(p_across, mask=m_before, other=0.0).to(tl.float32)
+        b_across = (b_before * count + b_across / H) / (count + 1)
+    tl.store(p_out, b_out.to(dtype), mask=mask)
+    if SYMMETRIC:
+        b_across = b_out
+        b_out = tl.where(mask, b_out.to(dtype).to(tl.float32), 0.0)
+        tl.store(degrees_ptr + (i_b * G + i_n) * N + o_m, tl.sum(b_out, axis=1), mask=m_m)
+    if i_m != i_n:
+        tl.store(p_across, b_across.to(dtype), mask=mask)
+        if SYMMETRIC:
+            tl.store(degrees_ptr + (i_b * G + i_m) * N + o_n, tl.sum(b_out, axis=0), mask=m_n)
 
 
 @triton.jit(do_not_specialize=["H", "T"])
@@ -154,36 +194,50 @@ def received_attention_kernel(
     tl.store(out_ptr + i_b * (T - PREFIX) + o_n - PREFIX, b_sum / (H * (T - PREFIX)), mask=o_n < T)
 
 
-def _row_logsumexp(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
+def row_logsumexp(q: Tensor, k: Tensor, scale: float, prefix: int, kept: Tensor | None = None) -> Tensor:
+    """The log-sum-exp of each row of logits [B, H, T], fp32, in base 2; q is copied to `kept`, if given."""
     B, H, T, D = q.shape
     out = q.new_empty((B, H, T), dtype=torch.float32)
     options = constants(D, q.dtype)
-    with on_device(q):
-        wrap_triton(row_logsumexp_kernel)[(triton.cdiv(T, options["BM"]), B * H)](
-            q_ptr=q,
-            k_ptr=k,
-            out_ptr=out,
-            H=H,
-            T=T,
-            scale=scale * LOG2E.value,
-            **strides("q", q, "bhtd"),
-            **strides("k", k, "bhtd"),
-            PREFIX=prefix,
-            **options,
-        )
+    if B:
+        with on_device(q):
+            wrap_triton(row_logsumexp_kernel)[(triton.cdiv(T, options["BM"]) * B * H,)](
+                q_ptr=q,
+                k_ptr=k,
+                out_ptr=out,
+                kept_ptr=out if kept is None else kept,
+                H=H,
+                T=T,
+                scale=scale * LOG2E.value,
+                **strides("q", q, "bhtd"),
+                **strides("k", k, "bhtd"),
+                PREFIX=prefix,
+                KEEP=kept is not None,
+                **options,
+            )
     return out
 
 
-@triton_op("rfclip::key_similarity_", mutates_args={"running"})
-def _key_similarity_(k: Tensor, running: Tensor, count: int, scale: float, prefix: int) -> None:
+def tile_side(N: int, dtype: torch.dtype) -> int:
+    """The side of a tile of S: small ones for few patches, so that there are enough of them."""
+    if dtype == torch.float32:
+        return 16
+    return 32 if N <= 256 else 64
+
+
+def _add_layer(
+    k: Tensor, lse: Tensor, running: Tensor, degrees: Tensor | None, count: int, scale: float, prefix: int
+) -> None:
     B, H, T, D = k.shape
-    N, options = T - prefix, constants(D, k.dtype)
+    side = tile_side(T - prefix, k.dtype)
+    tiles, options = triton.cdiv(T - prefix, side), constants(D, k.dtype)
     if B:
         with on_device(k):
-            wrap_triton(key_similarity_kernel)[(triton.cdiv(N, options["BM"]), triton.cdiv(N, options["BN"]), B)](
+            wrap_triton(key_similarity_kernel)[(tiles * (tiles + 1) // 2 * B,)](
                 k_ptr=k,
-                lse_ptr=_row_logsumexp(k, k, scale, prefix),
+                lse_ptr=lse,
                 running_ptr=running,
+                degrees_ptr=lse if degrees is None else degrees,
                 H=H,
                 T=T,
                 count=count,
@@ -191,8 +245,15 @@ def _key_similarity_(k: Tensor, running: Tensor, count: int, scale: float, prefi
                 **strides("k", k, "bhtd"),
                 **strides("s", running, "bmn"),
                 PREFIX=prefix,
-                **options,
+                SYMMETRIC=degrees is not None,
+                BK=32 if k.dtype == torch.float32 else options["BD"],
+                **options | {"BM": side, "BN": side, "num_warps": 8 if side == 64 else 4},
             )
+
+
+@triton_op("rfclip::key_similarity_", mutates_args={"running"})
+def _key_similarity_(k: Tensor, running: Tensor, count: int, scale: float, prefix: int) -> None:
+    _add_layer(k, row_logsumexp(k, k, scale, prefix), running, None, count, scale, prefix)
 
 
 @triton_op("rfclip::received_attention", mutates_args={})
@@ -205,7 +266,7 @@ def _received_attention(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tens
             wrap_triton(received_attention_kernel)[(triton.cdiv(N, options["BN"]), B)](
                 q_ptr=q,
                 k_ptr=k,
-                lse_ptr=_row_logsumexp(q, k, scale, prefix),
+                lse_ptr=row_logsumexp(q, k, scale, prefix),
                 out_ptr=out,
                 H=H,
                 T=T,
