@@ -17,7 +17,7 @@ from torch.library import triton_op
 
 from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
 
-OTSU_ROWS = 32  # values of c in a program
+OTSU_ROWS = 16  # values of c in a program
 OTSU_COLUMNS = 256
 BLOCK = 1024  # values that the one program of an image reads at once
 
@@ -25,7 +25,7 @@ BLOCK = 1024  # values that the one program of an image reads at once
 @triton.jit(do_not_specialize=["N"])
 def otsu_kernel(
     y_ptr,  # [B, N]
-    separation_ptr,  # [B, N] fp32, for each value as c
+    separation_ptr,  # [B, N] fp64, for each value as c
     N,
     stride_yb,
     stride_yn,
@@ -37,17 +37,19 @@ def otsu_kernel(
     o_m = tl.program_id(0) % tiles * BM + tl.arange(0, BM)
     p_y = y_ptr + i_b * stride_yb
     b_c = tl.load(p_y + o_m * stride_yn, mask=o_m < N, other=0.0).to(tl.float32)
-    b_high_count = tl.zeros([BM, BN], tl.float32)  # exact in fp32
+    b_count = tl.zeros([BM, BN], tl.float32)  # of the values above c; exact in fp32
     b_low, b_high = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
     for start in range(0, N, BN):
         o_n = start + tl.arange(0, BN)
         b_y = tl.load(p_y + o_n * stride_yn, mask=o_n < N, other=0.0).to(tl.float32)
         b_off = tl.where((o_n < N)[None, :], b_y[None, :] - b_c[:, None], 0.0)  # of the difference of means, c cancels
-        b_high_count += tl.where(b_off > 0, 1.0, 0.0)
+        b_count += tl.where(b_off > 0, 1.0, 0.0)
         b_low += tl.minimum(b_off, 0.0)
         b_high += tl.maximum(b_off, 0.0)
-    b_n = tl.sum(b_high_count, axis=1)
-    b_apart = tl.sum(b_high, axis=1) / tl.maximum(b_n, 1.0) - tl.sum(b_low, axis=1) / tl.maximum(N - b_n, 1.0)
+    # In fp64, since the best c and its neighbours differ by a share of about 1 / N^2.
+    b_n = tl.sum(b_count, axis=1).to(tl.float64)
+    b_low_mean = tl.sum(b_low.to(tl.float64), axis=1) / tl.maximum(N - b_n, 1.0)
+    b_apart = tl.sum(b_high.to(tl.float64), axis=1) / tl.maximum(b_n, 1.0) - b_low_mean
     tl.store(separation_ptr + i_b * N + o_m, b_n * (N - b_n) * b_apart * b_apart, mask=o_m < N)
 
 
@@ -55,7 +57,7 @@ def otsu_kernel(
 def defocus_kernel(
     y_ptr,  # [B, N]
     distraction_ptr,  # [B, N] bool, read where GIVEN
-    separation_ptr,  # [B, N] fp32, read where OTSU
+    separation_ptr,  # [B, N] fp64, read where OTSU
     out_ptr,  # [B, N] bool
     N,
     stride_yb,
@@ -69,7 +71,7 @@ def defocus_kernel(
     i_b = tl.program_id(0).to(tl.int64)
     p_y = y_ptr + i_b * stride_yb
     if OTSU:
-        b_most, b_threshold = tl.full([BN], -1.0, tl.float32), tl.full([BN], float("inf"), tl.float32)
+        b_most, b_threshold = tl.full([BN], -1.0, tl.float64), tl.full([BN], float("inf"), tl.float32)
         for start in range(0, N, BN):
             o_n = start + tl.arange(0, BN)
             b_c = tl.load(p_y + o_n * stride_yn, mask=o_n < N, other=float("inf")).to(tl.float32)
@@ -98,7 +100,7 @@ def defocus_kernel(
 def _defocus_mask(fiedler: Tensor, distraction: Tensor | None, threshold: str) -> Tensor:
     B, N = fiedler.shape
     otsu, out = threshold == "otsu", fiedler.new_empty((B, N), dtype=torch.bool)
-    separation = fiedler.new_empty((B, N), dtype=torch.float32) if otsu else out
+    separation = fiedler.new_empty((B, N), dtype=torch.float64) if otsu else out
     taken = out if distraction is None else distraction
     if B:
         with on_device(fiedler):

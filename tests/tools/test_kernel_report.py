@@ -216,7 +216,7 @@ def test_only_the_first_axis_of_a_grid_is_long():
         "average_windows_kernel": (70000 * 1250,),
         "upsample_argmax_kernel": (70000,),
         "pamr_kernel": (2 * 70000,),
-        "otsu_kernel": (2 * 70000,),
+        "otsu_kernel": (3 * 70000,),
         "defocus_kernel": (70000,),
     }
 

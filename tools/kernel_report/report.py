@@ -51,8 +51,9 @@ KERNELS_TITLE = "Ranges over all compilations: head dimensions, dtypes, shapes a
 KERNELS_HEADS = "kernel | compilations | registers | spilled bytes | tensor cores | occupancy, NVIDIA | occupancy, AMD"
 LINES_TITLE = """\
 The worst of each line's compilations. Tensor-core instructions are counted in the PTX (v_mfma in the AMD assembly).
-Prefetch is how many products of the loop end between the start of a load and the wait for it, at least; 0 means that no
-load overlaps a product. Occupancy is an estimate: resident warps over the most that an SM (CU) holds."""
+Prefetch is how many products of a loop, or slices of one, end between the start of a load and the wait for it, at
+least; 0 means that no load overlaps a product. Occupancy is an estimate: resident warps over the most that an SM (CU)
+holds."""
 LINES_HEADS = (
     "kernel | dtype | D | target | registers | spilled bytes | shared bytes | tensor-core instructions | prefetch | "
     "occupancy"
@@ -179,7 +180,7 @@ def _inspect(compiled: CompiledKernel, job: Job) -> Outcome:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            command = [TOOLS / "cuobjdump", "-res-usage", file.name]
+            command = (TOOLS / "cuobjdump", "-res-usage", file.name)
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         code = compiled.asm["ptx"]
         registers, spilled = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
