@@ -66,10 +66,10 @@ def average_windows_kernel(
     BK: tl.constexpr,
     BX: tl.constexpr,
 ):
-    tiles = tl.cdiv(w, BX)
-    y = tl.program_id(0) // tiles % h
+    tiles, groups = tl.cdiv(w, BX), tl.cdiv(K, BK)
+    y = tl.program_id(0) // tiles // groups
     o_x = tl.program_id(0) % tiles * BX + tl.arange(0, BX)
-    o_k = tl.program_id(0) // tiles // h * BK + tl.arange(0, BK)
+    o_k = tl.program_id(0) // tiles % groups * BK + tl.arange(0, BK)
     m_k = o_k < K
     p_logits, p_corner = logits_ptr, corners_ptr
     b_sum = tl.zeros([BK, BX], tl.float32)
@@ -162,7 +162,7 @@ def _average_windows(logits: Tensor, corners: Tensor, side: int, h: int, w: int)
     W, K, gh, gw = logits.shape
     out = logits.new_empty((K, h, w), dtype=torch.float32)
     with on_device(logits):
-        wrap_triton(average_windows_kernel)[(triton.cdiv(w, BLOCK_COLUMNS) * h * triton.cdiv(K, BLOCK_NAMES),)](
+        wrap_triton(average_windows_kernel)[(triton.cdiv(w, BLOCK_COLUMNS) * triton.cdiv(K, BLOCK_NAMES) * h,)](
             logits_ptr=logits,
             corners_ptr=corners,
             out_ptr=out,
