@@ -32,7 +32,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Compiles the kernels for six GPU architectures, counts what they compute and move, and fails on spills; needs no GPU.
+# Compiles the kernels for eight GPU architectures, counts what they compute and move, and fails on spills; needs no GPU.
 report: $(READY)
 	mkdir -p build
 	$(BIN)/python -m tools.kernel_report > build/kernels.md

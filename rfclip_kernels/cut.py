@@ -514,50 +514,6 @@ def cut_round_kernel(
         no_target(p_target, N, BN)
 
 
-@triton.jit(do_not_specialize=["N"])
-def defocus_kernel(
-    y_ptr,  # [B, N]
-    out_ptr,  # [B, N] bool
-    N,
-    stride_yb,
-    stride_yn,
-    OTSU: tl.constexpr,
-    BN: tl.constexpr,
-):
-    i_b = tl.program_id(0).to(tl.int64)
-    p_y = y_ptr + i_b * stride_yb
-    b_sum = tl.zeros([BN], tl.float32)
-    for start in range(0, N, BN):
-        o_n = start + tl.arange(0, BN)
-        b_sum += tl.load(p_y + o_n * stride_yn, mask=o_n < N, other=0.0).to(tl.float32)
-    mean = tl.sum(b_sum) / N
-    threshold = mean
-    if OTSU:  # the value at which the classes "at most it" and "above it" differ most; the lowest of equals
-        best = 0.0
-        threshold = float("inf")
-        for start in range(0, N, BN):
-            o_n = start + tl.arange(0, BN)
-            b_cut = tl.load(p_y + o_n * stride_yn, mask=o_n < N, other=float("inf")).to(tl.float32)
-            b_low, b_low_sum, b_all_sum = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32), 0.0
-            for other in range(0, N):
-                y = tl.load(p_y + other * stride_yn).to(tl.float32)
-                b_low += tl.where(y <= b_cut, 1.0, 0.0)
-                b_low_sum += tl.where(y <= b_cut, y - mean, 0.0)
-                b_all_sum += y - mean
-            b_high = N - b_low
-            split = b_high > 0
-            b_apart = b_low_sum / tl.maximum(b_low, 1.0) - (b_all_sum - b_low_sum) / tl.maximum(b_high, 1.0)
-            b_variance = tl.where(split & (o_n < N), b_low * b_high * b_apart * b_apart, 0.0)
-            highest = tl.max(b_variance, axis=0)
-            at = tl.min(tl.where((b_variance == highest) & split, b_cut, float("inf")), axis=0)
-            threshold = tl.where(highest > best, at, tl.where(highest == best, tl.minimum(at, threshold), threshold))
-            best = tl.maximum(best, highest)
-    for start in range(0, N, BN):
-        o_n = start + tl.arange(0, BN)
-        b_y = tl.load(p_y + o_n * stride_yn, mask=o_n < N, other=0.0).to(tl.float32)
-        tl.store(out_ptr + i_b * N + o_n, b_y > threshold, mask=o_n < N)
-
-
 @triton_op("rfclip::cut_", mutates_args={"vectors", "fiedler"})
 def _cut_(
     affinity: Tensor,
@@ -625,24 +581,6 @@ def _affinity(similarity: Tensor) -> tuple[Tensor, Tensor]:
     return affinity, degrees
 
 
-@triton_op("rfclip::defocus_mask", mutates_args={})
-def _defocus_mask(fiedler: Tensor, threshold: str) -> Tensor:
-    B, N = fiedler.shape
-    out = fiedler.new_empty((B, N), dtype=torch.bool)
-    if B:
-        with on_device(fiedler):
-            wrap_triton(defocus_kernel)[(B,)](
-                y_ptr=fiedler,
-                out_ptr=out,
-                N=N,
-                stride_yb=fiedler.stride(0),
-                stride_yn=fiedler.stride(1),
-                OTSU=threshold == "otsu",
-                BN=BLOCK_COLUMNS,
-            )
-    return out
-
-
 def row_stride(N: int) -> int:
     """Numbers from row to row of W, so that every row is aligned."""
     return triton.cdiv(N, 16) * 16
@@ -659,9 +597,3 @@ def launch_fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
     vectors, y = (affinity.new_empty((B, *size, N)) for size in ((2, WIDTH), ()))
     _cut_(affinity, degrees, vectors, y, None, False, ROUNDS + 2)
     return y
-
-
-def launch_defocus_mask(fiedler: Tensor, threshold: str) -> Tensor:
-    """One program per image; "otsu" compares all pairs."""
-    check_launch(fiedler=fiedler)
-    return _defocus_mask(fiedler, threshold)

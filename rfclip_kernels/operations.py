@@ -351,13 +351,12 @@ class Operations:
             return similarity.new_zeros((sizes["B"], 1), dtype=computing_dtype(similarity))
         return self._run["fiedler_vector"](similarity, start)
 
-    def defocus_mask(self, fiedler: Tensor, *, threshold: str = "mean") -> Tensor:
-        """The defocused tokens, those above the cut: y[i] > mean(y), below equation 8 [P 8].
-
-        T_def excludes T_dis [D], which this operation does not know: callers take `defocus_mask(y) & ~distraction`.
+    def defocus_mask(self, fiedler: Tensor, distraction: Tensor | None = None, *, threshold: str = "mean") -> Tensor:
+        """The defocused tokens, those above the cut: y[i] > mean(y), below equation 8 [P 8], except T_dis [D].
 
         Args:
             fiedler: y [B, N], any floating-point dtype, as `fiedler_vector` returns it.
+            distraction: T_dis, bool [B, N]; without it, none is excepted. It does not change the threshold.
             threshold: "mean", or "otsu" for the variant of the paper's table 5: of the N - 1 ways to split the image's
                 sorted values in two, the one with the largest between-class variance (exact, without a histogram [D];
                 the lowest of equals), the threshold being the largest value of the lower class.
@@ -366,10 +365,12 @@ class Operations:
             bool [B, N]. A single patch (N = 1) is never above its own threshold, nor is any of N equal values with
             "otsu".
         """
-        tensor_sizes("fiedler", fiedler, "B N")
+        sizes = tensor_sizes("fiedler", fiedler, "B N")
+        if distraction is not None:
+            tensor_sizes("distraction", distraction, "B N", sizes, torch.bool)
         if threshold not in ("mean", "otsu"):
             raise ValueError(f'threshold must be "mean" or "otsu", got {threshold!r}')
-        return self._run["defocus_mask"](fiedler, threshold)
+        return self._run["defocus_mask"](fiedler, distraction, threshold)
 
     # Step 5: attention moves
 

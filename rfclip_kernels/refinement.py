@@ -40,9 +40,10 @@ def pamr_kernel(
     BP: tl.constexpr,
     BX: tl.constexpr,
 ):
-    i_b = tl.program_id(2).to(tl.int64)
-    y = tl.program_id(1)
-    o_x = tl.program_id(0) * BX + tl.arange(0, BX)
+    tiles = tl.cdiv(W, BX)  # the grid has one axis: the others are limited to 65535 programs
+    i_b = (tl.program_id(0) // tiles // H).to(tl.int64)
+    y = tl.program_id(0) // tiles % H
+    o_x = tl.program_id(0) % tiles * BX + tl.arange(0, BX)
     m_x = o_x < W
     o_p = tl.arange(0, BP)
     m_p = o_p < 8 * len(DILATIONS)
@@ -91,7 +92,7 @@ def _pamr(image: Tensor, mask: Tensor, iterations: int, dilations: list[int]) ->
     for step in range(iterations if B else 0):
         before, out = out, buffers[step % 2]
         with on_device(image):
-            wrap_triton(pamr_kernel)[(triton.cdiv(W, BX), H, B)](
+            wrap_triton(pamr_kernel)[(triton.cdiv(W, BX) * H * B,)](
                 image_ptr=image,
                 mask_ptr=before,
                 out_ptr=out,

@@ -194,6 +194,10 @@ def _filtered(s: Sizes) -> Inputs:
     return {"x": s.patches(), "mask": s.mask(10), "grid": s.grid}
 
 
+def _cut(s: Sizes) -> Inputs:
+    return {"fiedler": s.scores(s.B, s.N), "distraction": s.mask(10)}
+
+
 def _refocused(s: Sizes) -> Inputs:
     q, k, v = s.heads()
     return {"q": q, "k": k, "v": v, "distraction": s.mask(10), "target": s.mask(3), "beta": 0.7, "prefix": s.prefix}
@@ -297,8 +301,8 @@ EXAMPLES = (
         kernels=_SIMILARITY,
     ),
     Example("fiedler_vector", lambda s: {"similarity": s.similarity(), "start": s.scores(s.B, s.N)}, module="cut"),
-    Example("defocus_mask", lambda s: {"fiedler": s.scores(s.B, s.N)}, module="cut"),
-    Example("defocus_mask", lambda s: {"fiedler": s.scores(s.B, s.N), "threshold": "otsu"}, "Otsu", module="cut"),
+    Example("defocus_mask", _cut, module="defocus"),
+    Example("defocus_mask", lambda s: _cut(s) | {"threshold": "otsu"}, "Otsu", module="defocus"),
     Example("refocused_attention", _refocused, module="attention", sweep=_ATTENTION, kernels=_REFOCUSED),
     Example("self_attention", _self, module="attention", sweep=_ATTENTION, kernels=_SWEPT),
     Example(

@@ -6,6 +6,8 @@ probability[y, x] = max_k softmax(l)[k] = 1 / sum_k exp(l[k] - max l)
 
 Neither the resized windows [W, K, side, side] nor the upsampled logits [K, H, W] are ever stored. The largest
 probability of a class is that of its best name, so labels and threshold do not need the number of classes.
+
+A grid has one axis here, since the others are limited to 65535 programs, and a picture may have more rows.
 """
 
 import torch
@@ -64,9 +66,10 @@ def average_windows_kernel(
     BK: tl.constexpr,
     BX: tl.constexpr,
 ):
-    y = tl.program_id(1)
-    o_x = tl.program_id(0) * BX + tl.arange(0, BX)
-    o_k = tl.program_id(2) * BK + tl.arange(0, BK)
+    tiles, groups = tl.cdiv(w, BX), tl.cdiv(K, BK)
+    y = tl.program_id(0) // tiles // groups
+    o_x = tl.program_id(0) % tiles * BX + tl.arange(0, BX)
+    o_k = tl.program_id(0) // tiles % groups * BK + tl.arange(0, BK)
     m_k = o_k < K
     p_logits, p_corner = logits_ptr, corners_ptr
     b_sum = tl.zeros([BK, BX], tl.float32)
@@ -117,8 +120,9 @@ def upsample_argmax_kernel(
     BK: tl.constexpr,
     BX: tl.constexpr,
 ):
-    y = tl.program_id(1)
-    o_x = tl.program_id(0) * BX + tl.arange(0, BX)
+    tiles = tl.cdiv(W, BX)
+    y = tl.program_id(0) // tiles
+    o_x = tl.program_id(0) % tiles * BX + tl.arange(0, BX)
     m_x = o_x < W
     low_y, high_y, part_y = source(y, scale_h, h)
     low_x, high_x, part_x = source(o_x, scale_w, w)
@@ -158,7 +162,7 @@ def _average_windows(logits: Tensor, corners: Tensor, side: int, h: int, w: int)
     W, K, gh, gw = logits.shape
     out = logits.new_empty((K, h, w), dtype=torch.float32)
     with on_device(logits):
-        wrap_triton(average_windows_kernel)[(triton.cdiv(w, BLOCK_COLUMNS), h, triton.cdiv(K, BLOCK_NAMES))](
+        wrap_triton(average_windows_kernel)[(triton.cdiv(w, BLOCK_COLUMNS) * triton.cdiv(K, BLOCK_NAMES) * h,)](
             logits_ptr=logits,
             corners_ptr=corners,
             out_ptr=out,
@@ -186,7 +190,7 @@ def _upsample_argmax(
     K, h, w = logits.shape
     out = logits.new_empty((H, W), dtype=torch.int32)
     with on_device(logits):
-        wrap_triton(upsample_argmax_kernel)[(triton.cdiv(W, BLOCK_COLUMNS), H)](
+        wrap_triton(upsample_argmax_kernel)[(triton.cdiv(W, BLOCK_COLUMNS) * H,)](
             logits_ptr=logits,
             class_ptr=class_of_name,
             out_ptr=out,

@@ -178,7 +178,7 @@ class RFCLIP(Method):
         """The tokens that receive the budget, bool [B, N] over patches or [B, T] over all tokens."""
         target, prefix = self.config.target, self.tower.prefix
         if fiedler is not None:  # the target is "defocused"
-            return self.ops.defocus_mask(fiedler, threshold=self.config.cut_threshold) & ~distraction
+            return self.ops.defocus_mask(fiedler, distraction, threshold=self.config.cut_threshold)
         if target == "non-distraction":
             return ~distraction
         patches = torch.zeros_like(distraction) if target == "cls" else ~distraction

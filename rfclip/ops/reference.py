@@ -132,17 +132,10 @@ def fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
     return y * y.gather(-1, largest).sign()
 
 
-def defocus_mask(fiedler: Tensor, threshold: str) -> Tensor:
-    y, N = fiedler.to(computing_dtype(fiedler)), fiedler.shape[1]
-    if threshold == "mean" or N == 1:
-        return y > y.mean(dim=-1, keepdim=True)
-    ordered = y.sort(dim=-1).values
-    centred = ordered - ordered.mean(dim=-1, keepdim=True)
-    low = torch.arange(1, N, device=y.device)  # size of the lower class, for each split
-    high = N - low
-    low_sum = centred.cumsum(dim=-1)[:, :-1]
-    variance = low * high * (low_sum / low - (centred.sum(dim=-1, keepdim=True) - low_sum) / high) ** 2
-    return y > ordered.gather(-1, variance.argmax(dim=-1, keepdim=True))
+def defocus_mask(fiedler: Tensor, distraction: Tensor | None, threshold: str) -> Tensor:
+    y = fiedler.to(computing_dtype(fiedler))
+    above = y > (y.mean(dim=-1, keepdim=True) if threshold == "mean" else _otsu_threshold(y))
+    return above if distraction is None else above & ~distraction
 
 
 # Steps 5 and 6: attention
@@ -280,6 +273,20 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """In the computing dtype, rounded to that of x."""
     dtype = computing_dtype(x)
     return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
+
+
+def _otsu_threshold(y: Tensor) -> Tensor:
+    """Of each row of y [B, N], [B, 1]."""
+    N = y.shape[1]
+    if N == 1:
+        return y
+    ordered = y.sort(dim=-1).values
+    centred = ordered - ordered.mean(dim=-1, keepdim=True)
+    low = torch.arange(1, N, device=y.device)  # size of the lower class, for each split
+    high = N - low
+    low_sum = centred.cumsum(dim=-1)[:, :-1]
+    variance = low * high * (low_sum / low - (centred.sum(dim=-1, keepdim=True) - low_sum) / high) ** 2
+    return ordered.gather(-1, variance.argmax(dim=-1, keepdim=True))
 
 
 def _attention(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:

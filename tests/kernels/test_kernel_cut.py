@@ -93,12 +93,23 @@ def test_separate_groups():
 
 @dtypes
 @pytest.mark.parametrize("threshold", ["mean", "otsu"])
-@pytest.mark.parametrize("N", [1, 2, 17, 300])
+@pytest.mark.parametrize("N", [1, 2, 17, 1030])
 def test_defocus_mask(N, threshold, dtype):
-    y = randn(3, N, seed=13, dtype=dtype)
+    y = randn(2, N, seed=13, dtype=dtype)
     y[0] = torch.where(torch.arange(N, device=DEVICE) % 3 == 0, y[0] + 2, y[0] * 0.1)
     want = reference.defocus_mask(y.double(), threshold=threshold)
     assert N == 1 or want.any(dim=1).all()
     assert torch.equal(rfclip_kernels.defocus_mask(inside_nan(y), threshold=threshold), want)
     equal = rfclip_kernels.defocus_mask(torch.full_like(y[:1], 0.25), threshold=threshold)
     assert not equal.any()
+    taken = torch.arange(2 * N, device=DEVICE).view(N, 2).T % 3 == 0  # strided
+    assert N < 17 or (want & taken).any(dim=1).all()
+    assert torch.equal(rfclip_kernels.defocus_mask(inside_nan(y), taken, threshold=threshold), want & ~taken)
+
+
+@pytest.mark.parametrize("values", [[-1, 0, 1], [2, 0, 1, 1, 2, 0], [1, 5, 3, 3, 1, 5, 3, 1, 5], [0, 0, 0, 0, 1]])
+def test_the_lowest_of_equal_otsu_thresholds(values):
+    """Of values that lie symmetrically, two splits differ as much; equal values stay together."""
+    y = torch.tensor([values], dtype=torch.float32, device=DEVICE)
+    above = [value > min(values) for value in values]
+    assert rfclip_kernels.defocus_mask(y, threshold="otsu")[0].tolist() == above

@@ -85,6 +85,7 @@ def test_an_empty_batch():
     assert rfclip_kernels.key_similarity(q).shape == (0, 4, 4)
     assert rfclip_kernels.fiedler_vector(q[:, 0, :4, :4]).shape == (0, 4)
     assert rfclip_kernels.defocus_mask(q[:, 0, :, 0]).shape == (0, 5)
+    assert rfclip_kernels.defocus_mask(x[..., 0], mask, threshold="otsu").shape == (0, 4)
     assert rfclip_kernels.received_attention(q, q).shape == (0, 4)
     assert rfclip_kernels.distraction_mask(x, [1], 0.5).shape == (0, 4)
     assert rfclip_kernels.redistribute_embeddings(x, mask, [1], (2, 2)).shape == (0, 4, 8)

@@ -12,6 +12,7 @@ WINDOWS = {  # K, patch grid, side, size, corners
     "uneven": (2, (3, 2), 6, (8, 11), [(0, 0), (0, 5), (2, 0), (1, 3), (2, 5)]),
     "smaller than the grid": (5, (7, 5), 4, (5, 4), [(1, 0), (0, 0)]),
     "one row of pixels": (1, (1, 1), 1, (1, 3), [(0, 2), (0, 0), (0, 1)]),
+    "tiles along every axis": (9, (2, 1), 3, (4, 131), [(top, min(3 * i, 128)) for i in range(44) for top in (0, 1)]),
     "wider than a block": (1, (2, 3), 130, (130, 140), [(0, 0), (0, 10)]),
 }
 SIZES = [(7, 9), (4, 5), (1, 9), (8, 1), (3, 131)]

@@ -78,6 +78,8 @@ ERRORS = {
     "fiedler-start": (lambda f: f.fiedler_vector(S, torch.ones(2, 5)), "start must be", "[B=2, N=6]", "[2, 5]"),
     "defocus-rank": (lambda f: f.defocus_mask(S), "fiedler must be", "[B>=0, N>=1]", "[2, 6, 6]"),
     "defocus-dtype": (lambda f: f.defocus_mask(M), "fiedler must be a floating-point", "bool"),
+    "defocus-distraction": (lambda f: f.defocus_mask(S[:, 0], M[:, 1:]), "distraction must be a bool", "N=6", "[2, 5]"),
+    "defocus-distraction-dtype": (lambda f: f.defocus_mask(S[:, 0], M.int()), "distraction must be a bool", "int32"),
     "proxy-rank": (lambda f: f.proxy_attention(Q, Q), "keys must be", "[L>=1, B>=0, H>=1, T>=2, D>=1]", "[2, 3, 7, 4]"),
     "proxy-no-layers": (lambda f: f.proxy_attention(Q[None][:0], Q), "keys", "L>=1", "[0, 2, 3, 7, 4]"),
     "proxy-v": (lambda f: f.proxy_attention(Q[None], Q[:, :, 1:]), "v must be", "T=7", "[2, 3, 6, 4]"),

@@ -118,6 +118,11 @@ def test_defocus_mask(impl, dtype, N):
     assert impl.defocus_mask(y, threshold="mean").tolist() == mean
     assert impl.defocus_mask(y, threshold="otsu").tolist() == otsu
     assert impl.defocus_mask(y).dtype == impl.defocus_mask(y, threshold="otsu").dtype == torch.bool
+    distraction = (torch.arange(3 * N) % 3 == 0).view(3, N)
+    for threshold, above in (("mean", mean), ("otsu", otsu)):
+        want = torch.tensor(above) & ~distraction
+        assert N < 7 or differs(want.double(), torch.tensor(above).double())
+        assert torch.equal(impl.defocus_mask(y, distraction, threshold=threshold), want)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

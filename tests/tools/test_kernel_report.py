@@ -14,10 +14,12 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import rfclip_kernels
 from rfclip_kernels import attention
 from rfclip_kernels.registry import Example
+from rfclip_kernels.upsample import launch_average_windows
 from tools.kernel_report import report
-from tools.kernel_report.launches import OPS, SHAPES, Launch, Shape, cost, record
+from tools.kernel_report.launches import OPS, SHAPES, Launch, Shape, cost, record, recording
 
 OP = {op.name: op for op in OPS}
 
@@ -70,6 +72,8 @@ print(json.dumps(counts))
         ("gfx942", 128, 0, 4, 0, 16 / 32),  # 4 waves a SIMD
         ("gfx942", 64, 40 * 1024, 8, 0, 8 / 32),
         ("gfx942", 24, 0, 4, 0, 1.0),
+        ("sm_120", 32, 0, 1, 0, 24 / 48),
+        ("gfx950", 64, 40 * 1024, 8, 0, 1.0),  # 160 KiB
     ],
 )
 def test_occupancy(target, registers, shared, warps, tensor_memory, expected):
@@ -156,6 +160,67 @@ def test_operators_of_pytorch_count_and_views_do_not():
     assert recording.least == 32 * 2 + 32 * 4
 
 
+@pytest.mark.parametrize(
+    ("target", "stages", "kind", "overlap"),
+    [
+        ("sm_80", 2, "mma.sync", False),
+        ("sm_80", 3, "mma.sync", True),
+        ("sm_90", 3, "wgmma.mma_async", True),
+        ("sm_100", 3, "tcgen05.mma", True),
+        ("sm_120", 2, "mma.sync", False),
+        ("gfx942", 1, "v_mfma", False),
+        ("gfx942", 2, "v_mfma", True),
+        ("gfx950", 2, "v_mfma", True),
+    ],
+)
+def test_tensor_cores_and_prefetch(target, stages, kind, overlap):
+    (launch,) = record(OP["self_attention"], Shape("ViT-B/16"), hip=target.startswith("gfx")).launches
+    options = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": stages}
+    outcome = report.compile_job(report.specialize(replace(launch, arguments=launch.arguments | options), target))
+    assert not outcome.faults and set(outcome.tensor_cores) == {kind}
+    assert (outcome.prefetch > 0) == overlap
+    ((*_, shown, ahead, _),) = report.line_rows({report.Line("sweep", "fp16", 64, target): 2 * [outcome]})
+    assert (shown, ahead) == (f"{outcome.tensor_cores[kind]} {kind}", outcome.prefetch)
+
+
+def test_prefetch_is_the_least_of_all_loops_of_products():
+    loop = """\
+  %a:2 = scf.for %i = %zero to %n step %one iter_args(%b = %c) -> (f32)  : i32 {{
+    {}
+  }} loc(#loc)
+"""
+    copy, product, wait = (
+        "%t = ttg.async_commit_group tokens %c",
+        "%d = tt.dot %q, %k",
+        "%w = ttg.async_wait {num = 2 : i32}",
+    )
+    ahead = loop.format("\n    ".join([wait, product, product, copy, copy]))
+    assert report.prefetch(ahead) == 2
+    assert report.prefetch(ahead + loop.format("\n    ".join([wait.replace("2", "0"), product, copy]))) == 0
+    assert report.prefetch(ahead + loop.format(product)) == 0
+    assert report.prefetch(loop.format(copy)) is None
+
+
+def test_only_the_first_axis_of_a_grid_is_long():
+    """The second and the third have at most 65535 programs on NVIDIA."""
+    picture, K = (70000, 16), 5000
+    with recording() as found:
+        logits, names = torch.empty(1, K, 1, 1, device="cuda"), torch.empty(K, dtype=torch.int64, device="cuda")
+        launch_average_windows(logits, [(0, 0)], 16, *picture)
+        rfclip_kernels.upsample_argmax(logits[0], picture, 1.0, names)
+        rfclip_kernels.pamr(torch.empty(2, 3, *picture, device="cuda"), torch.empty(2, 9, *picture, device="cuda"), 1)
+        many = torch.empty(70000, 33, device="cuda")
+        rfclip_kernels.defocus_mask(many, many > 0, threshold="otsu")
+    grids = {launch.kernel.__name__: launch.grid for launch in found.launches}
+    assert grids == {
+        "average_windows_kernel": (70000 * 1250,),
+        "upsample_argmax_kernel": (70000,),
+        "pamr_kernel": (2 * 70000,),
+        "otsu_kernel": (3 * 70000,),
+        "defocus_kernel": (70000,),
+    }
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.model}-{s.image}")
 @pytest.mark.parametrize("op", [op for op in OPS if op.sweep and op.sweep.goal], ids=lambda op: op.name)
 def test_goals(op, shape):
@@ -193,7 +258,7 @@ def test_faults_end_in_exit_code_1(monkeypatch, capsys):
 
 def test_summary_gives_a_line_for_each_kernel():
     def outcomes(registers, occupancy):
-        return [report.Outcome(registers, tensor_cores=4, occupancy=occupancy) for registers in registers]
+        return [report.Outcome(registers, tensor_cores={"wgmma": 4}, occupancy=occupancy) for registers in registers]
 
     compiled = {
         report.Line("sweep", "fp16", 64, "sm_80"): outcomes([100, 128], 0.25),

@@ -18,10 +18,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,15 +38,25 @@ from tools.kernel_report.launches import OPS, SHAPES, Cost, Launch, Shape, cost,
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|v_mfma\w*)\b")
+TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
+# In Triton's GPU code: a loop, a wait for all but the last groups of copies, a load into registers, and where a product
+# ends (a tcgen05.mma at a barrier).
+LOOP = re.compile(r"^(?=( *)\S[^\n]*scf\.for [^\n]*\n(.*?)^\1})", re.MULTILINE | re.DOTALL)
+WAIT = re.compile(r"async_wait .*num = (\d+)")
+LOAD = re.compile(r"tt\.load |amdg\.buffer_load ")
+PRODUCT = re.compile(r"tt\.dot |ttng\.warp_group_dot |ttng\.wait_barrier ")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 KERNELS_TITLE = "Ranges over all compilations: head dimensions, dtypes, shapes and targets."
 KERNELS_HEADS = "kernel | compilations | registers | spilled bytes | tensor cores | occupancy, NVIDIA | occupancy, AMD"
 LINES_TITLE = """\
-The worst of each line's compilations. Occupancy is an estimate: resident warps over the most that an SM (CU) holds."""
+The worst of each line's compilations. Tensor-core instructions are counted in the PTX (v_mfma in the AMD assembly).
+Prefetch is how many products of a loop, or slices of one, end between the start of a load and the wait for it, at
+least; 0 means that no load overlaps a product. Occupancy is an estimate: resident warps over the most that an SM (CU)
+holds."""
 LINES_HEADS = (
-    "kernel | dtype | D | target | registers | spilled bytes | shared bytes | tensor-core instructions | occupancy"
+    "kernel | dtype | D | target | registers | spilled bytes | shared bytes | tensor-core instructions | prefetch | "
+    "occupancy"
 )
 COSTS_TITLE = """\
 Counted, not measured: fp16, batch 1, with the tiles of the CUDA launch. Operations are those of matrix products, with
@@ -93,15 +103,18 @@ class Target:
 
 
 # NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; the register unit and the
-# reserved shared memory are those of cuda_occupancy.h. gfx942: AMD Instinct MI300 ISA and LLVM's AMDGPU usage guide:
-# 4 SIMDs of 8 waves, each SIMD with 512 vector registers of 64 lanes, in units of 8 registers.
+# reserved shared memory are those of cuda_occupancy.h, which has the programs of sm_120, too. AMD: the Instinct MI300
+# and CDNA 4 ISA guides and LLVM's AMDGPU usage guide: 4 SIMDs of 8 waves, each SIMD with 512 vector registers of 64
+# lanes, in units of 8 registers; 64 KiB of shared memory, and 160 on gfx950.
 TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), warps=64, programs=32, shared=164),
     "sm_86": Target(GPUTarget("cuda", 86, 32), warps=48, programs=16, shared=100),
     "sm_89": Target(GPUTarget("cuda", 89, 32), warps=48, programs=24, shared=100),
     "sm_90": Target(GPUTarget("cuda", 90, 32), warps=64, programs=32, shared=228),
     "sm_100": Target(GPUTarget("cuda", 100, 32), warps=64, programs=32, shared=228),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), warps=48, programs=24, shared=100),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 32, 32, 64, registers=4 * 512 * 64, unit=8 * 64, reserved=0),
+    "gfx950": Target(GPUTarget("hip", "gfx950", 64), 32, 32, 160, registers=4 * 512 * 64, unit=8 * 64, reserved=0),
 }
 
 
@@ -131,18 +144,22 @@ def specialize(launch: Launch, target: str) -> Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the compiler made of a job: `spilled` in bytes per thread, `shared` in bytes per program."""
+    """What the compiler made of a job: `spilled` in bytes per thread, `shared` in bytes per program.
+
+    `tensor_cores` counts instructions of each kind; `prefetch` is None where no loop multiplies.
+    """
 
     registers: int = 0
     spilled: int = 0
     shared: int = 0
-    tensor_cores: int = 0
+    tensor_cores: dict[str, int] = field(default_factory=dict)
+    prefetch: int | None = None
     occupancy: float = 0.0
     faults: tuple[str, ...] = ()
 
 
 def compile_job(job: Job) -> Outcome:
-    """Compile, and look at the machine code."""
+    """Compile, and look at the code."""
     kernel = getattr(importlib.import_module(job.module), job.name)
     try:
         source = ASTSource(kernel, job.signature, job.constants, job.attributes)
@@ -153,7 +170,7 @@ def compile_job(job: Job) -> Outcome:
 
 
 def _inspect(compiled: CompiledKernel, job: Job) -> Outcome:
-    """Read registers, spills and instructions out of the machine code."""
+    """Read registers, spills and instructions out of the code."""
     meta, multiplies = compiled.metadata, job.counted or "tt.dot" in compiled.asm["ttir"]
     if "amdgcn" in compiled.asm:
         code = compiled.asm["amdgcn"]
@@ -163,10 +180,11 @@ def _inspect(compiled: CompiledKernel, job: Job) -> Outcome:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            usage = _tool("cuobjdump", "-res-usage", file.name)
-            code = _tool("nvdisasm", "--print-code", "--no-dataflow", file.name) if multiplies else ""
+            command = (TOOLS / "cuobjdump", "-res-usage", file.name)
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        code = compiled.asm["ptx"]
         registers, spilled = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
-    tensor_cores, tensor_memory = len(TENSOR_CORES.findall(code)), getattr(meta, "tmem_size", None) or 0
+    tensor_cores, tensor_memory = Counter(TENSOR_CORES.findall(code)), getattr(meta, "tmem_size", None) or 0
     occupancy = TARGETS[job.target].occupancy(registers, meta.shared, meta.num_warps, tensor_memory)
     faults = {
         f"spills {spilled} bytes": spilled > 0,
@@ -175,12 +193,36 @@ def _inspect(compiled: CompiledKernel, job: Job) -> Outcome:
         "does not fit": occupancy == 0,
     }
     named = tuple(name for name, found in faults.items() if found)
-    return Outcome(registers, spilled, meta.shared, tensor_cores, occupancy, named)
+    ahead = prefetch(compiled.asm["ttgir"])
+    return Outcome(registers, spilled, meta.shared, tensor_cores, ahead, occupancy, named)
 
 
-def _tool(name: str, *arguments: str) -> str:
-    done = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+def prefetch(code: str) -> int | None:
+    """How many products end between the start of a load and the wait for it, at least, in the innermost loops.
+
+    Triton's GPU code copies in groups in the background, or loads into registers that it stores in shared memory later.
+    None if no loop multiplies.
+    """
+    least = []
+    for _indent, body in LOOP.findall(code):
+        if "scf.for " in body or not PRODUCT.search(body):
+            continue
+        products, copied, loaded, found = 0, [], None, []  # when each group of copies, and the last load, began
+        for line in 8 * body.splitlines():  # no load is so many iterations ahead
+            if PRODUCT.search(line):
+                products += 1
+            elif "async_commit_group" in line:
+                copied.append(products)
+            elif LOAD.search(line):
+                loaded = products
+            elif "local_store" in line and loaded is not None:
+                found.append(products - loaded)
+            elif wait := WAIT.search(line):
+                done = max(0, len(copied) - int(wait[1]))
+                found += [products - start for start in copied[:done]]
+                copied = copied[done:]
+        least.append(min(found, default=0))
+    return min(least, default=None)
 
 
 @dataclass(frozen=True)
@@ -231,7 +273,7 @@ def kernel_rows(compiled: dict[Line, list[Outcome]]) -> list[tuple]:
         nvidia, amd = (
             [one.occupancy for line, one in found if line.target.startswith("sm") == is_sm] for is_sm in (True, False)
         )
-        tensor_cores = [one.tensor_cores > 0 for _, one in found]
+        tensor_cores = [bool(one.tensor_cores) for _, one in found]
         rows.append(
             (
                 kernel,
@@ -258,8 +300,11 @@ def line_rows(compiled: dict[Line, list[Outcome]]) -> list[tuple]:
         registers, spilled, shared = (
             max(getattr(one, name) for one in found) for name in ("registers", "spilled", "shared")
         )
-        tensor_cores, occupancy = (min(getattr(one, name) for one in found) for name in ("tensor_cores", "occupancy"))
-        rows.append((line, registers, spilled, shared, tensor_cores, f"{occupancy:.0%}"))
+        kinds = dict.fromkeys(kind for one in found for kind in one.tensor_cores)
+        counts = ", ".join(f"{min(one.tensor_cores.get(kind, 0) for one in found)} {kind}" for kind in kinds)
+        ahead = min((one.prefetch for one in found if one.prefetch is not None), default="-")
+        occupancy = min(one.occupancy for one in found)
+        rows.append((line, registers, spilled, shared, counts or "-", ahead, f"{occupancy:.0%}"))
     return rows
 
 
