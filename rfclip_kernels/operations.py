@@ -35,9 +35,9 @@ class Operations:
 
     Precision: everything is computed in float32, or in float64 for float64 inputs, and rounded once at the end.
     Operations that return tokens (`redistribute_embeddings`, `clamp_embeddings`, `filter_embeddings`,
-    `refocused_attention`, `self_attention`, `proxy_attention`) and `pamr` return the dtype of their input. Operations
-    that return scores return float32, or float64 for float64 inputs, so that half-precision rounding never decides a
-    comparison.
+    `blend_embeddings`, `refocused_attention`, `self_attention`, `proxy_attention`, `cosine_aggregation`) and `pamr`
+    return the dtype of their input. Operations that return scores return float32, or float64 for float64 inputs, so
+    that half-precision rounding never decides a comparison.
 
     Inputs may have any strides, and a batch may be empty. Operations return new tensors and leave their arguments
     unchanged, except where `inplace` is asked for. Every method raises ValueError for arguments of the wrong type,
@@ -286,6 +286,25 @@ class Operations:
             raise ValueError(f'statistic must be "mean" or "median", got {statistic!r}')
         return self._run["filter_embeddings"](x, mask, gh, gw, size, statistic)
 
+    def blend_embeddings(self, x: Tensor, mask: Tensor, grid: tuple[int, int], *, inplace: bool = False) -> Tensor:
+        """Blend masked tokens with the mean of their 3 x 3 window: the repair of the released code [R].
+
+        x[i] <- 0.6 x[i] + (0.4 / 9) * sum of x[n] over the window of i, its centre included, for i in the mask. Places
+        off the grid count as zeros. All reads are of the values before the update.
+
+        Args:
+            x, mask, grid, inplace: as in `redistribute_embeddings`.
+
+        Returns:
+            [B, N, d] of x's dtype, a new tensor unless `inplace`; tokens that are not masked keep their bits.
+        """
+        sizes = tensor_sizes("x", x, "B N d")
+        tensor_sizes("mask", mask, "B N", sizes, torch.bool)
+        gh, gw = checks.grid_sides(grid, sizes["N"])
+        out = x if inplace else x.clone()
+        self._run["blend_embeddings"](out, mask, gh, gw)
+        return out
+
     # Step 4: the defocused foreground
 
     def key_similarity(
@@ -456,6 +475,26 @@ class Operations:
         sizes = tensor_sizes("keys", keys, "L B H T D", {"prefix": checks.integer("prefix", prefix, 0)})
         tensor_sizes("v", v, "B H T D", sizes, keys.dtype)
         return self._run["proxy_attention"](keys, v, checks.attention_scale(scale, sizes["D"]), sizes["prefix"])
+
+    def cosine_aggregation(self, guide: Tensor, x: Tensor, cut: float) -> Tensor:
+        """Sum over similar patches, weighted by their cosines: the last block's input in the released code [R].
+
+        out[i] = sum of w[i, j] x[j] over the j with w[i, j] >= cut,  w[i, j] = <g[i], g[j]> / (|g[i]| |g[j]|)
+
+        Weights are not normalized. A g[i] of zeros has cosines 0. A cosine within rounding of the cut may fall on
+        either side of it.
+
+        Args:
+            guide: g, patch tokens [B, N, d], any floating-point dtype.
+            x: what is summed, [B, N, e] of the same dtype; several tensors share the cosines if they are concatenated.
+            cut: the least cosine that counts; the released code's is 0.4.
+
+        Returns:
+            A new tensor [B, N, e] of x's dtype.
+        """
+        sizes = tensor_sizes("guide", guide, "B N d")
+        tensor_sizes("x", x, "B N e", sizes, guide.dtype)
+        return self._run["cosine_aggregation"](guide, x, checks.number("cut", cut))
 
     # Step 8: from windows to pixels
 

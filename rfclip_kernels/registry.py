@@ -198,6 +198,12 @@ def _cut(s: Sizes) -> Inputs:
     return {"fiedler": s.scores(s.B, s.N), "distraction": s.mask(10)}
 
 
+def _aggregated(s: Sizes) -> Inputs:
+    """Two tensors at once."""
+    x = s.patches()
+    return {"guide": x, "x": torch.cat([x, s.patches()], dim=-1), "cut": 0.4}
+
+
 def _refocused(s: Sizes) -> Inputs:
     q, k, v = s.heads()
     return {"q": q, "k": k, "v": v, "distraction": s.mask(10), "target": s.mask(3), "beta": 0.7, "prefix": s.prefix}
@@ -232,6 +238,10 @@ def _pamr(s: Sizes) -> Inputs:
 def _two_runs(a: dict) -> list[int]:
     N = a["T"] - a["PREFIX"]
     return [2 * (-(-n // a["BN"]) + -(-(N - n) // a["BN"])) for n in range(N + 1)]
+
+
+def _cosines(a: dict) -> list[int]:
+    return [-(-a["N"] // a["BN"]) * (-(-a["d"] // a["BD"]) + a["BC"] // a["BD"])]
 
 
 def _patches(a: dict) -> int:
@@ -284,6 +294,7 @@ EXAMPLES = (
     Example("clamp_embeddings", lambda s: _masked(s) | {"threshold": 5 / s.d}),
     Example("filter_embeddings", _filtered),
     Example("filter_embeddings", lambda s: _filtered(s) | {"statistic": "median"}, "median"),
+    Example("blend_embeddings", _filtered, module="released", kernels={"blend_kernel": Products(sparse=("x_ptr",))}),
     Example(
         "key_similarity",
         lambda s: {"k": s.heads()[1], "prefix": s.prefix},
@@ -319,6 +330,12 @@ EXAMPLES = (
         module="attention",
         sweep=Sweep(products=2, count=lambda s: s.L, goal=True),
         kernels=_SWEPT,
+    ),
+    Example(
+        "cosine_aggregation",
+        _aggregated,
+        module="released",
+        kernels={"cosine_aggregation_kernel": Products(_cosines)},
     ),
     Example("average_windows", _windows, module="upsample", batched=False),
     Example("class_probabilities", lambda s: _pixels(s) | {"classes": -(-s.names // 3)}, batched=False),

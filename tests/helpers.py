@@ -31,6 +31,16 @@ def assert_close(got, want, tolerance, dtype=None):
     assert error <= tolerance, f"relative RMS error {error:.3g}, at most {tolerance:.3g} allowed"
 
 
+def clear_threshold(values):
+    """One that no rounding crosses: in the widest gap among the middle third of the values."""
+    ordered = values.double().flatten().sort().values
+    middle = ordered[len(ordered) // 3 : 2 * len(ordered) // 3 + 1]
+    if len(middle) < 2:
+        return ordered[0].item() - 0.1
+    widest = middle.diff().argmax()
+    return middle[widest : widest + 2].mean().item()
+
+
 def float64(nested):
     return torch.tensor(nested, dtype=torch.float64)
 

@@ -189,13 +189,7 @@ METHODS: dict[str, MethodCard] = {
         MethodCard("kk", "rf_clip:RFCLIP", _PAPER, fixed=RefocusConfig(distraction_dims=(), proxy="kk")),
         MethodCard("kk-mean", "rf_clip:RFCLIP", _PAPER, fixed=RefocusConfig(distraction_dims=())),
         MethodCard(RF_CLIP, "rf_clip:RFCLIP", _PAPER, configured=True),
-        MethodCard(
-            "released",
-            "released:Released",
-            _PAPER,
-            configured=True,
-            beyond="the last block's attention twice more, each over all blocks' keys",
-        ),
+        MethodCard("released", "released:Released", _PAPER, configured=True),
     )
 }
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from rfclip.config import RefocusConfig
 from rfclip.methods.base import Method
-from rfclip.methods.cosines import cosines
-from rfclip.ops.numerics import matmul
+from rfclip.ops.key_average import KeyAverage
 
 
 class Released(Method):
@@ -29,35 +28,41 @@ class Released(Method):
         return x
 
     def tokens(self, patches: Tensor) -> Tensor:
-        _, before, guide, keys = self._run(patches)
-        prefix, last, terms = self.tower.prefix, self.tower.blocks[-1], []
-        W = cosines(guide[:, prefix:])
-        W = W.where(W >= 0.4, 0)
-        for x in (before, guide):
-            aggregated = torch.cat([x[:, :prefix], matmul(W, x[:, prefix:]).to(x.dtype)], dim=1)
-            _, keys[-1], v = last.query_key_value(aggregated)
-            terms.append(last.project(self.ops.proxy_attention(keys, v, prefix=prefix)))
-        return (terms[0] + terms[1]) / 2
+        """O is linear, and so is A v in v: earlier blocks' SS(k) gather the mean of both v, O projects that of A v."""
+        prefix, L = self.tower.prefix, len(self.tower.blocks)
+        earlier = self.ops.key_average(layers=L - 1, similar=0, gathers=True, prefix=prefix)
+        _, before, guide = self._run(patches, earlier)
+        both = torch.cat([before, guide], dim=-1)  # [B, T, 2 d]
+        aggregated = self.ops.cosine_aggregation(guide[:, prefix:], both[:, prefix:], 0.4)
+        both = torch.cat([both[:, :prefix], aggregated], dim=1).unflatten(-1, (2, -1)).movedim(2, 0)
+        last = self.tower.blocks[-1]
+        k, v = last.key_value(last.ln_1(both.flatten(0, 1)))  # [2 B, H, T, D]
+        gathered = self.ops.proxy_attention(k[None], v, prefix=prefix)
+        v, gathered = (u.unflatten(0, both.shape[:2]).mean(dim=0) for u in (v, gathered))
+        if L > 1:
+            gathered = torch.lerp(earlier.gather(v), gathered, 1 / L)
+        return last.project(gathered)
 
-    def _run(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """F[L], F[L-1], the mean of F[1..L], and the blocks' keys [L, B, H, T, D]."""
-        grid, blocks, keys = patches.shape[2:], self.tower.blocks, []
+    def _run(self, patches: Tensor, earlier: KeyAverage | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """F[L], F[L-1], and the mean of F[1..L]; the keys of all blocks but the last are added to `earlier`."""
+        grid, blocks = (patches.shape[2], patches.shape[3]), self.tower.blocks
         x = self.tower.embed(patches)
         total = torch.zeros_like(x)
-        for block in blocks:
+        for number, block in enumerate(blocks, 1):
             before = x
             q, k, v = block.query_key_value(x)
-            keys.append(k)
+            if earlier is not None and number < len(blocks):
+                earlier.add(k)
             x = torch.add(*block.finish(x, F.scaled_dot_product_attention(q, k, v), self.ops))
             x = self._denoised(x, grid)
-            total = total + x
-        return x, before, total / len(blocks), torch.stack(keys)
+            total += x
+        return x, before, total / len(blocks)
 
-    def _denoised(self, x: Tensor, grid: torch.Size) -> Tensor:
-        prefix = self.tower.prefix
+    def _denoised(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """In place if no gradient is recorded."""
+        prefix, inplace = self.tower.prefix, not x.requires_grad
         patches = x[:, prefix:]
         tau, _ = self.config.thresholds(patches.shape[2], patches.shape[1])
         mask = self.ops.distraction_mask(patches, self.config.distraction_dims, tau)
-        means = F.avg_pool2d(patches.mT.unflatten(-1, grid), 3, stride=1, padding=1).flatten(2).mT
-        repaired = torch.where(mask[..., None], 0.6 * patches + 0.4 * means, patches)
-        return torch.cat([x[:, :prefix], repaired], dim=1)
+        blended = self.ops.blend_embeddings(patches, mask, grid, inplace=inplace)
+        return x if inplace else torch.cat([x[:, :prefix], blended], dim=1)

@@ -6,6 +6,7 @@ What differs from the reference is the order of the work, not its result (relati
 - Refocused attention on a CPU is the attention to the keys of each group, merged by the groups' shares; with many
   tokens it is a flash attention whose log-sum-exp gives the shares.
 - The graph cut takes fifteen Lanczos steps from the last block's vector, as the kernel in `rfclip_kernels.cut` does.
+- The proxy attention of several layers on a CPU sums their matrices, tile by tile, and multiplies by the values once.
 - `KeyAverage` keeps the sum over layers of each head's attention, so that the softmax that the similarity needs anyway
   also feeds the proxy attention.
 - PAMR's neighbours are views of a padded picture, processed class by class, so that a class stays in the cache.
@@ -18,6 +19,7 @@ Half-precision inputs are computed in float32, except in flash attention, which 
 
 from collections.abc import Iterable, Iterator
 from functools import reduce
+from itertools import product
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ from rfclip.ops.reference import attention_sets, move_attention, offset_bias
 from rfclip_kernels.krylov import BREAKDOWN, SQUARINGS, STEPS, start_of_cut
 
 __all__ = [
+    "blend_embeddings",
+    "cosine_aggregation",
     "distraction_mask",
     "fiedler_vector",
     "key_similarity",
@@ -42,6 +46,7 @@ __all__ = [
 
 TILE = 1 << 19  # numbers in a tile of attention over all heads: 2 MB in float32
 FLASH_TOKENS = 256  # from this many on, a flash attention per group is faster than one matrix of attention
+SUMMED_LAYERS = 3  # from this many on, the proxy attention sums matrices; a flash attention each is slower
 HEADS_BUDGET = 128 << 20  # bytes that `KeyAverage` may take for sums over layers of each head's attention
 
 
@@ -54,6 +59,24 @@ def distraction_mask(x: Tensor, dims: list[int], threshold: float, shifted: bool
     total = x.sum(dim=-1) - x.shape[-1] * least
     most = torch.stack([x[..., j] for j in dims]).amax(dim=0) - least
     return torch.where(total == 0, 0, most / total) > threshold
+
+
+def blend_embeddings(x: Tensor, mask: Tensor, gh: int, gw: int) -> None:
+    """In place; only masked tokens and their neighbours are read."""
+    if torch.compiler.is_compiling():
+        reference.blend_embeddings(x, mask, gh, gw)
+        return
+    steps = torch.arange(-1, 2, device=x.device)
+    for b, chosen in enumerate(mask):
+        places = chosen.nonzero()[:, 0]
+        if not len(places):
+            continue
+        row, column = places // gw + steps[:, None, None], places % gw + steps[:, None]
+        inside = (row >= 0) & (row < gh) & (column >= 0) & (column < gw)  # [3, 3, places]
+        near = torch.where(inside, row * gw + column, places).flatten()
+        window = x[b].index_select(0, near).to(computing_dtype(x)).unflatten(0, (9, -1))  # [9, places, d]
+        total = window.masked_fill_(~inside.flatten(0, 1)[..., None], 0).sum(dim=0)
+        x[b, places] = (0.6 * window[4] + 0.4 / 9 * total).to(x.dtype)
 
 
 def received_attention(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
@@ -213,9 +236,32 @@ def self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, pref
 
 
 def proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int) -> Tensor:
-    """A flash attention per layer."""
+    """A flash attention per layer, or else one product with the values for all layers."""
+    differentiated = torch.is_grad_enabled() and (keys.requires_grad or v.requires_grad)
+    at_once = len(keys) >= SUMMED_LAYERS and v.device.type == "cpu" and not differentiated
+    if at_once and not torch.compiler.is_compiling():
+        return _proxy_at_once(keys, v, scale, prefix)
     out = reduce(torch.add, _proxy_terms(keys, v, scale, prefix))
     return (out / len(keys)).to(v.dtype)
+
+
+def _proxy_at_once(keys: Tensor, v: Tensor, scale: float, prefix: int) -> Tensor:
+    """Sum the layers' matrices in tiles of a few heads, or of a few rows of one head, always in the same memory."""
+    L, B, H, T, D = keys.shape
+    group = min(H, max(1, TILE // 2 // T**2))
+    size = min(T - prefix, max(32, TILE // 2 // (group * T)))
+    tiles = v.new_empty((2, group, size, T), dtype=computing_dtype(v))
+    out = v.new_empty((B, T - prefix, H, D)).transpose(1, 2)
+    for b, h, start in product(range(B), range(0, H, group), range(prefix, T, size)):
+        heads, rows = slice(h, h + group), slice(start, start + size)
+        total, A = tiles[:, : H - h, : T - start]
+        total.zero_()
+        with no_autocast(v.device):
+            for k in keys[:, b, heads].to(total.dtype):
+                torch.matmul(k[:, rows], k.mT * scale, out=A)
+                total += torch.softmax(A, dim=-1, out=A)
+        out[b, heads, start - prefix : start - prefix + size] = matmul(total[..., prefix:], v[b, heads, prefix:]) / L
+    return out
 
 
 def _proxy_terms(keys: Iterable[Tensor], v: Tensor, scale: float, prefix: int) -> Iterator[Tensor]:
@@ -294,6 +340,19 @@ def _after_giving(taken: Tensor, given: Tensor, beta: float, prefix: int) -> tup
     omega = (beta * taken).where(given > 0, 0)
     omega[:, :, :prefix] = 0
     return taken - omega, given + omega
+
+
+def cosine_aggregation(guide: Tensor, x: Tensor, cut: float) -> Tensor:
+    """Tile by tile."""
+    if torch.compiler.is_compiling():
+        return reference.cosine_aggregation(guide, x, cut)
+    unit = F.normalize(guide.to(computing_dtype(guide)), dim=-1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    size = max(32, TILE // x.shape[1])
+    for b, start in product(range(len(x)), range(0, x.shape[1], size)):
+        weight = matmul(unit[b, start : start + size], unit[b].T)
+        out[b, start : start + size] = matmul(weight.where(weight >= cut, 0), x[b]).to(x.dtype)
+    return out
 
 
 def _tiles(q: Tensor, k: Tensor, scale: float, first: int = 0) -> Iterator[tuple[int, slice, Tensor]]:

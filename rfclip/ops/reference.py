@@ -103,6 +103,13 @@ def filter_embeddings(x: Tensor, mask: Tensor, gh: int, gw: int, size: int, stat
     return torch.where(mask[..., None], filtered.flatten(2).mT.to(x.dtype), x).contiguous()
 
 
+def blend_embeddings(x: Tensor, mask: Tensor, gh: int, gw: int) -> None:
+    """In place."""
+    values = x.to(computing_dtype(x), copy=True)  # a gradient may need it
+    means = F.avg_pool2d(values.mT.unflatten(-1, (gh, gw)), 3, stride=1, padding=1).flatten(2).mT
+    x.copy_(torch.where(mask[..., None], (0.6 * values + 0.4 * means).to(x.dtype), x))
+
+
 # Step 4: the defocused foreground
 
 
@@ -159,6 +166,12 @@ def proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int) -> Tenso
     matrices = (_attention(k, k, scale)[:, :, prefix:, prefix:] for k in keys)  # one layer's at a time
     total = reduce(torch.add, matrices)
     return matmul(total / len(keys), v[:, :, prefix:]).to(v.dtype)
+
+
+def cosine_aggregation(guide: Tensor, x: Tensor, cut: float) -> Tensor:
+    unit = F.normalize(guide.to(computing_dtype(guide)), dim=-1)
+    weight = matmul(unit, unit.mT)
+    return matmul(weight.where(weight >= cut, 0), x).to(x.dtype)
 
 
 # Steps 8 and 9: from windows to pixels

@@ -45,6 +45,8 @@ def test_what_the_kernels_refuse():
         lambda t: rfclip_kernels.distraction_scores(t(x), [1]),
         lambda t: rfclip_kernels.distraction_mask(t(x), [1], 0.5),
         lambda t: rfclip_kernels.redistribute_embeddings(t(x), mask, [1], (1, 2)),
+        lambda t: rfclip_kernels.blend_embeddings(t(x), mask, (1, 2)),
+        lambda t: rfclip_kernels.cosine_aggregation(t(x), x.to(t(x).dtype), 0.4),
         lambda t: rfclip_kernels.fiedler_vector(t(q)[0, :, :3, :3]),
         lambda t: rfclip_kernels.defocus_mask(t(q)[0, 0]),
         lambda t: rfclip_kernels.average_windows(t(q), [(0, 0)], 2, (2, 2)),
@@ -89,4 +91,6 @@ def test_an_empty_batch():
     assert rfclip_kernels.received_attention(q, q).shape == (0, 4)
     assert rfclip_kernels.distraction_mask(x, [1], 0.5).shape == (0, 4)
     assert rfclip_kernels.redistribute_embeddings(x, mask, [1], (2, 2)).shape == (0, 4, 8)
+    assert rfclip_kernels.blend_embeddings(x, mask, (2, 2)).shape == (0, 4, 8)
+    assert rfclip_kernels.cosine_aggregation(x, x, 0.4).shape == (0, 4, 8)
     assert rfclip_kernels.pamr(q, q, 2).shape == (0, 2, 5, 32)

@@ -143,6 +143,13 @@ def test_the_image_embedding_of_the_released_code():
     assert relative_error(got, want) < 1e-12
 
 
+def test_the_released_code_on_a_single_block():
+    """Its proxy attention then has no keys but the last block's."""
+    images = pictures(count=2, height=40, width=40)
+    got = features("released", tower(layers=1), images)
+    assert relative_error(got, formula("released", tower(layers=1), images)) < 1e-10
+
+
 def test_methods_differ():
     model, images = tower(), pictures(height=56, width=56)
     found = {name: features(name, model, images) for name in METHODS if name != "proxyclip"}

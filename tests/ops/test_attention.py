@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from cases import CASES, assert_matches, differs, dtypes, qkv, score_dtype, some_masks
 from helpers import float64, randn
-from oracles.operations import brute_apply, brute_plain, brute_proxy, brute_refocused, brute_weights
+from oracles.operations import (
+    brute_aggregated,
+    brute_apply,
+    brute_cosines,
+    brute_plain,
+    brute_proxy,
+    brute_refocused,
+    brute_weights,
+)
 
 # Received attention ---------------------------------------------------------------------------------------------------
 
@@ -210,3 +218,27 @@ def test_self_attention(impl, grid, dtype, biased):
     want = brute_apply(weights.softmax(dim=-1), v)
     assert T == 2 or differs(want, brute_plain(u, u, v))
     assert_matches(impl.self_attention(u, v, bias), want, dtype)
+
+
+# Sums over similar patches --------------------------------------------------------------------------------------------
+
+
+@dtypes()
+@pytest.mark.parametrize("N, d, e", [(1, 3, 2), (9, 4, 7), (20, 3, 5)])
+@pytest.mark.parametrize("cut", [0.4, -0.2])
+def test_cosine_aggregation(impl, dtype, N, d, e, cut):
+    guide, x = randn(2, N, d, seed=4, dtype=dtype), randn(2, N, e, seed=5, dtype=dtype)
+    cosines = brute_cosines(guide)
+    assert ((cosines - cut).abs() > 1e-6).all()  # or else rounding might decide
+    want = brute_aggregated(cosines, x, cut)
+    assert N == 1 or differs(want, brute_aggregated(cosines, x, -1.5)) and differs(want, x)
+    assert_matches(impl.cosine_aggregation(guide, x, cut), want, dtype)
+
+
+@dtypes()
+def test_a_cosine_equal_to_the_cut_counts(impl, dtype):
+    guide = torch.tensor([[[1, 1, 1, 1], [1, 1, 1, -1], [1, -1, 1, -1], [0, 0, 0, 0]]], dtype=dtype)
+    x = torch.tensor([[[1], [10], [100], [1000]]], dtype=dtype)
+    got = impl.cosine_aggregation(guide, x, 0.5)  # cosines 1 / 2, 0 and, of zeros, 0
+    assert got.flatten().tolist() == [6.0, 60.5, 105.0, 0.0]
+    assert impl.cosine_aggregation(guide, x, 0.51).flatten().tolist() == [1.0, 10.0, 100.0, 0.0]

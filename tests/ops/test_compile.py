@@ -126,6 +126,18 @@ def test_compile_in_one_graph(tower, case, function):
 
 
 @needs_triton
+def test_the_released_code(tower):
+    model, images, mode = tower
+    expected = {"rfclip.distraction_scores", "rfclip.blend_embeddings_", "rfclip.self_attention"}
+    config = rfclip.RefocusConfig(distraction_dims=DIMS)
+    with rfclip.refocus(model, config, method="released", backend="triton"), mode, torch.no_grad():
+        with NeverWaits():
+            assert rfclip.dense_features(model, images).shape == (2, 20, 4, 5)
+        exported = torch.export.export(Dense(model), (images,))
+    assert operators(exported.graph) == expected | {"rfclip.cosine_aggregation"}
+
+
+@needs_triton
 def test_compile_down_to_single_operators(tower):
     model, images, mode = tower
     config = rfclip.RefocusConfig(distraction_dims=DIMS)
@@ -134,11 +146,12 @@ def test_compile_down_to_single_operators(tower):
         assert compiled(images).shape == (2, 20, 4, 5)
 
 
+@pytest.mark.parametrize("method", ["rf-clip", "released"])
 @pytest.mark.parametrize("backend", ["reference", "eager"])
-def test_the_other_backends_compile_and_export(backend):
+def test_the_other_backends_compile_and_export(backend, method):
     model, images = small_clip(), pictures(count=1)
     config = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0, tau_attn=1.0, layers=(2,))
-    with rfclip.refocus(model, config, backend=backend), torch.no_grad():
+    with rfclip.refocus(model, config, method=method, backend=backend), torch.no_grad():
         want = rfclip.dense_features(model, images)
         compiled = torch.compile(Dense(model), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(images), want)

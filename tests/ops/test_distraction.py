@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import CASES, MASKS, assert_matches, assert_same_bits, differs, dtypes, score_dtype, tokens
 from helpers import float64
-from oracles.operations import brute_clamped, brute_filtered, brute_redistributed, brute_scores
+from oracles.operations import brute_blended, brute_clamped, brute_filtered, brute_redistributed, brute_scores
 
 from rfclip import RefocusConfig
 
@@ -197,3 +197,26 @@ def test_filter_embeddings(impl, dtype, grid, size, statistic):
         got = impl.filter_embeddings(x, mask, grid, size=size, statistic=statistic)
         assert_matches(got, want, dtype)
         assert_same_bits(got[~mask], x[~mask])
+
+
+@dtypes()
+@pytest.mark.parametrize("pattern", MASKS)
+@pytest.mark.parametrize("grid", [(1, 1), (1, 9), (4, 3), (8, 9)], ids=lambda grid: f"grid{grid[0]}x{grid[1]}")
+def test_blend_embeddings(impl, dtype, grid, pattern):
+    N = math.prod(grid)
+    x, mask = tokens(2, N, 6, dtype), MASKS[pattern](2, N)
+    want = brute_blended(x, mask, grid)
+    assert differs(want, x) == bool(mask.any())
+    got = impl.blend_embeddings(x, mask, grid)
+    assert_matches(got, want, dtype)
+    assert_same_bits(got[~mask], x[~mask])
+
+
+def test_blending_takes_nothing_from_beyond_the_window(impl):
+    """Nor from the other side of the grid, nor from another image; infinities would show."""
+    x = torch.ones(2, 25, 3)
+    x[1], x[0, [4, 10, 20, 24]] = torch.inf, torch.nan
+    mask = torch.zeros(2, 25, dtype=torch.bool)
+    mask[0, [0, 7, 12]] = True  # a corner, and two places whose windows are whole
+    got = impl.blend_embeddings(x, mask, (5, 5))
+    torch.testing.assert_close(got[0, [0, 7, 12], 0], torch.tensor([0.6 + 0.4 * 4 / 9, 1.0, 1.0]))

@@ -5,11 +5,12 @@ The other tests in this folder cover it on small shapes.
 
 import pytest
 import torch
-from helpers import assert_close, relative_error
+from helpers import assert_close, clear_threshold, relative_error
 from small_models import DIMS, pictures, small_clip
 
 import rfclip
 from rfclip import reference
+from rfclip.methods.cosines import cosines
 from rfclip.ops import eager as implementation
 from rfclip.ops import operations
 from rfclip.ops.dispatch import REFERENCE
@@ -73,6 +74,37 @@ def test_attention_of_keys(size):
     check(eager.key_similarity(k, got, 1), second)
 
 
+@pytest.fixture(params=[1, 1 << 15, 1 << 19, "compiled"])
+def tile(request, monkeypatch):
+    """Tiles of a few rows, of one head and of several; and the path for compilers."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param == "compiled")
+    if request.param != "compiled":
+        monkeypatch.setattr(implementation, "TILE", request.param)
+
+
+@pytest.mark.parametrize("size", [(2, 5, 130, 32), (1, 2, 197, 64), (1, 1, 700, 16)], ids=str)
+@pytest.mark.parametrize("L", [2, 3, 5])
+def test_proxy_attention_of_layers(tile, size, L):
+    keys, v = torch.stack([packed(size, seed=seed)[1] for seed in range(L)]), packed(size)[2]
+    for prefix in (0, 1, 3):
+        want = reference.proxy_attention(keys.double(), v.double(), prefix=prefix)
+        check(eager.proxy_attention(keys, v, prefix=prefix), want)
+
+
+@pytest.mark.parametrize("N", [33, 196, 600])
+def test_cosine_aggregation(tile, N):
+    guide, x = randn(2, N, 48, seed=0) + 0.8, randn(2, N, 96, seed=1)
+    cut = clear_threshold(cosines(guide.double()))
+    check(eager.cosine_aggregation(guide, x, cut), reference.cosine_aggregation(guide.double(), x.double(), cut))
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 1])
+def test_blend_embeddings(tile, share):
+    x = randn(2, 589, 96, seed=0)[:, 1:]
+    mask = torch.rand(2, 588, generator=torch.Generator().manual_seed(1)) < share
+    check(eager.blend_embeddings(x, mask, (21, 28)), reference.blend_embeddings(x.double(), mask, (21, 28)))
+
+
 @sizes
 @pytest.mark.parametrize("budget", [0, 1 << 30])
 def test_the_running_average(monkeypatch, size, budget):
@@ -129,11 +161,12 @@ def test_towers(monkeypatch, changes, budget):
         check(got, want)
 
 
-def test_gradients_are_those_of_the_reference():
+@pytest.mark.parametrize("method", ["rf-clip", "released"])
+def test_gradients_are_those_of_the_reference(method):
     config, found = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0), {}
     for backend in ("reference", "eager"):
         model, images = small_clip(), pictures().requires_grad_()
-        with rfclip.refocus(model, config, backend=backend):
+        with rfclip.refocus(model, config, method=method, backend=backend):
             rfclip.dense_features(model, images).square().sum().backward()
         found[backend] = {name: p.grad for name, p in model.visual.named_parameters() if p.grad is not None}
     assert found["eager"].keys() == found["reference"].keys()

@@ -69,6 +69,11 @@ def test_in_place(impl, dtype):
     want, view = call(impl, repair, inputs), F.pad(inputs["x"], (0, 0, 1, 0))[:, 1:]  # the patches of a block's input
     assert impl.redistribute_embeddings(**inputs | {"x": view}, inplace=True) is view
     assert_same_bits(view, want)
+    (blend,) = (example for example in EXAMPLES if example.name == "blend_embeddings")
+    inputs = inputs_of(blend, dtype)
+    want, view = call(impl, blend, inputs), F.pad(inputs["x"], (0, 0, 1, 0))[:, 1:]
+    assert impl.blend_embeddings(**inputs | {"x": view}, inplace=True) is view
+    assert_same_bits(view, want)
     (later,) = (example for example in EXAMPLES if example.name == "key_similarity, later block")
     inputs = inputs_of(later, dtype) | {"inplace": True}
     want = call(impl, later, inputs)

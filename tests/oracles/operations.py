@@ -118,6 +118,40 @@ def brute_filtered(x, mask, grid, size, statistic):
     return float64(after)
 
 
+def brute_blended(x, mask, grid):
+    gh, gw = grid
+    before, after = x.tolist(), x.tolist()
+    for b, row, column, j in product(range(x.shape[0]), range(gh), range(gw), range(x.shape[2])):
+        window = [
+            before[b][r * gw + c][j]
+            for r in range(max(0, row - 1), min(gh, row + 2))
+            for c in range(max(0, column - 1), min(gw, column + 2))
+        ]
+        i = row * gw + column
+        if mask[b, i]:
+            after[b][i][j] = 0.6 * before[b][i][j] + 0.4 * math.fsum(window) / 9
+    return float64(after)
+
+
+def brute_cosines(guide):
+    images = []
+    for g in guide.tolist():
+        length = [math.sqrt(math.fsum(value * value for value in token)) for token in g]
+        products = [[math.fsum(x * y for x, y in zip(a, b, strict=True)) for b in g] for a in g]
+        images.append(
+            [[p / (m * n) for p, n in zip(row, length, strict=True)] for row, m in zip(products, length, strict=True)]
+        )
+    return float64(images)
+
+
+def brute_aggregated(cosines, x, cut):
+    out, (B, N, e) = torch.zeros(x.shape, dtype=torch.float64), x.shape
+    for b, i, c in product(range(B), range(N), range(e)):
+        row = cosines[b, i].tolist()
+        out[b, i, c] = math.fsum(row[j] * x[b, j, c].item() for j in range(N) if row[j] >= cut)
+    return out
+
+
 def brute_similarity(k, scale=None):
     weights = brute_weights(k, k, scale)
     B, H, T, _ = weights.shape

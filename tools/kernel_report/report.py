@@ -250,7 +250,7 @@ def jobs() -> dict[Line, list[Job]]:
     for name, target in TARGETS.items():
         for launch in chain(*recorded[target.gpu.backend]):
             first = next(value for value in launch.arguments.values() if isinstance(value, MockTensor))
-            D = "-" if launch.products.tiles is None else launch.arguments["D"]
+            D = "-" if launch.products.tiles is None else launch.arguments.get("D", "-")
             job = specialize(launch, name)
             line = Line(launch.kernel.__name__.removesuffix("_kernel"), DTYPES.get(first.dtype, "-"), D, name)
             lines[line][repr(job)] = job
