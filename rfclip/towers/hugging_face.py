@@ -110,6 +110,10 @@ class HuggingFaceTower(Tower):
             parts += [(f"layer {number}", layer), (f"the attention of layer {number}", layer.self_attn)]
         self._bypass(*parts)
 
+    @property
+    def roots(self) -> list[nn.Module]:
+        return [self.module, self._model.visual_projection]
+
     def _embeddings(self) -> tuple[Tensor, Tensor]:
         embeddings = self.module.embeddings
         return embeddings.class_embedding[None], embeddings.position_embedding.weight
