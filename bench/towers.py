@@ -207,9 +207,9 @@ def plain(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
     return lambda: plain_tower(model, images)
 
 
-def refocused(model: nn.Module, images: Tensor, backend: str) -> Callable[[], Tensor]:
+def refocused(model: nn.Module, images: Tensor, backend: str, cuda_graphs: bool = False) -> Callable[[], Tensor]:
     copied = twin(model)
-    rfclip.refocus(copied, config_for(copied), backend=backend)
+    rfclip.refocus(copied, config_for(copied), backend=backend, cuda_graphs=cuda_graphs)
     return lambda: rfclip.dense_features(copied, images)
 
 
@@ -226,6 +226,7 @@ def implementations(model: nn.Module, images: Tensor, case: Case) -> dict[str, C
             "eager": refocused(model, images, "eager"),
             "triton": kernels,
             "triton, graph": captured(kernels),
+            "triton, own graph": refocused(model, images, "triton", cuda_graphs=True),  # as users get it
         }
     if case.alone:
         return {"eager": refocused(model, images, "eager")}
@@ -239,7 +240,7 @@ def features_and_masks(model: nn.Module, images: Tensor, backend: str) -> tuple[
         AssertionError: in one of these blocks no patch loses attention, so the block stayed plain.
     """
     masks: list[Tensor] = []
-    with rfclip.refocus(model, config_for(model), backend=backend):
+    with rfclip.refocus(model, config_for(model), backend=backend, cuda_graphs=False):
         ops = installed(model).ops
         attend = ops.refocused_attention
 

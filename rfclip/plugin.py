@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rfclip.config import RefocusConfig
+from rfclip.graphs import Graphs
 from rfclip.methods import METHODS, RF_CLIP, find_method
 from rfclip.methods.base import Method
 from rfclip.towers import Tower, find_module, read_tower
@@ -36,6 +37,8 @@ class Handle:
                 raise RuntimeError(
                     f"the image tower's forward is now {present!r}: undo that before removing the refocusing"
                 )
+        if self._method.graphs is not None:
+            self._method.graphs.clear()
 
     def __enter__(self) -> Handle:
         return self
@@ -56,7 +59,12 @@ def installed(model: nn.Module | Tower) -> Method | None:
 
 
 def refocus(
-    model: nn.Module, config: RefocusConfig | None = None, *, method: str = RF_CLIP, backend: str = "auto"
+    model: nn.Module,
+    config: RefocusConfig | None = None,
+    *,
+    method: str = RF_CLIP,
+    backend: str = "auto",
+    cuda_graphs: bool = True,
 ) -> Handle:
     """Run RF-CLIP, or another method, in a CLIP's image tower, in place and on the model's own weights.
 
@@ -73,6 +81,11 @@ def refocus(
         method: one of `rfclip.methods.METHODS`.
         backend: "eager", "reference", "triton", or "auto", the best there is for where the model's weights are, or are
             moved to. A named backend is never replaced by another.
+        cuda_graphs: whether `dense_features` and `Segmenter` may replay the kernels as CUDA graphs, one for each of at
+            most eight shapes of batches, captured when a shape first occurs. A GPU then waits less for the host, and
+            the graphs' memory stays taken until `remove()`. They apply on the "triton" backend, without gradients and
+            autocast, and see every change of the weights; settings of PyTorch's, such as TF32, are those of the
+            capture. If PyTorch cannot capture one, it says why once, and the tower runs without.
 
     Returns:
         A handle; `handle.remove()`, or leaving `with rfclip.refocus(model):`, restores the model, even after an
@@ -90,6 +103,7 @@ def refocus(
         config = checked_config(model, tower, config)
     tower.check_ready()
     made = card(tower, config, backend)
+    made.graphs = Graphs() if cuda_graphs else None
     with _patching:
         if "forward" in vars(tower.module):
             raise RuntimeError(
@@ -156,7 +170,7 @@ def dense_features(model: nn.Module, images: Tensor, *, method: str | None = Non
                 "this model is not refocused: call rfclip.refocus first, or pass method=, which may be "
                 f"{', '.join(map(repr, METHODS))}; 'clip' is the plain tower"
             )
-        with refocus(model, method=method):
+        with refocus(model, method=method, cuda_graphs=False):
             return dense_features(model, images)
     if method is not None:
         raise ValueError(f"method={method!r}: this model is already refocused, with {present.name!r}")

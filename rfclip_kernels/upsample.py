@@ -10,10 +10,13 @@ probability of a class is that of its best name, so labels and threshold do not 
 A grid has one axis here, since the others are limited to 65535 programs, and a picture may have more rows.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.library import triton_op
 
 from rfclip_kernels.attention import LOG2E
@@ -211,10 +214,22 @@ def _upsample_argmax(
     return out
 
 
+def _upload(corners: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Corners of windows on a device, int32 [W, 2]."""
+    return torch.tensor(corners, dtype=torch.int32, device=device)
+
+
+_uploaded = lru_cache(maxsize=256)(torch.inference_mode(False)(_upload))  # for use in every mode
+_captured: list[Tensor] = []  # corners that a CUDA graph reads, which must not be freed
+
+
 def launch_average_windows(logits: Tensor, corners: list[tuple[int, int]], side: int, h: int, w: int) -> Tensor:
-    """One launch that writes each pixel once. Corners go to the device without waiting for it."""
+    """One launch that writes each pixel once. Corners are uploaded when they first occur, which cannot be captured."""
     check_launch(logits=logits)
-    places = torch.tensor(corners, dtype=torch.int32).to(logits.device, non_blocking=True)
+    traced = torch.compiler.is_compiling() or isinstance(logits, FakeTensor)
+    places = (_upload if traced else _uploaded)(tuple(corners), logits.device)
+    if logits.is_cuda and not traced and torch.cuda.is_current_stream_capturing():
+        _captured.append(places)
     return _average_windows(logits, places, side, h, w)
 
 

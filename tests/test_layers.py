@@ -13,6 +13,7 @@ LAYERS = [  # lowest first, as in docs/extending.md
     ("rfclip.datasets",),
     ("rfclip.ops", "rfclip.reference"),
     ("rfclip.towers",),
+    ("rfclip.graphs",),
     ("rfclip.methods",),
     ("rfclip.plugin", "rfclip.calibration", "rfclip.simulated_distraction"),
     ("rfclip.segment",),

@@ -33,7 +33,7 @@ SECTIONS = {
     "launches": ("Launches and host time", 30),
     "towers": ("Towers beside plain CLIP", 100),
     "kernels": ("Kernels beside PyTorch's attention, the reference and the roofline", 90),
-    "graphs": ("CUDA graphs: captured, then replayed on new values", 30),
+    "graphs": ("CUDA graphs: captured, then replayed on new values", 45),
     "compile": ("torch.compile", 60),
     "pictures": ("Pictures per second, end to end", 40),
     "memcheck": ("compute-sanitizer memcheck", 60),

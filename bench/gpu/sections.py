@@ -16,6 +16,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -30,6 +32,7 @@ from bench.gpu.lines import DROPPED, FAILED, Line, append
 from bench.measure import BACKEND, DEVICE, DTYPE, alternate, captured, relative_error, versions
 from bench.operations import BY_NAME, CASES, capturable, prepare
 from bench.towers import Case
+from rfclip.plugin import installed
 from rfclip.towers.loading import tiny_folder
 from rfclip_kernels.registry import Sizes
 from tools.kernel_report.launches import Shape
@@ -193,11 +196,58 @@ def graphs() -> Cases:
 
     yield f"the tower at {case}", replay
     for name, function in operations(DTYPE):
-        yield name, partial(again, function) if capturable(name, "triton") else _not_captured
+        yield name, partial(again, function)
+    yield f"the tower's own graph at {case}", partial(own_graph, case)
 
 
-def _not_captured() -> Figures:
-    raise Skip("the corners of its windows are on the host")
+def own_graph(case: Case) -> Figures:
+    """The graphs that `rfclip.refocus` keeps, beside the same weights without: on new values, and on new weights."""
+    model = copy.deepcopy(planted(MODEL))
+    plain, weight = towers.twin(model), model.visual.transformer.resblocks[1].mlp.c_proj.weight
+    rfclip.refocus(plain, towers.config_for(model), backend=BACKEND, cuda_graphs=False)
+    handle = rfclip.refocus(model, towers.config_for(model), backend=BACKEND)
+    graphs = installed(model).graphs
+    first = towers.pictures(case)
+    second, errors = first.flip(-1).contiguous(), []
+
+    def held() -> list[object]:
+        found = list(graphs._recordings.values())
+        assert len(found) == ON_GPU and None not in found, f"graphs: {found}"
+        return found
+
+    def compare(*batches: Tensor) -> list[Tensor]:
+        """The results, once all of them are there, since none may be overwritten by a later one."""
+        wanted = [rfclip.dense_features(plain, images) for images in batches]
+        found = [rfclip.dense_features(model, images) for images in batches]
+        errors.extend(map(relative_error, found, wanted))
+        assert errors[-1] <= 1e-3, errors
+        return wanted
+
+    def on_a_stream(images: Tensor) -> list[Tensor]:
+        with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()) if ON_GPU else nullcontext():
+            found = [rfclip.dense_features(model, images) for _ in range(CALLS)]
+            if ON_GPU:
+                torch.cuda.current_stream().synchronize()
+        return found
+
+    before, _ = compare(first, second)
+    kept = held()
+    weight.mul_(1.5)
+    (after,) = compare(first)
+    assert relative_error(after, before) > 1e-3, "the changed weight does not matter"
+    assert not ON_GPU or held()[0] is kept[0], "the graph did not stay"
+    weight.data = weight / 2
+    compare(second)
+    assert not ON_GPU or held()[0] is not kept[0], "a graph of the old weight stayed"
+    wanted = compare(first, second)
+    if ON_GPU:
+        torch.cuda.synchronize()
+    with ThreadPoolExecutor(2 if ON_GPU else 1) as pool:  # Triton's interpreter takes one thread
+        for results, want in zip(pool.map(on_a_stream, (first, second)), wanted, strict=True):
+            errors.extend(relative_error(found, want) for found in results)
+    assert max(errors) <= 1e-3, errors
+    handle.remove()
+    return {"largest relative error": max(errors)}
 
 
 def compiled() -> Cases:

@@ -169,6 +169,7 @@ def explain(
                 method=method,
                 config=config if method == RF_CLIP else None,
                 backend=backend,
+                cuda_graphs=False,  # for a single picture
                 tokenizer=tokenizer,
                 long_side=long_side,
                 cache=cache,

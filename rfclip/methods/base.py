@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfclip.config import RefocusConfig
+from rfclip.graphs import Graphs
 from rfclip.ops import Backend, operations
 from rfclip.towers import Block, Tower
 
@@ -27,7 +28,10 @@ QKV = tuple[Tensor, Tensor, Tensor]
 
 
 class Method:
-    """A method on an image tower. It keeps no tensor between calls, so threads can share it.
+    """A method on an image tower, which threads can share: it keeps no tensor between calls but those of its graphs.
+
+    Attributes:
+        graphs: those that `dense` runs by; None, for a method that `rfclip.refocus` did not make, for none.
 
     Args:
         card: what is known of the method.
@@ -38,6 +42,8 @@ class Method:
     Raises:
         ValueError: the tower has too few blocks, or the backend is unknown or cannot run there.
     """
+
+    graphs: Graphs | None = None
 
     def __init__(self, card: MethodCard, tower: Tower, config: RefocusConfig | None, backend: str) -> None:
         if len(tower.blocks) < card.blocks:
@@ -81,6 +87,16 @@ class Method:
             images: those windows [B, 3, height, width], normalized as the model expects, if the card's `sees_images`.
         """
         self.tower.check_ready()
+        if self.graphs is None or torch.compiler.is_compiling() or not self.capturable:
+            return self._dense(patches)
+        return self.graphs(self._dense, patches, self.tower)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can capture `dense`: the other backends, and a draw on the host, wait for the device."""
+        return self.ops.name == "triton" and (self.config is None or self.config.tokens != "random")
+
+    def _dense(self, patches: Tensor) -> Tensor:
         return self.tower.readout(self.tokens(patches)).mT.unflatten(-1, patches.shape[2:])
 
     def tokens(self, patches: Tensor) -> Tensor:

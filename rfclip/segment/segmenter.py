@@ -46,7 +46,7 @@ class Segmenter:
         config: RF-CLIP's settings; None takes the model's own if they are known. Not for a model refocused already.
         method: one of `rfclip.methods.METHODS`; None takes RF-CLIP, or that of a model refocused already.
         protocol: the defaults of the sides and the scale below; None takes the method's own.
-        backend: as for `rfclip.refocus`.
+        backend, cuda_graphs: as for `rfclip.refocus`; a model refocused already keeps its own.
         device, precision: if model is a name.
         tokenizer: if model is a ready model with another tokenizer than CLIP's.
         templates: functions from a name to a prompt; open_clip's 80 for ImageNet by default.
@@ -73,6 +73,7 @@ class Segmenter:
         method: str | None = None,
         protocol: Protocol | None = None,
         backend: str = "auto",
+        cuda_graphs: bool = True,
         device: str | torch.device = "cpu",
         precision: str = "fp32",
         tokenizer: Callable[[list[str]], Tensor] | None = None,
@@ -115,8 +116,11 @@ class Segmenter:
             raise ValueError(f"logit_scale={logit_scale!r}: expected a finite number")
         self.batch, self.memory_limit = batch, memory_limit
         self._distinct: tuple[str, ...] = ()  # names that were checked last
+        self._uploaded: tuple[object, Tensor, Tensor] | None = None  # what the last classes need on the device
         self.logit_scale = protocol.logit_scale if logit_scale is None else logit_scale
-        self._handle = None if present else refocus(self.model, config, method=card.name, backend=backend)
+        self._handle = None
+        if present is None:
+            self._handle = refocus(self.model, config, method=card.name, backend=backend, cuda_graphs=cuda_graphs)
         running = installed(self.tower)
         assert running is not None
         self._method = running
@@ -202,9 +206,9 @@ class Segmenter:
             raise ValueError(f"threshold={threshold!r}: expected a probability, from 0 to 1")
         if self._bundled and not is_scene(rgb):
             warnings.warn(NO_SCENE, stacklevel=3)
-        text = self.text_embeddings(tuple(name for names in named for name in names))
+        text, class_of_name = self._upload(named)
         logits = self.window_logits(rgb, text, pamr=pamr)
-        labels, dense = self._labels(logits, rgb.size[::-1], named, threshold, probabilities)
+        labels, dense = self._labels(logits, rgb.size[::-1], named, class_of_name, threshold, probabilities)
         return Segmentation(rgb, labels, tuple(map(title, named)), dense)
 
     @torch.inference_mode()
@@ -216,6 +220,16 @@ class Segmenter:
         segmenter after changing them.
         """
         return self._text(names)
+
+    def _upload(self, named: ClassNames) -> tuple[Tensor, Tensor]:
+        """The text embedding [K, C] and the class [K] of each name, on the tower's device, kept until others come."""
+        text, device = self.text_embeddings(tuple(name for names in named for name in names)), self.tower.weight.device
+        key = tuple(named), device
+        found = self._uploaded  # read once: another thread may upload others
+        if found is None or found[0] != key:
+            classes = torch.tensor([c for c, names in enumerate(named) for _ in names], device=device)
+            found = self._uploaded = key, text.to(device), classes
+        return found[1:]
 
     def with_background(self, named: ClassNames, wanted: bool | None) -> ClassNames:
         """As `rfclip.segment.classes.with_background`, with general names that the model knows."""
@@ -267,6 +281,7 @@ class Segmenter:
         logits: Tensor,
         size: tuple[int, int],
         named: ClassNames,
+        class_of_name: Tensor,
         threshold: float | None,
         keep: bool,
     ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -275,7 +290,6 @@ class Segmenter:
         titles = list(map(title, named))
         dtype: np.dtype[np.unsignedinteger] = np.dtype(np.uint8) if len(named) < 256 else np.dtype(np.uint16)
         below = titles.index("background") if "background" in titles else np.iinfo(dtype).max
-        class_of_name = torch.tensor([c for c, names in enumerate(named) for _ in names], device=logits.device)
         found = ops.upsample_argmax(logits, size, self.logit_scale, class_of_name, threshold).cpu().numpy()
         labels = np.where(found < 0, below, found).astype(dtype)
         if not keep:

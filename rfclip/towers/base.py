@@ -157,6 +157,11 @@ class Tower:
         """A weight, which tells device and dtype."""
         return self.conv.weight
 
+    @property
+    def roots(self) -> list[nn.Module]:
+        """The modules that, with those in them, make the embeddings of images."""
+        return [self.module]
+
     def check_ready(self) -> None:
         """Raise RuntimeError in training mode, and if modules were exchanged since the tower was read."""
         if self.module.training:
@@ -178,17 +183,21 @@ class Tower:
             ValueError: one of them, or the tower's module, does more than the library's class, which would be ignored.
         """
         for name, part in (("its module", self.module), *parts):
-            own, kind = "" if part is self.module else _own(part), type(part)
-            if kind.__module__.startswith((f"{self.library}.", "torch.nn.modules.")) and not own:
-                continue
-            reason = f"has {own}" if own else f"is of class {kind.__module__}.{kind.__qualname__}"
-            raise ValueError(
-                f"image tower: {name} {reason}, which would be ignored, so that only {self.library}'s own modules are "
-                "taken. Merge adapters into the weights, make pruning permanent, and remove hooks, parametrizations, "
-                "sharding and offloading"
-            )
+            if reason := self.beyond(part):
+                raise ValueError(
+                    f"image tower: {name} {reason}, which would be ignored, so that only {self.library}'s own modules "
+                    "are taken. Merge adapters into the weights, make pruning permanent, and remove hooks, "
+                    "parametrizations, sharding and offloading"
+                )
         self._parts = dict(parts)
         self._read = self._state()
+
+    def beyond(self, part: nn.Module) -> str:
+        """What a module does beyond the library's or PyTorch's class, in words; nothing if there is nothing."""
+        own, kind = "" if part is self.module else _own(part), type(part)
+        if own or kind.__module__.startswith((f"{self.library}.", "torch.nn.modules.")):
+            return own and f"has {own}"
+        return f"is of class {kind.__module__}.{kind.__qualname__}"
 
     def _state(self) -> dict[str, tuple[object, ...]]:
         """What must stay as it was when the tower was read."""

@@ -111,6 +111,10 @@ class HuggingFaceTower(Tower):
             parts += [(f"the MLP of layer {number}", layer.mlp)] if len(steps(layer.mlp)) > 1 else []
         self._bypass(*parts)
 
+    @property
+    def roots(self) -> list[nn.Module]:
+        return [self.module, self._model.visual_projection]
+
     def _embeddings(self) -> tuple[Tensor, Tensor]:
         embeddings = self.module.embeddings
         return embeddings.class_embedding[None], embeddings.position_embedding.weight

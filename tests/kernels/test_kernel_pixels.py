@@ -6,6 +6,7 @@ from kernel_cases import DEVICE, check, dtypes, inside_nan, randn
 
 import rfclip_kernels
 from rfclip import reference
+from rfclip_kernels import upsample
 
 WINDOWS = {  # K, patch grid, side, size, corners
     "one": (3, (2, 3), 8, (8, 8), [(0, 0)]),
@@ -25,6 +26,19 @@ def test_average_windows(case, dtype):
     logits = randn(len(corners), K, *grid, seed=9, dtype=dtype)
     want = reference.average_windows(logits.double(), corners, side, size)
     check(rfclip_kernels.average_windows(inside_nan(logits), corners, side, size), want, torch.float32)
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.enable_grad])
+def test_corners_are_uploaded_once_for_every_mode(first):
+    upsample._uploaded.cache_clear()
+    _, grid, side, size, corners = WINDOWS["uneven"]
+    logits = randn(len(corners), 2, *grid, seed=9, dtype=torch.float32)
+    want = reference.average_windows(logits.double(), corners, side, size)
+    for mode in (first, torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            check(rfclip_kernels.average_windows(logits, corners, side, size), want, torch.float32)
+    assert upsample._uploaded.cache_info()[:2] == (3, 1)  # hits and misses
+    assert not upsample._uploaded(tuple(corners), logits.device).is_inference()
 
 
 @dtypes

@@ -44,7 +44,7 @@ def test_the_configs_cover_every_choice():
 def features(model, images, config, backend, read=rfclip.dense_features):
     """The dense features (or whatever `read` returns), and the distraction masks of all blocks."""
     model, images, masks = model.to(DEVICE), images.to(DEVICE), []
-    with rfclip.refocus(model, config, backend=backend), torch.inference_mode():
+    with rfclip.refocus(model, config, backend=backend, cuda_graphs=False), torch.inference_mode():
         forward = read_tower(model).module.forward
         enter = forward._enter
 

@@ -3,10 +3,18 @@
 No GPU is needed: the model and its input are CUDA tensors without data. The reference runs, on the CPU.
 """
 
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import needs_triton
 from open_clip.model import CLIP
+from refocusing import DEFAULT, VARIANTS
 from small_models import DIMS, Dense, pictures, small_clip
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 import rfclip
 import rfclip_kernels
+from rfclip.methods import METHODS
+from rfclip.plugin import installed
 
 PAPER = {"rfclip.distraction_scores", "rfclip.redistribute_embeddings_", "rfclip.key_similarity_"}
 PAPER |= {"rfclip.fiedler_vector", "rfclip.defocus_mask", "rfclip.refocused_attention", "rfclip.self_attention"}
@@ -49,11 +59,14 @@ def tower(monkeypatch):
     if not torch.backends.cuda.is_built():
         pytest.skip("this PyTorch is built without CUDA")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    vision = {"image_size": 32, "patch_size": 8, "width": 48, "head_width": 16, "layers": 4, "mlp_ratio": 2.0}
-    text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
     with FakeTensorMode() as mode, torch.device("cuda"):
-        model, images = CLIP(20, vision, text).eval(), torch.empty(2, 3, 32, 40)
-    return model, images, mode
+        return clip(4), torch.empty(2, 3, 32, 40), mode
+
+
+def clip(layers):
+    vision = {"image_size": 32, "patch_size": 8, "width": 48, "head_width": 16, "layers": layers, "mlp_ratio": 2.0}
+    text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
+    return CLIP(20, vision, text).eval()
 
 
 def operators(graph):
@@ -69,6 +82,29 @@ def test_nothing_waits_for_the_device(tower, case):
     with rfclip.refocus(model, config, backend="triton"), mode, torch.no_grad(), NeverWaits():
         assert rfclip.dense_features(model, images).shape == (2, 20, 4, 5)
         assert model.encode_image(images).shape == (2, 20)
+
+
+@needs_triton
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_exactly_the_configs_that_never_wait_may_be_captured(tower, variant):
+    model, images, mode = tower
+    config = replace(DEFAULT, **VARIANTS[variant])
+    with rfclip.refocus(model, config, backend="triton"), mode, torch.no_grad(), NeverWaits():
+        waits = nullcontext() if installed(model).capturable else pytest.raises(AssertionError, match="cpu")
+        with waits:
+            rfclip.dense_features(model, images)
+
+
+@needs_triton
+@pytest.mark.parametrize("method", [name for name, card in METHODS.items() if not card.sees_images])
+def test_what_a_graph_may_capture_never_waits(tower, method):
+    _, images, mode = tower
+    with mode, torch.device("cuda"):
+        model = clip(max(4, METHODS[method].blocks))
+    config = DEFAULT if METHODS[method].configured else None
+    with rfclip.refocus(model, config, method=method, backend="triton"), mode, torch.no_grad(), NeverWaits():
+        assert installed(model).capturable
+        assert rfclip.dense_features(model, images).shape == (2, 20, 4, 5)
 
 
 def test_what_waiting_looks_like(tower):
@@ -144,6 +180,29 @@ def test_compile_down_to_single_operators(tower):
     with rfclip.refocus(model, config, backend="triton"), mode, torch.no_grad():
         compiled = torch.compile(Dense(model), fullgraph=True, backend="aot_eager")
         assert compiled(images).shape == (2, 20, 4, 5)
+
+
+@needs_triton
+def test_inductors_code_compiles_for_a_gpu_that_is_not_here(tower, tmp_path):
+    """Down to machine code: Inductor's own kernels, and every kernel that the tower launches without it."""
+    from tools.kernel_report.launches import recording
+
+    with recording() as found, torch.device("cuda"), torch.no_grad():
+        model = clip(2)
+        with rfclip.refocus(model, rfclip.RefocusConfig(DIMS), backend="triton"):
+            rfclip.dense_features(model, torch.empty(2, 3, 32, 40))
+    tests = Path(__file__).parents[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
+    environment |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, tests / "inductor_for_cuda.py", "90"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    compiled = set(done.stdout.split())
+    assert compiled == {path.stem for path in tmp_path.rglob("*.cubin")}
+    own = {name for name in compiled if not name.startswith("triton_")}
+    assert own == {launch.kernel.__name__ for launch in found.launches}
+    assert len(compiled) > len(own) > 0
 
 
 @pytest.mark.parametrize("method", ["rf-clip", "released"])
