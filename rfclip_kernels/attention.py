@@ -296,7 +296,7 @@ def launch_options(D: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
     if dtype == torch.float32:
         rows, columns, warps = (32 if D <= 64 else 16), (64 if 32 < D <= 64 and not hip else 32), 8
     else:
-        rows, columns, warps = (64, 32, 4) if D <= 64 else (32, 64, 4)
+        rows, columns, warps = (64, 32, 4) if D <= 64 else (64, 32, 8)
     return {
         "BM": rows,
         "BN": columns,

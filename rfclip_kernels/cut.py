@@ -6,12 +6,12 @@ second largest eigenvalue of M = Deg^-1/2 W Deg^-1/2, and that of the largest is
 A round of block Lanczos: five times, three vectors are orthogonalized against the basis (twice, which is enough), made
 orthonormal, added to it and multiplied with M. The basis, whose first vector is the known one, then has sixteen. In it
 M is a matrix [16, 16]. Squaring that sixteen times leaves its leading eigenvector, which is u; squaring it five times
-leaves its largest eigenvalues, so that the first three vectors, multiplied by this, start the next round. Three rounds
-begin with the first block; for every later one, whose W is close, one is enough: five products instead of fifteen.
+leaves its largest eigenvalues, so that the first three vectors, multiplied by this, start the next round. There are
+five, or three from the vector of the block before.
 
-Up to 256 patches, one program an image does all of this. Above, a product is a launch: each program orthogonalizes the
-whole vectors, for which it reads [16 + 3, N] thrice, and multiplies its own rows of W, which is read once.
-Nothing waits for the host. After the first block, an image without distraction tokens exits at once.
+One launch makes W. Up to 256 patches, another does all the rest, one program an image. Above, a product is a launch:
+each program orthogonalizes the whole vectors, for which it reads [16 + 3, N] thrice, and multiplies its own rows of W.
+Nothing waits for the host.
 """
 
 from functools import partial
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels.krylov import BREAKDOWN, DEPTH, RESTART, ROUNDS, SQUARINGS, WIDTH, ripple
+from rfclip_kernels.krylov import BREAKDOWN, DEPTH, RESTART, ROUNDS, SQUARINGS, WARM_ROUNDS, WIDTH
 from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
 
 BASIS = 16  # the known vector and WIDTH * DEPTH others; also the rows of a tile of WIDTH vectors
@@ -30,14 +30,13 @@ WHOLE = 256  # patches that one program takes
 BLOCK_ROWS = 64  # of the matrix that a program multiplies
 BLOCK_COLUMNS = 64
 SQUARE_ROWS = 16  # of a tile of the matrix that is made of S
-SQUARE_COLUMNS = 64
 
 
 @triton.jit(do_not_specialize=["N"])
 def affinity_kernel(
     similarity_ptr,  # [B, N, N] any floating-point dtype
     affinity_ptr,  # [B, N, SW] fp32, W
-    degrees_ptr,  # [B, 1, N] fp32, Deg
+    degree_ptr,  # [B, N] fp32, Deg
     N,
     SW,
     stride_sb,
@@ -59,7 +58,7 @@ def affinity_kernel(
         b_affinity = (b_affinity + tl.load(p_column, mask=mask, other=0.0).to(tl.float32)) / 2
         tl.store(affinity_ptr + (i_b * N + o_m[:, None]) * SW + o_n[None, :], b_affinity, mask=mask)
         b_degree += tl.sum(b_affinity, axis=1)
-    tl.store(degrees_ptr + i_b * N + o_m, b_degree, mask=o_m < N)
+    tl.store(degree_ptr + i_b * N + o_m, b_degree, mask=o_m < N)
 
 
 @triton.jit
@@ -96,28 +95,27 @@ def row_of(b_rows, i):
 
 @triton.jit
 def start_rows(
-    p_degrees,  # [G, N] fp32, summands of Deg
-    p_y,  # [2, WIDTH, N] fp32: the first are written, the second read where WARM
+    p_degree,  # [N] fp32, Deg
+    p_start,  # [N], near y, read where GIVEN
+    stride_tn,
+    p_y,  # [WIDTH, N] fp32, written
     p_basis,  # [R, N]: the first vector is written, Deg^1/2, not normalized
     o_m,
     N,
-    G,
-    ripple,
-    WARM: tl.constexpr,
+    GIVEN: tl.constexpr,
     WIDTH: tl.constexpr,
     P: tl.constexpr,
 ):
-    b_degree = tl.zeros([o_m.shape[0]], tl.float32)
-    for part in range(0, G):
-        b_degree += tl.load(p_degrees + part * N + o_m, mask=o_m < N, other=0.0)
+    b_degree = tl.load(p_degree + o_m, mask=o_m < N, other=0.0)
     tl.store(p_basis + o_m, tl.sqrt(b_degree), mask=o_m < N)
     o_p = tl.arange(0, P)
     # Vectors that no eigenvector is orthogonal to: multiples of the roots of 5, 2 and 3, less their floor.
     b_root = tl.sqrt(tl.where(o_p == 0, 5.0, tl.where(o_p == 1, 2.0, 3.0)))
     b_turn = b_root[:, None] * (o_m + 1).to(tl.float32)[None, :]
     b_y = b_turn - tl.floor(b_turn) - 0.5
-    if WARM:
-        b_y = load_vectors(p_y + WIDTH * N, o_m, N, WIDTH, P) + tl.where(o_p == WIDTH - 1, ripple, 0.0)[:, None] * b_y
+    if GIVEN:
+        b_start = tl.load(p_start + o_m * stride_tn, mask=o_m < N, other=0.0).to(tl.float32) * tl.sqrt(b_degree)
+        b_y = tl.where((o_p == 0)[:, None], b_start[None, :], b_y)
     store_vectors(p_y, b_y, o_m, N, WIDTH)
 
 
@@ -276,35 +274,17 @@ def restart(p_basis, p_y, b_next, N, WIDTH: tl.constexpr, R: tl.constexpr, BN: t
 
 
 @triton.jit
-def finish(
-    p_basis,
-    p_fiedler,  # [N] fp32, y is written
-    p_target,  # [N] bool, written where MASKED
-    p_distraction,  # [N] bool, read where MASKED
-    stride_dn,
-    b_ritz,
-    b_norm,
-    N,
-    MASKED: tl.constexpr,
-    R: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """y, its largest entry being positive, and the tokens above its mean that are no distraction tokens."""
-    o_r = tl.arange(0, R)
-    mean = tl.sum(tl.where(o_r == 0, b_norm, 0.0)) / N  # of Deg
-    b_top, b_bottom, b_sum = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
+def finish(p_basis, p_fiedler, b_ritz, b_norm, N, R: tl.constexpr, BN: tl.constexpr):
+    """y, its largest entry being positive."""
+    mean = tl.sum(tl.where(tl.arange(0, R) == 0, b_norm, 0.0)) / N  # of Deg
+    b_top, b_bottom = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
     for start in range(0, N, BN):
         b_y = cut_values(p_basis, start + tl.arange(0, BN), N, b_ritz, mean, R)
-        b_top, b_bottom, b_sum = tl.maximum(b_top, b_y), tl.minimum(b_bottom, b_y), b_sum + b_y
+        b_top, b_bottom = tl.maximum(b_top, b_y), tl.minimum(b_bottom, b_y)
     sign = tl.where(tl.max(b_top, axis=0) >= -tl.min(b_bottom, axis=0), 1.0, -1.0)
-    threshold = sign * tl.sum(b_sum, axis=0) / N
     for start in range(0, N, BN):
         o_n = start + tl.arange(0, BN)
-        b_y = sign * cut_values(p_basis, o_n, N, b_ritz, mean, R)
-        tl.store(p_fiedler + o_n, b_y, mask=o_n < N)
-        if MASKED:
-            m_taken = tl.load(p_distraction + o_n * stride_dn, mask=o_n < N, other=0) != 0
-            tl.store(p_target + o_n, (b_y > threshold) & (m_taken == 0), mask=o_n < N)
+        tl.store(p_fiedler + o_n, sign * cut_values(p_basis, o_n, N, b_ritz, mean, R), mask=o_n < N)
 
 
 @triton.jit
@@ -315,43 +295,21 @@ def cut_values(p_basis, o_n, N, b_ritz, mean, R: tl.constexpr):
     return tl.sum(b_ritz[:, None] * b_basis, axis=0) * b_inv_sqrt
 
 
-@triton.jit
-def no_target(p_target, N, BN: tl.constexpr):
-    """An empty mask."""
-    for start in range(0, N, BN):
-        o_n = start + tl.arange(0, BN)
-        tl.store(p_target + o_n, tl.zeros([BN], tl.int1), mask=o_n < N)
-
-
-@triton.jit
-def distracted(p_distraction, stride_dn, N, BN: tl.constexpr):
-    """Whether an image has distraction tokens."""
-    b_any = tl.zeros([BN], tl.int32)
-    for start in range(0, N, BN):
-        o_n = start + tl.arange(0, BN)
-        b_any |= tl.load(p_distraction + o_n * stride_dn, mask=o_n < N, other=0).to(tl.int32)
-    return tl.max(b_any, axis=0) > 0
-
-
-@triton.jit(do_not_specialize=["N", "G"])
+@triton.jit(do_not_specialize=["N"])
 def cut_kernel(
-    affinity_ptr,  # [B, N, SW] fp32 or fp16, W
-    degrees_ptr,  # [B, G, N] fp32, summands of Deg
-    vectors_ptr,  # [B, 2, WIDTH, N] fp32: the second are those to start from where WARM, and those to start from next
-    fiedler_ptr,  # [B, N] fp32, y is written
-    distraction_ptr,  # [B, N] bool, read where MASKED
-    target_ptr,  # [B, N] bool, written where MASKED
+    affinity_ptr,  # [B, N, SW] fp32, W
+    degree_ptr,  # [B, N] fp32, Deg
+    start_ptr,  # [B, N], near y, read where GIVEN
+    vectors_ptr,  # [B, 2, WIDTH, N] fp32
     basis_ptr,  # [B, R, N] fp32
     projected_ptr,  # [B, R, R] fp32
+    fiedler_ptr,  # [B, N] fp32, y
     N,
     SW,
-    G,
-    ripple,
-    stride_db,
-    stride_dn,
-    WARM: tl.constexpr,
-    MASKED: tl.constexpr,
-    ROUNDS: tl.constexpr,  # odd, as is DEPTH
+    stride_tb,
+    stride_tn,
+    GIVEN: tl.constexpr,
+    ROUNDS: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     RESTART: tl.constexpr,
@@ -363,73 +321,62 @@ def cut_kernel(
     BN: tl.constexpr,
 ):
     i_b = tl.program_id(0).to(tl.int64)
-    p_affinity, p_degrees = affinity_ptr + i_b * N * SW, degrees_ptr + i_b * G * N
+    p_affinity, p_degree, p_start = affinity_ptr + i_b * N * SW, degree_ptr + i_b * N, start_ptr + i_b * stride_tb
     p_basis, p_projected = basis_ptr + i_b * R * N, projected_ptr + i_b * R * R
     p_y, p_fiedler = vectors_ptr + i_b * 2 * WIDTH * N, fiedler_ptr + i_b * N
-    p_distraction, p_target = distraction_ptr + i_b * stride_db, target_ptr + i_b * N
-    active = distracted(p_distraction, stride_dn, N, BN) if MASKED and WARM else True
-    if active:
+    for start in range(0, N, BN):
+        start_rows(p_degree, p_start, stride_tn, p_y, p_basis, start + tl.arange(0, BN), N, GIVEN, WIDTH, P)
+    for i in range(ROUNDS * DEPTH):
+        tl.debug_barrier()
+        p_now, p_next, step = p_y + i % 2 * WIDTH * N, p_y + (i + 1) % 2 * WIDTH * N, i % DEPTH
+        b_first, b_second, b_t, mean = coefficients(
+            p_basis, p_now, p_projected, N, step, True, WIDTH, BREAKDOWN, P, R, BN
+        )
+        count = 1 + step * WIDTH
+        p_x = p_basis + count * N
         for start in range(0, N, BN):
-            start_rows(p_degrees, p_y, p_basis, start + tl.arange(0, BN), N, G, ripple, WARM, WIDTH, P)
-        for i in range(ROUNDS * DEPTH):
-            tl.debug_barrier()
-            p_now, p_next, step = p_y + i % 2 * WIDTH * N, p_y + (i + 1) % 2 * WIDTH * N, i % DEPTH
-            b_first, b_second, b_t, mean = coefficients(
-                p_basis, p_now, p_projected, N, step, True, WIDTH, BREAKDOWN, P, R, BN
-            )
-            count = 1 + step * WIDTH
-            p_x = p_basis + count * N
+            o_n = start + tl.arange(0, BN)
+            b_x = new_vectors(p_basis, p_now, o_n, N, count, b_first, b_second, b_t, WIDTH, P, R)
+            store_vectors(p_x, b_x, o_n, N, WIDTH)
+        tl.debug_barrier()
+        for first in range(0, N, BM):
+            o_m = first + tl.arange(0, BM)
+            b_out = tl.zeros([P, BM, BN], tl.float32)
             for start in range(0, N, BN):
                 o_n = start + tl.arange(0, BN)
-                b_x = new_vectors(p_basis, p_now, o_n, N, count, b_first, b_second, b_t, WIDTH, P, R)
-                store_vectors(p_x, b_x, o_n, N, WIDTH)
+                b_x = load_vectors(p_x, o_n, N, WIDTH, P) * scales(p_basis, o_n, N, mean)[None, :]
+                b_out += products(b_x, p_affinity, o_m, o_n, N, SW)
+            b_scale = scales(p_basis, o_m, N, mean) / tl.maximum(mean, 1e-30)
+            store_vectors(p_next, tl.sum(b_out, axis=2) * b_scale[None, :], o_m, N, WIDTH)
+        if step == DEPTH - 1:
             tl.debug_barrier()
-            for first in range(0, N, BM):
-                o_m = first + tl.arange(0, BM)
-                b_out = tl.zeros([P, BM, BN], tl.float32)
-                for start in range(0, N, BN):
-                    o_n = start + tl.arange(0, BN)
-                    b_x = load_vectors(p_x, o_n, N, WIDTH, P) * scales(p_basis, o_n, N, mean)[None, :]
-                    b_out += products(b_x, p_affinity, o_m, o_n, N, SW)
-                b_scale = scales(p_basis, o_m, N, mean) / tl.maximum(mean, 1e-30)
-                store_vectors(p_next, tl.sum(b_out, axis=2) * b_scale[None, :], o_m, N, WIDTH)
-            if step == DEPTH - 1:
-                tl.debug_barrier()
-                b_next, b_ritz, b_norm = powers(
-                    p_basis, p_next, p_projected, N, WIDTH, BREAKDOWN, RESTART, SQUARINGS, P, R, BN
-                )
-                restart(p_basis, p_next, b_next, N, WIDTH, R, BN)
-                if i == ROUNDS * DEPTH - 1:
-                    finish(p_basis, p_fiedler, p_target, p_distraction, stride_dn, b_ritz, b_norm, N, MASKED, R, BN)
-    else:
-        no_target(p_target, N, BN)
+            b_next, b_ritz, b_norm = powers(
+                p_basis, p_next, p_projected, N, WIDTH, BREAKDOWN, RESTART, SQUARINGS, P, R, BN
+            )
+            restart(p_basis, p_next, b_next, N, WIDTH, R, BN)
+            if i == ROUNDS * DEPTH - 1:
+                finish(p_basis, p_fiedler, b_ritz, b_norm, N, R, BN)
 
 
-@triton.jit(do_not_specialize=["N", "G"])
+@triton.jit(do_not_specialize=["N"])
 def cut_start_kernel(
-    degrees_ptr,  # this and all that follows as in cut_kernel
+    degree_ptr,  # this and all that follows as in cut_kernel
+    start_ptr,
     vectors_ptr,
     basis_ptr,
-    distraction_ptr,
     N,
-    G,
-    ripple,
-    stride_db,
-    stride_dn,
-    WARM: tl.constexpr,
-    MASKED: tl.constexpr,
+    stride_tb,
+    stride_tn,
+    GIVEN: tl.constexpr,
     WIDTH: tl.constexpr,
     P: tl.constexpr,
     R: tl.constexpr,
-    BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    i_b = (tl.program_id(0) // tl.cdiv(N, BM)).to(tl.int64)
-    o_m = tl.program_id(0) % tl.cdiv(N, BM) * BM + tl.arange(0, BM)
-    active = distracted(distraction_ptr + i_b * stride_db, stride_dn, N, BN) if MASKED and WARM else True
-    if active:
-        p_y, p_basis = vectors_ptr + i_b * 2 * WIDTH * N, basis_ptr + i_b * R * N
-        start_rows(degrees_ptr + i_b * G * N, p_y, p_basis, o_m, N, G, ripple, WARM, WIDTH, P)
+    i_b = (tl.program_id(0) // tl.cdiv(N, BN)).to(tl.int64)
+    o_n = tl.program_id(0) % tl.cdiv(N, BN) * BN + tl.arange(0, BN)
+    p_y, p_basis, p_start = vectors_ptr + i_b * 2 * WIDTH * N, basis_ptr + i_b * R * N, start_ptr + i_b * stride_tb
+    start_rows(degree_ptr + i_b * N, p_start, stride_tn, p_y, p_basis, o_n, N, GIVEN, WIDTH, P)
 
 
 @triton.jit(do_not_specialize=["N", "i"])
@@ -438,14 +385,9 @@ def cut_product_kernel(
     vectors_ptr,
     basis_ptr,
     projected_ptr,
-    distraction_ptr,
     N,
     SW,
     i,  # counts the products
-    stride_db,
-    stride_dn,
-    WARM: tl.constexpr,
-    MASKED: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     BREAKDOWN: tl.constexpr,
@@ -455,145 +397,94 @@ def cut_product_kernel(
     BN: tl.constexpr,
 ):
     i_b, i_m = (tl.program_id(0) // tl.cdiv(N, BM)).to(tl.int64), tl.program_id(0) % tl.cdiv(N, BM)
-    active = distracted(distraction_ptr + i_b * stride_db, stride_dn, N, BN) if MASKED and WARM else True
-    if active:
-        p_affinity, p_basis = affinity_ptr + i_b * N * SW, basis_ptr + i_b * R * N
-        p_y, step, count = vectors_ptr + i_b * 2 * WIDTH * N, i % DEPTH, 1 + i % DEPTH * WIDTH
-        p_now, p_next = p_y + i % 2 * WIDTH * N, p_y + (i + 1) % 2 * WIDTH * N
-        p_projected = projected_ptr + i_b * R * R
-        b_first, b_second, b_t, mean = coefficients(
-            p_basis, p_now, p_projected, N, step, i_m == 0, WIDTH, BREAKDOWN, P, R, BN
-        )
-        o_m = i_m * BM + tl.arange(0, BM)
-        b_out = tl.zeros([P, BM, BN], tl.float32)
-        for start in range(0, N, BN):
-            o_n = start + tl.arange(0, BN)
-            b_x = new_vectors(p_basis, p_now, o_n, N, count, b_first, b_second, b_t, WIDTH, P, R)
-            b_x *= scales(p_basis, o_n, N, mean)[None, :]
-            b_out += products(b_x, p_affinity, o_m, o_n, N, SW)
-        b_scale = scales(p_basis, o_m, N, mean) / tl.maximum(mean, 1e-30)
-        store_vectors(p_next, tl.sum(b_out, axis=2) * b_scale[None, :], o_m, N, WIDTH)
-        b_x = new_vectors(p_basis, p_now, o_m, N, count, b_first, b_second, b_t, WIDTH, P, R)
-        store_vectors(p_basis + count * N, b_x, o_m, N, WIDTH)
+    p_affinity, p_basis = affinity_ptr + i_b * N * SW, basis_ptr + i_b * R * N
+    p_y, step, count = vectors_ptr + i_b * 2 * WIDTH * N, i % DEPTH, 1 + i % DEPTH * WIDTH
+    p_now, p_next = p_y + i % 2 * WIDTH * N, p_y + (i + 1) % 2 * WIDTH * N
+    p_projected = projected_ptr + i_b * R * R
+    b_first, b_second, b_t, mean = coefficients(
+        p_basis, p_now, p_projected, N, step, i_m == 0, WIDTH, BREAKDOWN, P, R, BN
+    )
+    o_m = i_m * BM + tl.arange(0, BM)
+    b_out = tl.zeros([P, BM, BN], tl.float32)
+    for start in range(0, N, BN):
+        o_n = start + tl.arange(0, BN)
+        b_x = new_vectors(p_basis, p_now, o_n, N, count, b_first, b_second, b_t, WIDTH, P, R)
+        b_out += products(b_x * scales(p_basis, o_n, N, mean)[None, :], p_affinity, o_m, o_n, N, SW)
+    b_scale = scales(p_basis, o_m, N, mean) / tl.maximum(mean, 1e-30)
+    store_vectors(p_next, tl.sum(b_out, axis=2) * b_scale[None, :], o_m, N, WIDTH)
+    b_x = new_vectors(p_basis, p_now, o_m, N, count, b_first, b_second, b_t, WIDTH, P, R)
+    store_vectors(p_basis + count * N, b_x, o_m, N, WIDTH)
 
 
 @triton.jit(do_not_specialize=["N", "i"])
 def cut_round_kernel(
     vectors_ptr,
-    fiedler_ptr,
-    distraction_ptr,
-    target_ptr,
     basis_ptr,
     projected_ptr,
+    fiedler_ptr,
     N,
     i,  # counts the products so far
-    stride_db,
-    stride_dn,
-    WARM: tl.constexpr,
-    MASKED: tl.constexpr,
     WIDTH: tl.constexpr,
-    BREAKDOWN: tl.constexpr,
     RESTART: tl.constexpr,
     SQUARINGS: tl.constexpr,
+    BREAKDOWN: tl.constexpr,
     P: tl.constexpr,
     R: tl.constexpr,
     BN: tl.constexpr,
 ):
     i_b = tl.program_id(0).to(tl.int64)
     p_basis, p_y = basis_ptr + i_b * R * N, vectors_ptr + (i_b * 2 + i % 2) * WIDTH * N
-    p_distraction, p_target = distraction_ptr + i_b * stride_db, target_ptr + i_b * N
-    active = distracted(p_distraction, stride_dn, N, BN) if MASKED and WARM else True
-    if active:
-        b_next, b_ritz, b_norm = powers(
-            p_basis, p_y, projected_ptr + i_b * R * R, N, WIDTH, BREAKDOWN, RESTART, SQUARINGS, P, R, BN
-        )
-        restart(p_basis, p_y, b_next, N, WIDTH, R, BN)
-        p_fiedler = fiedler_ptr + i_b * N
-        finish(p_basis, p_fiedler, p_target, p_distraction, stride_dn, b_ritz, b_norm, N, MASKED, R, BN)
-    else:
-        no_target(p_target, N, BN)
+    p_projected = projected_ptr + i_b * R * R
+    b_next, b_ritz, b_norm = powers(p_basis, p_y, p_projected, N, WIDTH, BREAKDOWN, RESTART, SQUARINGS, P, R, BN)
+    restart(p_basis, p_y, b_next, N, WIDTH, R, BN)
+    finish(p_basis, fiedler_ptr + i_b * N, b_ritz, b_norm, N, R, BN)
 
 
-@triton_op("rfclip::cut_", mutates_args={"vectors", "fiedler"})
-def _cut_(
-    affinity: Tensor,
-    degrees: Tensor,
-    vectors: Tensor,
-    fiedler: Tensor,
-    distraction: Tensor | None,
-    warm: bool,
-    rounds: int,
-) -> Tensor:
-    B, N, SW = affinity.shape
-    empty = partial(affinity.new_empty, dtype=torch.float32)
-    target = empty((B, N), dtype=torch.bool)
-    basis, projected = empty((B, BASIS, N)), empty((B, BASIS, BASIS))
-    given = target if distraction is None else distraction
-    state = {"vectors_ptr": vectors, "basis_ptr": basis, "distraction_ptr": given, "N": N, **strides("d", given, "bn")}
-    shared = {"WARM": warm, "MASKED": distraction is not None, "WIDTH": WIDTH, "P": 4, "R": BASIS}
-    summed = {"degrees_ptr": degrees, "G": degrees.shape[1], "ripple": ripple(N)}
-    multiplied = {"affinity_ptr": affinity, "projected_ptr": projected, "SW": SW, "BREAKDOWN": BREAKDOWN}
-    multiplied |= {"DEPTH": DEPTH}
-    ended = {"fiedler_ptr": fiedler, "target_ptr": target, "projected_ptr": projected}
-    ended |= {"RESTART": RESTART, "SQUARINGS": SQUARINGS, "BREAKDOWN": BREAKDOWN}
-    if B:
-        with on_device(affinity):
-            if N <= WHOLE:
-                wrap_triton(cut_kernel)[(B,)](
-                    **state,
-                    **shared,
-                    **summed,
-                    **multiplied | ended,
-                    ROUNDS=rounds,
-                    BM=BLOCK_ROWS,
-                    BN=BLOCK_COLUMNS,
-                    num_warps=8,
-                )
-                return target
-            rows = (triton.cdiv(N, BLOCK_ROWS) * B,)
-            wrap_triton(cut_start_kernel)[rows](**state, **shared, **summed, BM=BLOCK_ROWS, BN=BLOCK_COLUMNS)
-            for i in range(1, rounds * DEPTH + 1):
-                wrap_triton(cut_product_kernel)[rows](
-                    **state, **shared, **multiplied, i=i - 1, BM=BLOCK_ROWS, BN=BLOCK_COLUMNS, num_warps=8
-                )
-                if i % DEPTH == 0:
-                    wrap_triton(cut_round_kernel)[(B,)](**state, **shared, **ended, i=i, BN=BLOCK_COLUMNS)
-    return target
-
-
-@triton_op("rfclip::affinity", mutates_args={})
-def _affinity(similarity: Tensor) -> tuple[Tensor, Tensor]:
+@triton_op("rfclip::fiedler_vector", mutates_args={})
+def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
     B, N, _ = similarity.shape
+    SW = triton.cdiv(N, 16) * 16  # so that every row is aligned
     empty = partial(similarity.new_empty, dtype=torch.float32)
-    affinity, degrees = empty((B, N, row_stride(N))), empty((B, 1, N))
+    affinity, degree, y = empty((B, N, SW)), empty((B, N)), empty((B, N))
+    vectors, basis, projected = empty((B, 2, WIDTH, N)), empty((B, BASIS, N)), empty((B, BASIS, BASIS))
+    given, rounds = (degree, ROUNDS) if start is None else (start, WARM_ROUNDS)
+    state = {"vectors_ptr": vectors, "basis_ptr": basis, "N": N, "WIDTH": WIDTH, "P": 4, "R": BASIS}
+    begun = {"degree_ptr": degree, "start_ptr": given, **strides("t", given, "bn"), "GIVEN": start is not None}
+    projection = {"projected_ptr": projected, "BREAKDOWN": BREAKDOWN}
+    multiplied = {"affinity_ptr": affinity, "SW": SW, "DEPTH": DEPTH, "BM": BLOCK_ROWS, "num_warps": 8}
+    ended = {"fiedler_ptr": y, "RESTART": RESTART, "SQUARINGS": SQUARINGS}
     if B:
         with on_device(similarity):
             wrap_triton(affinity_kernel)[(triton.cdiv(N, SQUARE_ROWS) * B,)](
                 similarity_ptr=similarity,
                 affinity_ptr=affinity,
-                degrees_ptr=degrees,
+                degree_ptr=degree,
                 N=N,
-                SW=row_stride(N),
+                SW=SW,
                 **strides("s", similarity, "bmn"),
                 BM=SQUARE_ROWS,
-                BN=SQUARE_COLUMNS,
+                BN=BLOCK_COLUMNS,
+                num_warps=8,
             )
-    return affinity, degrees
-
-
-def row_stride(N: int) -> int:
-    """Numbers from row to row of W, so that every row is aligned."""
-    return triton.cdiv(N, 16) * 16
+            if N <= WHOLE:
+                wrap_triton(cut_kernel)[(B,)](
+                    **state, **begun, **projection, **multiplied, **ended, ROUNDS=rounds, BN=BLOCK_COLUMNS
+                )
+                return y
+            wrap_triton(cut_start_kernel)[(triton.cdiv(N, BLOCK_COLUMNS) * B,)](**state, **begun, BN=BLOCK_COLUMNS)
+            for i in range(rounds * DEPTH):
+                wrap_triton(cut_product_kernel)[(triton.cdiv(N, BLOCK_ROWS) * B,)](
+                    **state, **projection, **multiplied, i=i, BN=BLOCK_COLUMNS
+                )
+                if i % DEPTH == DEPTH - 1:
+                    wrap_triton(cut_round_kernel)[(B,)](**state, **projection, **ended, i=i + 1, BN=BLOCK_COLUMNS)
+    return y
 
 
 def launch_fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
-    """Five rounds, whatever the start, from the same vectors.
+    """Five rounds, or three from a start, which takes the place of one of the vectors that the first begins with.
 
     Where they cannot tell the second eigenvalue from the third, y is some vector of their eigenspaces.
     """
     check_launch(similarity=similarity, start=start)
-    B, N, _ = similarity.shape
-    affinity, degrees = _affinity(similarity)
-    vectors, y = (affinity.new_empty((B, *size, N)) for size in ((2, WIDTH), ()))
-    _cut_(affinity, degrees, vectors, y, None, False, ROUNDS + 2)
-    return y
+    return _fiedler_vector(similarity, start)

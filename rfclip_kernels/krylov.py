@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 STEPS = 15
-WIDTH, DEPTH = 3, 5  # vectors that are multiplied at once, and how often in a round; odd
-ROUNDS = 3  # of the first block; odd
-RESTART = 5  # squarings of the projected matrix that the next round starts from
+WIDTH, DEPTH = 3, 5  # vectors that are multiplied at once, and how often in a round
+ROUNDS, WARM_ROUNDS = 5, 3  # without a start, and with one
+RESTART = 5  # squarings of the projected matrix that the next round's start takes
 BREAKDOWN = 1e-5  # a vector with less than this that is new ends the basis
 SQUARINGS = 16  # of the projected matrix, where its leading eigenvector is found by squaring it
 

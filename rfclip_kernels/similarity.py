@@ -23,7 +23,6 @@ def row_logsumexp_kernel(
     q_ptr,  # [B, H, T, D]
     k_ptr,  # [B, H, T, D]
     out_ptr,  # [B, H, T] fp32, in base 2
-    kept_ptr,  # [B, H, T, D] contiguous, a copy of q, written where KEEP
     H,
     T,
     scale,  # times log2(e)
@@ -36,7 +35,6 @@ def row_logsumexp_kernel(
     stride_kt,
     stride_kd,
     PREFIX: tl.constexpr,
-    KEEP: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -50,8 +48,6 @@ def row_logsumexp_kernel(
     p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + o_m[:, None] * stride_qt + o_d[None, :] * stride_qd
     m_q = (o_m < T)[:, None] & m_d[None, :]
     b_q = tl.load(p_q, mask=m_q, other=0.0)  # [BM, BD]
-    if KEEP:
-        tl.store(kept_ptr + ((i_b * H + i_h) * T + o_m[:, None]) * D + o_d[None, :], b_q, mask=m_q)
     p_k = k_ptr + i_b * stride_kb + i_h * stride_kh + o_d * stride_kd
     b_max, b_sum = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
     for i in tl.static_range(PREFIX):
@@ -72,8 +68,7 @@ def row_logsumexp_kernel(
 def key_similarity_kernel(
     k_ptr,  # [B, H, T, D]
     lse_ptr,  # [B, H, T]
-    running_ptr,  # [B, N, N] fp32 or fp16, S, or W where SYMMETRIC; read where count > 0, and written
-    degrees_ptr,  # [B, G, N] fp32, the sums of each row of W in each of G tiles, written where SYMMETRIC
+    running_ptr,  # [B, N, N] fp32, read where count > 0, and written
     H,
     T,
     count,
@@ -86,7 +81,6 @@ def key_similarity_kernel(
     stride_sm,
     stride_sn,
     PREFIX: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,  # the same
@@ -107,7 +101,7 @@ def key_similarity_kernel(
     p_k = k_ptr + i_b * stride_kb + PREFIX * stride_kt
     p_lse = lse_ptr + i_b * H * T + PREFIX
     b_mean = tl.zeros([BM, BN], tl.float32)
-    b_across = tl.zeros([BM, BN], tl.float32)  # of the tile across the diagonal, unless SYMMETRIC
+    b_across = tl.zeros([BM, BN], tl.float32)  # of the tile across the diagonal
     for _head in range(0, H):
         b_s = tl.zeros([BM, BN], tl.float32)
         for first in tl.static_range(0, BD, BK):
@@ -120,31 +114,18 @@ def key_similarity_kernel(
         b_lse_m = tl.load(p_lse + o_m, mask=m_m, other=0.0)
         b_lse_n = tl.load(p_lse + o_n, mask=m_n, other=0.0)
         b_mean += tl.exp2(b_s - b_lse_m[:, None])
-        if SYMMETRIC:
-            b_mean += tl.exp2(b_s - b_lse_n[None, :])
-        else:
-            b_across += tl.exp2(b_s - b_lse_n[None, :])
+        b_across += tl.exp2(b_s - b_lse_n[None, :])
         p_k += stride_kh
         p_lse += T
     mask = m_m[:, None] & m_n[None, :]
     m_before = mask & (o_m < N * (count > 0))[:, None]
     p_out = running_ptr + i_b * stride_sb + o_m[:, None] * stride_sm + o_n[None, :] * stride_sn
     p_across = running_ptr + i_b * stride_sb + o_n[None, :] * stride_sm + o_m[:, None] * stride_sn
-    dtype: tl.constexpr = running_ptr.dtype.element_ty
-    b_mean = b_mean / (2 * H) if SYMMETRIC else b_mean / H
-    b_out = (tl.load(p_out, mask=m_before, other=0.0).to(tl.float32) * count + b_mean) / (count + 1)
-    if not SYMMETRIC:
-        b_before = tl.load(p_across, mask=m_before, other=0.0).to(tl.float32)
-        b_across = (b_before * count + b_across / H) / (count + 1)
-    tl.store(p_out, b_out.to(dtype), mask=mask)
-    if SYMMETRIC:
-        b_across = b_out
-        b_out = tl.where(mask, b_out.to(dtype).to(tl.float32), 0.0)
-        tl.store(degrees_ptr + (i_b * G + i_n) * N + o_m, tl.sum(b_out, axis=1), mask=m_m)
+    b_before = tl.load(p_out, mask=m_before, other=0.0)
+    b_before_across = tl.load(p_across, mask=m_before, other=0.0)
+    tl.store(p_out, (b_before * count + b_mean / H) / (count + 1), mask=mask)
     if i_m != i_n:
-        tl.store(p_across, b_across.to(dtype), mask=mask)
-        if SYMMETRIC:
-            tl.store(degrees_ptr + (i_b * G + i_m) * N + o_n, tl.sum(b_out, axis=0), mask=m_n)
+        tl.store(p_across, (b_before_across * count + b_across / H) / (count + 1), mask=mask)
 
 
 @triton.jit(do_not_specialize=["H", "T"])
@@ -194,8 +175,7 @@ def received_attention_kernel(
     tl.store(out_ptr + i_b * (T - PREFIX) + o_n - PREFIX, b_sum / (H * (T - PREFIX)), mask=o_n < T)
 
 
-def row_logsumexp(q: Tensor, k: Tensor, scale: float, prefix: int, kept: Tensor | None = None) -> Tensor:
-    """The log-sum-exp of each row of logits [B, H, T], fp32, in base 2; q is copied to `kept`, if given."""
+def _row_logsumexp(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
     B, H, T, D = q.shape
     out = q.new_empty((B, H, T), dtype=torch.float32)
     options = constants(D, q.dtype)
@@ -205,14 +185,12 @@ def row_logsumexp(q: Tensor, k: Tensor, scale: float, prefix: int, kept: Tensor 
                 q_ptr=q,
                 k_ptr=k,
                 out_ptr=out,
-                kept_ptr=out if kept is None else kept,
                 H=H,
                 T=T,
                 scale=scale * LOG2E.value,
                 **strides("q", q, "bhtd"),
                 **strides("k", k, "bhtd"),
                 PREFIX=prefix,
-                KEEP=kept is not None,
                 **options,
             )
     return out
@@ -225,9 +203,8 @@ def tile_side(N: int, dtype: torch.dtype) -> int:
     return 32 if N <= 256 else 64
 
 
-def _add_layer(
-    k: Tensor, lse: Tensor, running: Tensor, degrees: Tensor | None, count: int, scale: float, prefix: int
-) -> None:
+@triton_op("rfclip::key_similarity_", mutates_args={"running"})
+def _key_similarity_(k: Tensor, running: Tensor, count: int, scale: float, prefix: int) -> None:
     B, H, T, D = k.shape
     side = tile_side(T - prefix, k.dtype)
     tiles, options = triton.cdiv(T - prefix, side), constants(D, k.dtype)
@@ -235,9 +212,8 @@ def _add_layer(
         with on_device(k):
             wrap_triton(key_similarity_kernel)[(tiles * (tiles + 1) // 2 * B,)](
                 k_ptr=k,
-                lse_ptr=lse,
+                lse_ptr=_row_logsumexp(k, k, scale, prefix),
                 running_ptr=running,
-                degrees_ptr=lse if degrees is None else degrees,
                 H=H,
                 T=T,
                 count=count,
@@ -245,15 +221,9 @@ def _add_layer(
                 **strides("k", k, "bhtd"),
                 **strides("s", running, "bmn"),
                 PREFIX=prefix,
-                SYMMETRIC=degrees is not None,
                 BK=32 if k.dtype == torch.float32 else options["BD"],
                 **options | {"BM": side, "BN": side, "num_warps": 8 if side == 64 else 4},
             )
-
-
-@triton_op("rfclip::key_similarity_", mutates_args={"running"})
-def _key_similarity_(k: Tensor, running: Tensor, count: int, scale: float, prefix: int) -> None:
-    _add_layer(k, row_logsumexp(k, k, scale, prefix), running, None, count, scale, prefix)
 
 
 @triton_op("rfclip::received_attention", mutates_args={})
@@ -266,7 +236,7 @@ def _received_attention(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tens
             wrap_triton(received_attention_kernel)[(triton.cdiv(N, options["BN"]), B)](
                 q_ptr=q,
                 k_ptr=k,
-                lse_ptr=row_logsumexp(q, k, scale, prefix),
+                lse_ptr=_row_logsumexp(q, k, scale, prefix),
                 out_ptr=out,
                 H=H,
                 T=T,

@@ -58,8 +58,8 @@ def test_a_near_start_ends_nearer():
     check_vectors(rfclip_kernels.fiedler_vector(S.expand(3, -1, -1), several), S.expand(3, -1, -1), 2e-6)
 
 
-def test_what_fifteen_steps_cannot_resolve():
-    """Two eigenvalues less than 0.0015 apart: a cold start ends at another vector, a start at the right one stays.
+def test_what_is_hard_to_resolve():
+    """Two eigenvalues less than 0.0015 apart: a cold start ends near the vector, a start at the right one stays.
 
     In float32 it stays within a few times eps / gap: no closer is an eigenvector determined.
     """
@@ -67,8 +67,7 @@ def test_what_fifteen_steps_cannot_resolve():
     values = eigenvalues(S)[0]
     gap = (values[-2] - values[-3]).item()
     assert 0.0001 < gap < 0.0015
-    with pytest.raises(AssertionError):
-        check_vectors(rfclip_kernels.fiedler_vector(S), S, 0.1)
+    check_vectors(rfclip_kernels.fiedler_vector(S), S, 0.1)
     near = rfclip_kernels.fiedler_vector(S, reference.fiedler_vector(S))
     check_vectors(near, S, 4 * torch.finfo(torch.float32).eps / gap)
 
