@@ -294,9 +294,9 @@ def self_attention_kernel(
 def launch_options(D: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
     """Tile sizes, warps and stages for a head dimension; `make report` checks that none of them spills."""
     if dtype == torch.float32:
-        rows, columns, warps = (32 if D <= 64 else 16), (64 if 32 < D <= 64 and not hip else 32), 8
+        rows, columns, warps = (32 if D <= 64 else 16), 32, 8
     else:
-        rows, columns, warps = (64, 32, 4) if D <= 64 else (64, 32, 8)
+        rows, columns, warps = 64, 32, (4 if D <= 32 else 8)
     return {
         "BM": rows,
         "BN": columns,

@@ -25,13 +25,14 @@ import rfclip_kernels
 from rfclip.methods import METHODS
 from rfclip.plugin import installed
 
-PAPER = {"rfclip.distraction_scores", "rfclip.redistribute_embeddings_", "rfclip.key_similarity_"}
-PAPER |= {"rfclip.fiedler_vector", "rfclip.defocus_mask", "rfclip.refocused_attention", "rfclip.self_attention"}
+PAPER = {"rfclip.layer_norm", "rfclip.key_similarity_", "rfclip.fiedler_vector", "rfclip.defocus_mask"}
+PAPER |= {"rfclip.refocused_attention", "rfclip.self_attention"}
+LOCATED, REPAIRED = {"rfclip.distraction_scores"}, {"rfclip.redistribute_embeddings_"}  # where they are not in a norm
 CONFIGS = {
     "paper": ({}, PAPER),
-    "received": ({"tau_attn": 1.0}, PAPER | {"rfclip.received_attention"}),
+    "received": ({"tau_attn": 1.0}, PAPER | LOCATED | REPAIRED | {"rfclip.received_attention"}),
     "otsu": ({"cut_threshold": "otsu", "similarity": "vv", "layers": (2,)}, PAPER),
-    "clamp": ({"embedding": "clamp"}, PAPER - {"rfclip.redistribute_embeddings_"}),
+    "clamp": ({"embedding": "clamp"}, PAPER | LOCATED),
     "rest": ({"target": "rest"}, PAPER - {"rfclip.key_similarity_", "rfclip.fiedler_vector", "rfclip.defocus_mask"}),
 }
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -164,7 +165,7 @@ def test_compile_in_one_graph(tower, case, function):
 @needs_triton
 def test_the_released_code(tower):
     model, images, mode = tower
-    expected = {"rfclip.distraction_scores", "rfclip.blend_embeddings_", "rfclip.self_attention"}
+    expected = {"rfclip.distraction_scores", "rfclip.blend_embeddings_", "rfclip.layer_norm", "rfclip.self_attention"}
     config = rfclip.RefocusConfig(distraction_dims=DIMS)
     with rfclip.refocus(model, config, method="released", backend="triton"), mode, torch.no_grad():
         with NeverWaits():

@@ -35,14 +35,12 @@ def test_plain_clip(forward):
 def test_rf_clip(forward):
     names = Counter(step.name for step in forward.refocused if step.triton)
     assert names == {
-        "distraction_scores_kernel": L,
-        "redistribute_kernel": L,
+        "layer_norm_kernel": 2 * L - 1,
+        "quick_gelu_kernel": L - 1,
         "row_logsumexp_kernel": L - 1,
         "key_similarity_kernel": L - 1,
         "affinity_kernel": L - 1,
-        "start_kernel": L - 1,
-        "lanczos_kernel": 15 * (L - 1),
-        "ritz_kernel": L - 1,
+        "cut_kernel": L - 1,
         "defocus_kernel": L - 1,
         "partition_kernel": L - 1,
         "refocused_attention_kernel": L - 1,
