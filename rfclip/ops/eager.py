@@ -5,7 +5,7 @@ What differs from the reference is the order of the work, not its result (relati
 - No matrix over all heads and tokens is kept: rows are processed in tiles that stay in the cache.
 - Refocused attention on a CPU is the attention to the keys of each group, merged by the groups' shares; with many
   tokens it is a flash attention whose log-sum-exp gives the shares.
-- The graph cut takes fifteen Lanczos steps from the last block's vector, as the kernel in `rfclip_kernels.cut` does.
+- The graph cut takes fifteen Lanczos steps from the last block's vector.
 - The proxy attention of several layers on a CPU sums their matrices, tile by tile, and multiplies by the values once.
 - `KeyAverage` keeps the sum over layers of each head's attention, so that the softmax that the similarity needs anyway
   also feeds the proxy attention.
@@ -147,7 +147,7 @@ def _add_layer(k: Tensor, running: Tensor, count: int, scale: float, prefix: int
 
 
 def fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
-    """By fifteen Lanczos steps, as the Triton kernel takes them.
+    """By fifteen Lanczos steps.
 
     It has no gradient: its purpose, the mask of defocused tokens, has none either.
     """
