@@ -294,7 +294,7 @@ def self_attention_kernel(
 def launch_options(D: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
     """Tile sizes, warps and stages for a head dimension; `make report` checks that none of them spills."""
     if dtype == torch.float32:
-        rows, columns, warps = (32 if D <= 64 else 16), 32, 8
+        rows, columns, warps = (32 if D <= 64 else 16), (64 if 32 < D <= 64 and not hip else 32), 8
     else:
         rows, columns, warps = 64, 32, (4 if D <= 32 else 8)
     return {
@@ -332,7 +332,7 @@ def _refocused_attention(
     order, taken = q.new_empty((B, N), dtype=torch.int32), q.new_empty((B, N), dtype=torch.bool)
     count, with_prefix = q.new_empty((B,), dtype=torch.int32), q.new_empty((B, prefix), dtype=torch.bool)
     out = q.new_empty((B, T, H, D))
-    options = constants(D, q.dtype)
+    options = constants(D, q.dtype) | {"BN": 32}  # the registers of two accumulators
     if B:
         with on_device(q):
             wrap_triton(partition_kernel)[(B,)](

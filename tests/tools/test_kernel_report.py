@@ -85,7 +85,7 @@ def test_the_recorded_launch_is_the_one_that_runs(hip):
     _, launch = record(OP["refocused_attention"], Shape("ViT-B/16"), hip).launches
     options = attention.launch_options(64, torch.float16, hip)
     assert launch.kernel is attention.refocused_attention_kernel
-    assert launch.grid == (-(-197 // options["BM"]), 12)
+    assert launch.grid == (-(-197 // options["BM"]) * 12,)
     expected = {"H": 12, "T": 197, "beta": 0.7, "D": 64, "stride_qt": 3 * 768, "PRECISION": attention.precision(hip)}
     assert {name: launch.arguments[name] for name in expected | options} == expected | options
     assert launch.arguments["order_ptr"].dtype == torch.int32
