@@ -204,6 +204,36 @@ def test_what_is_in_the_weights_or_in_modules_that_run_stays_right(apply):
         torch.testing.assert_close(model.encode_image(images), want, rtol=1e-10, atol=1e-10)
 
 
+def doubled(mlp):
+    mlp.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def without_forward(mlp):
+    mlp.forward = lambda x: 0 * x
+
+
+def another_activation(mlp):
+    mlp.gelu = nn.ReLU()
+
+
+@pytest.mark.parametrize("apply", [doubled, without_forward, another_activation])
+def test_an_mlp_is_taken_apart_as_it_was(apply):
+    """What changes one before refocusing counts; afterwards it is refused, since its layers run one by one."""
+    model, images = small_clip(), pictures()
+    before = model.encode_image(images)
+    apply(model.visual.transformer.resblocks[1].mlp)
+    want = model.encode_image(images)
+    assert not torch.allclose(want, before, atol=1e-3)
+    plain = rfclip.RefocusConfig((), proxy="none")
+    with rfclip.refocus(model, plain):
+        torch.testing.assert_close(model.encode_image(images), want, rtol=1e-10, atol=1e-10)
+    model = small_clip()
+    with rfclip.refocus(model, plain):
+        apply(model.visual.transformer.resblocks[1].mlp)
+        with pytest.raises(RuntimeError, match="the MLP of block 2 was changed after refocusing"):
+            model.encode_image(images)
+
+
 def test_projections_of_hugging_face_run_as_modules():
     """An adapter there works, and one injected into a refocused model is noticed."""
     torch.manual_seed(0)
