@@ -71,8 +71,10 @@ def captured(function: Callable[[], object], calls: int = 1) -> Callable[[], obj
     return graph.replay
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """The root mean square of the difference relative to that of `want`."""
+def relative_error(got: Tensor | tuple[Tensor, ...], want: Tensor | tuple[Tensor, ...]) -> float:
+    """The root mean square of the difference relative to that of `want`; of several results, the largest."""
+    if isinstance(got, tuple):
+        return max(relative_error(*pair) for pair in zip(got, want, strict=True))
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 

@@ -15,19 +15,28 @@ from torch import Tensor
 from torch.library import triton_op
 
 from rfclip_kernels.distraction import dimensions, mean_of_neighbours, neighbours, token_score
-from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
+from rfclip_kernels.launch import check_launch, interpreted, on_device, strides, wrap_triton
 
 BLOCK_NUMBERS = 1024
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def joined(p_x, p_branch, mask, BRANCH: tl.constexpr, dtype: tl.constexpr):
+def rounded(b_x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """fp32 values in another dtype, rounded to nearest, which a GPU does by itself; the interpreter cuts bf16 off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = b_x.to(tl.uint32, bitcast=True)
+        b_x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return b_x.to(dtype)
+
+
+@triton.jit
+def joined(p_x, p_branch, mask, BRANCH: tl.constexpr, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     """x, or x + branch rounded to a dtype, in fp32."""
     b_x = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
     if BRANCH:
         b_x += tl.load(p_branch, mask=mask, other=0.0).to(tl.float32)
-    return b_x.to(dtype).to(tl.float32)
+    return rounded(b_x, dtype, INTERPRETED).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T", "gw"])
@@ -58,6 +67,7 @@ def layer_norm_kernel(
     DIMS: tl.constexpr,  # tuple of int
     SHIFTED: tl.constexpr,
     SIZE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BD: tl.constexpr,
     BJ: tl.constexpr,
     BP: tl.constexpr,
@@ -69,12 +79,12 @@ def layer_norm_kernel(
     p_x, p_branch = x_ptr + i_b * stride_xb, branch_ptr + i_b * stride_rb
     p_own, p_joining = p_x + i_t * stride_xt, p_branch + i_t * stride_rt
     p_sum = sum_ptr + (i_b * T + i_t) * d
-    b_x = joined(p_own + o_d * stride_xd, p_joining + o_d * stride_rd, m_d, BRANCH, dtype)  # [BD]
+    b_x = joined(p_own + o_d * stride_xd, p_joining + o_d * stride_rd, m_d, BRANCH, dtype, INTERPRETED)  # [BD]
     tl.store(p_sum + o_d, b_x.to(dtype), mask=m_d)
     if REPAIR:
         i_n, o_j = i_t - PREFIX, tl.arange(0, BJ)
         b_dims, m_j = dimensions(DIMS, BJ), o_j < len(DIMS)
-        b_own = joined(p_own + b_dims * stride_xd, p_joining + b_dims * stride_rd, o_j >= 0, BRANCH, dtype)
+        b_own = joined(p_own + b_dims * stride_xd, p_joining + b_dims * stride_rd, o_j >= 0, BRANCH, dtype, INTERPRETED)
         distracts = (token_score(b_x, b_own, m_d, SHIFTED) > threshold) & (i_n >= 0)
         tl.store(mask_ptr + i_b * (T - PREFIX) + i_n, distracts, mask=i_n >= 0)
         if distracts:
@@ -82,16 +92,16 @@ def layer_norm_kernel(
             i_near, m_near = PREFIX + i_near[None, :], m_near[None, :] & m_j[:, None]  # [BJ, BP]
             p_near = p_x + i_near * stride_xt + b_dims[:, None] * stride_xd
             p_nearby = p_branch + i_near * stride_rt + b_dims[:, None] * stride_rd
-            b_mean, b_exists = mean_of_neighbours(joined(p_near, p_nearby, m_near, BRANCH, dtype), m_near)
+            b_mean, b_exists = mean_of_neighbours(joined(p_near, p_nearby, m_near, BRANCH, dtype, INTERPRETED), m_near)
             tl.debug_barrier()  # other threads wrote these dimensions, and read them next
-            tl.store(p_sum + b_dims, b_mean.to(dtype), mask=b_exists)
+            tl.store(p_sum + b_dims, rounded(b_mean, dtype, INTERPRETED), mask=b_exists)
             tl.debug_barrier()
             b_x = tl.load(p_sum + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_x = tl.where(m_d, b_x - tl.sum(b_x, axis=0) / d, 0.0)
     b_y = b_x * (1.0 / tl.sqrt(tl.sum(b_x * b_x, axis=0) / d + eps))
     b_y *= tl.load(weight_ptr + o_d * stride_w, mask=m_d, other=0.0).to(tl.float32)
     b_y += tl.load(bias_ptr + o_d * stride_b, mask=m_d, other=0.0).to(tl.float32)
-    tl.store(out_ptr + (i_b * T + i_t) * d + o_d, b_y.to(out_ptr.dtype.element_ty), mask=m_d)
+    tl.store(out_ptr + (i_b * T + i_t) * d + o_d, rounded(b_y, out_ptr.dtype.element_ty, INTERPRETED), mask=m_d)
 
 
 @triton.jit
@@ -152,6 +162,7 @@ def _layer_norm(
                 DIMS=tuple(dims),
                 SHIFTED=shifted,
                 SIZE=size,
+                INTERPRETED=interpreted(),
                 BD=triton.next_power_of_2(d),
                 BJ=triton.next_power_of_2(max(1, len(dims))),
                 BP=triton.next_power_of_2(size**2),

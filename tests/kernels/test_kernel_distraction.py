@@ -51,3 +51,15 @@ def test_redistribution(dtype, grid, size, pattern):
     untouched = torch.ones_like(x, dtype=torch.bool)
     untouched[..., [0, 7]] = ~mask[..., None]
     assert torch.equal(got[untouched], x[untouched])
+
+
+@dtypes
+@pytest.mark.parametrize("other", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_stream_is_summed_as_pytorch_sums_it(dtype, other):
+    """To the bit: what is rounded otherwise in every block adds up."""
+    x, branch = randn(2, 9, 70, seed=1, dtype=dtype), randn(2, 9, 70, seed=2, dtype=other)
+    ones = torch.ones(70, device=DEVICE)
+    total, _ = rfclip_kernels.add_layer_norm(x, branch, ones, ones)
+    assert total.dtype == (x + branch).dtype and torch.equal(total, x + branch)
+    repaired, _, mask = rfclip_kernels.repaired_layer_norm(x, branch, ones, ones, [3], 1.0, (2, 4))
+    assert torch.equal(repaired, x + branch) and not mask.any()
