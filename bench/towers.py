@@ -350,7 +350,8 @@ def profile(name: str, case: Case) -> list[Part]:
         for function in ("patches", "embed", "readout"):
             watch(stack, method.tower, function, OWN_LAYERS)
         for block in method.tower.blocks:
-            for function in ("query_key_value", "key_value"):
+            watch(stack, block.ln_1, "forward", OWN_LAYERS)
+            for function in ("heads_of", "key_value"):
                 watch(stack, block, function, OWN_LAYERS)
             watch(stack, block, "project" if block is method.tower.blocks[-1] else "finish", OWN_LAYERS)
         for function in OPERATIONS:

@@ -26,9 +26,7 @@ from rfclip.towers import Tower
 from rfclip.towers.base import first_line
 
 SHAPES = 8  # the most graphs
-PATIENCE = (
-    16  # shapes without a graph that run eagerly before one of them takes another's place: a capture costs as much
-)
+PATIENCE = 16  # calls without a graph before one takes another's place: a capture costs as much as several calls
 Function = Callable[[Tensor], Tensor]
 
 

@@ -22,10 +22,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels.krylov import BREAKDOWN, DEPTH, RESTART, ROUNDS, SQUARINGS, WARM_ROUNDS, WIDTH
 from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
 
-BASIS = 16  # the known vector and WIDTH * DEPTH others; also the rows of a tile of WIDTH vectors
+WIDTH, DEPTH = 3, 5  # vectors that are multiplied at once, and how often in a round
+BASIS = 16  # the known vector and WIDTH * DEPTH others
+ROUNDS, WARM_ROUNDS = 5, 3  # without a start, and with one
+RESTART = 5  # squarings of the projected matrix that the next round's start takes
+SQUARINGS = 16  # that its leading eigenvector takes
+BREAKDOWN = 1e-5  # what is new in a vector must be more than this
 WHOLE = 256  # patches that one program takes
 BLOCK_ROWS = 64  # of the matrix that a program multiplies
 BLOCK_COLUMNS = 64
@@ -210,7 +214,7 @@ def new_vectors(
 def products(b_x, p_affinity, o_m, o_n, N, SW):
     """The rows o_m of W times b_x [P, BN], before they are summed: [P, BM, BN]."""
     mask = (o_m < N)[:, None] & (o_n < N)[None, :]
-    b_affinity = tl.load(p_affinity + o_m[:, None] * SW + o_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_affinity = tl.load(p_affinity + o_m[:, None] * SW + o_n[None, :], mask=mask, other=0.0)
     return b_x[:, None, :] * b_affinity[None, :, :]
 
 
@@ -267,7 +271,7 @@ def squared(b_power):
 
 @triton.jit
 def restart(p_basis, p_y, b_next, N, WIDTH: tl.constexpr, R: tl.constexpr, BN: tl.constexpr):
-    """The vectors that the next round, or the next block, starts from."""
+    """The vectors that the next round starts from."""
     for start in range(0, N, BN):
         o_n = start + tl.arange(0, BN)
         store_vectors(p_y, combine(b_next, load_vectors(p_basis, o_n, N, R, R)), o_n, N, WIDTH)
@@ -353,8 +357,9 @@ def cut_kernel(
             b_next, b_ritz, b_norm = powers(
                 p_basis, p_next, p_projected, N, WIDTH, BREAKDOWN, RESTART, SQUARINGS, P, R, BN
             )
-            restart(p_basis, p_next, b_next, N, WIDTH, R, BN)
-            if i == ROUNDS * DEPTH - 1:
+            if i < ROUNDS * DEPTH - 1:
+                restart(p_basis, p_next, b_next, N, WIDTH, R, BN)
+            else:
                 finish(p_basis, p_fiedler, b_ritz, b_norm, N, R, BN)
 
 
@@ -424,6 +429,7 @@ def cut_round_kernel(
     fiedler_ptr,
     N,
     i,  # counts the products so far
+    LAST: tl.constexpr,  # the round; y is written
     WIDTH: tl.constexpr,
     RESTART: tl.constexpr,
     SQUARINGS: tl.constexpr,
@@ -436,8 +442,10 @@ def cut_round_kernel(
     p_basis, p_y = basis_ptr + i_b * R * N, vectors_ptr + (i_b * 2 + i % 2) * WIDTH * N
     p_projected = projected_ptr + i_b * R * R
     b_next, b_ritz, b_norm = powers(p_basis, p_y, p_projected, N, WIDTH, BREAKDOWN, RESTART, SQUARINGS, P, R, BN)
-    restart(p_basis, p_y, b_next, N, WIDTH, R, BN)
-    finish(p_basis, fiedler_ptr + i_b * N, b_ritz, b_norm, N, R, BN)
+    if LAST:
+        finish(p_basis, fiedler_ptr + i_b * N, b_ritz, b_norm, N, R, BN)
+    else:
+        restart(p_basis, p_y, b_next, N, WIDTH, R, BN)
 
 
 @triton_op("rfclip::fiedler_vector", mutates_args={})
@@ -448,7 +456,14 @@ def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
     affinity, degree, y = empty((B, N, SW)), empty((B, N)), empty((B, N))
     vectors, basis, projected = empty((B, 2, WIDTH, N)), empty((B, BASIS, N)), empty((B, BASIS, BASIS))
     given, rounds = (degree, ROUNDS) if start is None else (start, WARM_ROUNDS)
-    state = {"vectors_ptr": vectors, "basis_ptr": basis, "N": N, "WIDTH": WIDTH, "P": 4, "R": BASIS}
+    state = {
+        "vectors_ptr": vectors,
+        "basis_ptr": basis,
+        "N": N,
+        "WIDTH": WIDTH,
+        "P": triton.next_power_of_2(WIDTH),
+        "R": BASIS,
+    }
     begun = {"degree_ptr": degree, "start_ptr": given, **strides("t", given, "bn"), "GIVEN": start is not None}
     projection = {"projected_ptr": projected, "BREAKDOWN": BREAKDOWN}
     multiplied = {"affinity_ptr": affinity, "SW": SW, "DEPTH": DEPTH, "BM": BLOCK_ROWS, "num_warps": 8}
@@ -477,7 +492,10 @@ def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
                     **state, **projection, **multiplied, i=i, BN=BLOCK_COLUMNS
                 )
                 if i % DEPTH == DEPTH - 1:
-                    wrap_triton(cut_round_kernel)[(B,)](**state, **projection, **ended, i=i + 1, BN=BLOCK_COLUMNS)
+                    last = i == rounds * DEPTH - 1
+                    wrap_triton(cut_round_kernel)[(B,)](
+                        **state, **projection, **ended, i=i + 1, LAST=last, BN=BLOCK_COLUMNS
+                    )
     return y
 
 

@@ -107,12 +107,12 @@ def cosine_aggregation_kernel(
 
 def launch_options(e: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
     """Tile sizes, warps and stages; `make report` checks that none of them spills."""
-    rows, columns, depth, most = (32, 32, 32, 256) if dtype == torch.float32 else (64, 64, 64, 256)
+    side = 32 if dtype == torch.float32 else 64
     return {
-        "BM": rows,
-        "BN": columns,
-        "BD": depth,
-        "BC": min(most, max(depth, triton.next_power_of_2(e))),
+        "BM": side,
+        "BN": side,
+        "BD": side,
+        "BC": min(BLOCK_WIDTH, max(side, triton.next_power_of_2(e))),
         "num_warps": 8,
         "num_stages": 1 if hip else 3,
     }

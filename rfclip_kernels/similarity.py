@@ -46,8 +46,7 @@ def row_logsumexp_kernel(
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + o_m[:, None] * stride_qt + o_d[None, :] * stride_qd
-    m_q = (o_m < T)[:, None] & m_d[None, :]
-    b_q = tl.load(p_q, mask=m_q, other=0.0)  # [BM, BD]
+    b_q = tl.load(p_q, mask=(o_m < T)[:, None] & m_d[None, :], other=0.0)  # [BM, BD]
     p_k = k_ptr + i_b * stride_kb + i_h * stride_kh + o_d * stride_kd
     b_max, b_sum = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
     for i in tl.static_range(PREFIX):

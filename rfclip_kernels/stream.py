@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
+from rfclip_kernels.attention import LOG2E
 from rfclip_kernels.distraction import dimensions, mean_of_neighbours, neighbours, token_score
 from rfclip_kernels.launch import check_launch, interpreted, on_device, strides, wrap_triton
 
 BLOCK_NUMBERS = 1024
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

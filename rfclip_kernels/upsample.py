@@ -220,7 +220,7 @@ def _upload(corners: tuple[tuple[int, int], ...], device: torch.device) -> Tenso
 
 
 _uploaded = lru_cache(maxsize=256)(torch.inference_mode(False)(_upload))  # for use in every mode
-_captured: list[Tensor] = []  # corners that a CUDA graph reads, which must not be freed
+_captured: dict[int, Tensor] = {}  # corners that a CUDA graph reads, by address: they must not be freed
 
 
 def launch_average_windows(logits: Tensor, corners: list[tuple[int, int]], side: int, h: int, w: int) -> Tensor:
@@ -229,7 +229,7 @@ def launch_average_windows(logits: Tensor, corners: list[tuple[int, int]], side:
     traced = torch.compiler.is_compiling() or isinstance(logits, FakeTensor)
     places = (_upload if traced else _uploaded)(tuple(corners), logits.device)
     if logits.is_cuda and not traced and torch.cuda.is_current_stream_capturing():
-        _captured.append(places)
+        _captured[places.data_ptr()] = places
     return _average_windows(logits, places, side, h, w)
 
 

@@ -61,9 +61,11 @@ class Backend(Operations):
         return self._replaces(norm, LAYER_NORMS) and norm.weight is not None and norm.bias is not None
 
     def _replaces(self, module: nn.Module, classes: set[str]) -> bool:
+        if self.name != "triton":
+            return False
         kind = type(module)
         hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-        return self.name == "triton" and f"{kind.__module__}.{kind.__qualname__}" in classes and not hooked
+        return f"{kind.__module__}.{kind.__qualname__}" in classes and not hooked
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return backend, (self.name,)

@@ -29,7 +29,6 @@ from torch import Tensor
 from rfclip.ops import key_average, reference
 from rfclip.ops.numerics import computing_dtype, matmul, no_autocast
 from rfclip.ops.reference import attention_sets, move_attention, offset_bias
-from rfclip_kernels.krylov import BREAKDOWN, SQUARINGS, STEPS, start_of_cut
 
 __all__ = [
     "blend_embeddings",
@@ -47,6 +46,9 @@ __all__ = [
 TILE = 1 << 19  # numbers in a tile of attention over all heads: 2 MB in float32
 FLASH_TOKENS = 256  # from this many on, a flash attention per group is faster than one matrix of attention
 SUMMED_LAYERS = 3  # from this many on, the proxy attention sums matrices; a flash attention each is slower
+STEPS = 15  # of Lanczos
+BREAKDOWN = 1e-6  # a vector with less than this that is new ends the basis
+SQUARINGS = 16  # of the projected matrix, where its leading eigenvector is found by squaring it
 HEADS_BUDGET = 128 << 20  # bytes that `KeyAverage` may take for sums over layers of each head's attention
 
 
@@ -153,13 +155,30 @@ def fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
     """
     S = similarity.detach().to(computing_dtype(similarity))
     B, N = S.shape[:2]
-    W2, inv_sqrt, known, w = start_of_cut(S, start)
+    W2, inv_sqrt, known, w = _start_of_cut(S, start)
     M = W2.mul_(inv_sqrt[:, :, None] / 2).mul_(inv_sqrt[:, None])
     with no_autocast(S.device):
         u = _ritz_vectors_at_once(M, w, known) if torch.compiler.is_compiling() else _ritz_vectors(M, w, known)
     y = inv_sqrt * u
     largest = y.abs().argmax(dim=-1, keepdim=True)
     return y * y.gather(-1, largest).sign()
+
+
+def _start_of_cut(S: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the steps need of S [B, N, N], in its dtype, and of a start [B, N] near y, if there is one.
+
+    Returns:
+        2 W [B, N, N], contiguous; Deg^-1/2 [B, N], 0 for a token without any similarity; the known eigenvector of M,
+        normalized, [B, N]; the vector to start from [B, N], contiguous.
+    """
+    W2 = (S + S.mT).contiguous()
+    degree = W2.sum(dim=-1) / 2
+    root = degree.sqrt()
+    # A vector that no eigenvector is orthogonal to: for the first block, and a little of it beside a given start.
+    w = (torch.arange(1, S.shape[1] + 1, device=S.device, dtype=S.dtype) * 0.6180339887) % 1 - 0.5  # about sqrt(N / 12)
+    if start is not None:
+        w = F.normalize(start.to(S.dtype) * root, dim=-1) + 1e-3 * (12 / S.shape[1]) ** 0.5 * w
+    return W2, torch.where(degree > 0, degree.rsqrt(), 0), F.normalize(root, dim=-1), w.expand_as(root).contiguous()
 
 
 def _ritz_vectors(M: Tensor, w: Tensor, known: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def test_more_launches_than_allowed_are_a_fault(monkeypatch, capsys):
     assert report.main(["--launch", "5"]) == 0
     out = capsys.readouterr().out
     assert "| ViT-B/16 | 224x224 | 1 | 162 | " in out and "5.0 us more" in out and "projected, not measured" in out
-    monkeypatch.setitem(MOST, "ViT-B/16", 100)
+    monkeypatch.setitem(MOST, ("ViT-B/16", True), 100)
     assert report.main(["--summary"]) == 1
     assert "ViT-B/16 | 224x224 | batch 1: " in capsys.readouterr().err
 
