@@ -14,6 +14,7 @@ start a run, so that the tiles hold the N keys of the patches.
 Self-attention of a vector with itself, as the peers use it: softmax(u u^T + bias) v. The bias depends on the offset
 between two patches on the grid and is read from a table of offsets. Proxy attention is the same sweep, L times into one
 accumulator: (1 / L) sum over l of softmax(k_l k_l^T) v for the rows of patches, the values of the prefix counting as 0.
+Where the log-sum-exp of every row is known, the layers' probabilities are added first, and multiplied with v once.
 """
 
 import torch
@@ -75,30 +76,9 @@ def add_key(b_l, b_v, taken, b_max, b_sum, b_acc):
     return b_new, b_sum * b_shrink + b_p, b_acc
 
 
-@triton.jit(do_not_specialize=["N"])
-def partition_kernel(
-    distraction_ptr,  # [B, N] bool
-    target_ptr,  # [B, N] bool, or [B, PREFIX + N] where WHOLE
-    order_ptr,  # [B, N] int32, as the next kernel reads it, and so are the others
-    taken_ptr,  # [B, N] bool
-    count_ptr,  # [B] int32
-    prefix_ptr,  # [B, PREFIX] bool
-    N,
-    stride_db,
-    stride_dn,
-    stride_tb,
-    stride_tn,
-    WHOLE: tl.constexpr,
-    PREFIX: tl.constexpr,
-    BN: tl.constexpr,
-):
-    i_b = tl.program_id(0).to(tl.int64)
-    p_distraction, p_target = distraction_ptr + i_b * stride_db, target_ptr + i_b * stride_tb
-    for i in tl.static_range(PREFIX):
-        in_target = tl.load(p_target + i * stride_tn) != 0 if WHOLE else False
-        tl.store(prefix_ptr + i_b * PREFIX + i, in_target)
-    if WHOLE:
-        p_target += PREFIX * stride_tn
+@triton.jit
+def order_patches(p_distraction, stride_dn, p_target, stride_tn, p_order, N, BN: tl.constexpr):
+    """Number the patches of an image, those of T first: [N + 1], the count of T and then the patches, S as -1 - n."""
     b_count = tl.zeros([BN], tl.float32)  # counts are exact in fp32
     for start in range(0, N, BN):
         o_n = start + tl.arange(0, BN)
@@ -106,8 +86,8 @@ def partition_kernel(
         m_target = tl.load(p_target + o_n * stride_tn, mask=o_n < N, other=0) != 0
         b_count += tl.where(m_taken, 0.0, m_target.to(tl.float32))
     n_target = tl.sum(b_count, axis=0).to(tl.int32)
-    tl.store(count_ptr + i_b, n_target)
-    n_before, n_others = 0, n_target  # where the next patch of T, and the next of the others, goes
+    tl.store(p_order, n_target)
+    n_before, n_others = 1, 1 + n_target  # where the next patch of T, and the next of the others, goes
     for start in range(0, N, BN):
         o_n = start + tl.arange(0, BN)
         m_taken = tl.load(p_distraction + o_n * stride_dn, mask=o_n < N, other=0) != 0
@@ -115,10 +95,26 @@ def partition_kernel(
         b_target = tl.where(m_taken, 0, m_target.to(tl.int32))
         b_other = tl.where(o_n < N, 1 - b_target, 0)
         i_place = tl.where(b_target == 1, n_before + tl.cumsum(b_target, 0), n_others + tl.cumsum(b_other, 0)) - 1
-        tl.store(order_ptr + i_b * N + i_place, PREFIX + o_n, mask=o_n < N)
-        tl.store(taken_ptr + i_b * N + i_place, m_taken, mask=o_n < N)
+        tl.store(p_order + i_place, tl.where(m_taken, -1 - o_n, o_n), mask=o_n < N)
         n_before += tl.sum(b_target.to(tl.float32), axis=0).to(tl.int32)
         n_others += tl.sum(b_other.to(tl.float32), axis=0).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["N"])
+def order_kernel(
+    distraction_ptr,  # [B, N] bool
+    target_ptr,  # [B, N] bool
+    order_ptr,  # [B, N + 1] int32
+    N,
+    stride_db,
+    stride_dn,
+    stride_tb,
+    stride_tn,
+    BN: tl.constexpr,
+):
+    i_b = tl.program_id(0).to(tl.int64)
+    p_distraction, p_target = distraction_ptr + i_b * stride_db, target_ptr + i_b * stride_tb
+    order_patches(p_distraction, stride_dn, p_target, stride_tn, order_ptr + i_b * (N + 1), N, BN)
 
 
 @triton.jit(do_not_specialize=["H", "T"])
@@ -126,10 +122,8 @@ def refocused_attention_kernel(
     q_ptr,  # [B, H, T, D]
     k_ptr,  # [B, H, T, D]
     v_ptr,  # [B, H, T, D]
-    order_ptr,  # [B, N] int32, the token numbers of the patches, those of T first
-    taken_ptr,  # [B, N] bool, in that order: is the patch in S
-    count_ptr,  # [B] int32, the number of patches in T
-    prefix_ptr,  # [B, PREFIX] bool, is the token in T
+    target_ptr,  # [B, T] bool, read for the prefix where WHOLE
+    order_ptr,  # [B, N + 1] int32, as order_patches makes it
     out_ptr,  # [B, T, H, D] contiguous
     H,
     T,
@@ -147,6 +141,9 @@ def refocused_attention_kernel(
     stride_vh,
     stride_vt,
     stride_vd,
+    stride_gb,
+    stride_gt,
+    WHOLE: tl.constexpr,
     PREFIX: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
@@ -164,15 +161,16 @@ def refocused_attention_kernel(
     p_k = k_ptr + i_b * stride_kb + i_h * stride_kh + o_d * stride_kd
     p_v = v_ptr + i_b * stride_vb + i_h * stride_vh + o_d * stride_vd
     N = T - PREFIX
-    p_order, p_taken, p_prefix = order_ptr + i_b * N, taken_ptr + i_b * N, prefix_ptr + i_b * PREFIX
-    n_target = tl.load(count_ptr + i_b)
+    p_order = order_ptr + i_b * (N + 1)
+    n_target = tl.load(p_order)
+    p_order += 1
 
     b_max, b_max_rest = tl.full([BM], -1e30, tl.float32), tl.full([BM], -1e30, tl.float32)
     b_sum, b_sum_rest = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
     b_acc, b_acc_rest = tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BD], tl.float32)
     with_target = n_target > 0
     for i in tl.static_range(PREFIX):
-        in_target = tl.load(p_prefix + i) != 0
+        in_target = tl.load(target_ptr + i_b * stride_gb + i * stride_gt) != 0 if WHOLE else i < 0
         with_target |= in_target
         b_l = key_logits(b_q, p_k + i * stride_kt, m_d, scale)
         b_v_one = tl.load(p_v + i * stride_vt, mask=m_d, other=0.0).to(tl.float32)  # [BD]
@@ -183,7 +181,7 @@ def refocused_attention_kernel(
     for start in range(0, n_target, BN):
         o_n = start + tl.arange(0, BN)
         m_n = o_n < n_target
-        i_k = tl.load(p_order + o_n, mask=m_n, other=0)
+        i_k = PREFIX + tl.load(p_order + o_n, mask=m_n, other=0)
         m_k = m_d[:, None] & m_n[None, :]
         b_k = tl.load(p_k[:, None] + i_k[None, :] * stride_kt, mask=m_k, other=0.0)  # [BD, BN]
         # [BM, BD] @ [BD, BN] -> [BM, BN]
@@ -196,8 +194,9 @@ def refocused_attention_kernel(
     for start in range(n_target, N, BN):
         o_n = start + tl.arange(0, BN)
         m_n = o_n < N
-        i_k = tl.load(p_order + o_n, mask=m_n, other=0)
-        m_taken = tl.load(p_taken + o_n, mask=m_n, other=0) != 0
+        i_n = tl.load(p_order + o_n, mask=m_n, other=0)
+        m_taken = i_n < 0
+        i_k = PREFIX + tl.where(m_taken, -1 - i_n, i_n)
         m_k = m_d[:, None] & m_n[None, :]
         b_k = tl.load(p_k[:, None] + i_k[None, :] * stride_kt, mask=m_k, other=0.0)
         b_s = tl.where(m_n[None, :], dot(b_q, b_k, PRECISION) * scale, float("-inf"))
@@ -291,6 +290,67 @@ def self_attention_kernel(
     tl.store(p_out, (b_out / L).to(out_ptr.dtype.element_ty), mask=m_m)
 
 
+@triton.jit(do_not_specialize=["L", "H", "T"])
+def proxy_attention_kernel(
+    k_ptr,  # [L, B, H, T, D]
+    v_ptr,  # [B, H, T, D]
+    lse_ptr,  # [L, B, H, T] fp32
+    out_ptr,  # [B, N, H, D] contiguous
+    L,
+    H,
+    T,
+    scale,  # times log2(e)
+    stride_kl,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_vd,
+    stride_sl,
+    stride_sb,
+    stride_sh,
+    stride_st,
+    PREFIX: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    N = T - PREFIX
+    i_b, i_h, i_m = image_head_rows(H, N, BM)
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_d = tl.arange(0, BD)
+    m_d, m_m = o_d < D, o_m < N
+    p_k = k_ptr + i_b * stride_kb + i_h * stride_kh + PREFIX * stride_kt
+    p_v = v_ptr + i_b * stride_vb + i_h * stride_vh + PREFIX * stride_vt
+    p_lse = lse_ptr + i_b * stride_sb + i_h * stride_sh + PREFIX * stride_st
+    unit = tl.minimum(N, 32768).to(tl.float32)  # so that fp16 can hold the probabilities
+    b_acc = tl.zeros([BM, BD], tl.float32)
+    for start in range(0, N, BN):
+        o_n = start + tl.arange(0, BN)
+        m_n = o_n < N
+        b_p = tl.zeros([BM, BN], tl.float32)  # the sum over layers
+        p_layer, p_sums = p_k, p_lse + o_m * stride_st
+        for _layer in range(0, L):
+            p_q = p_layer + o_m[:, None] * stride_kt + o_d[None, :] * stride_kd
+            b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)  # [BM, BD]
+            p_other = p_layer + o_n[None, :] * stride_kt + o_d[:, None] * stride_kd
+            b_k = tl.load(p_other, mask=m_d[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
+            b_lse = tl.load(p_sums, mask=m_m, other=0.0)
+            b_p += tl.exp2(dot(b_q, b_k, PRECISION) * scale - b_lse[:, None] * LOG2E)
+            p_layer += stride_kl
+            p_sums += stride_sl
+        m_v = m_n[:, None] & m_d[None, :]
+        b_v = tl.load(p_v + o_n[:, None] * stride_vt + o_d[None, :] * stride_vd, mask=m_v, other=0.0)
+        b_acc += dot((b_p * (unit / L)).to(b_v.dtype), b_v, PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
+    p_out = out_ptr + ((i_b * N + o_m[:, None]) * H + i_h) * D + o_d[None, :]
+    tl.store(p_out, (b_acc / unit).to(out_ptr.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
+
+
 def launch_options(D: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
     """Tile sizes, warps and stages for a head dimension; `make report` checks that none of them spills."""
     if dtype == torch.float32:
@@ -323,40 +383,40 @@ def constants(D: int, dtype: torch.dtype) -> dict[str, object]:
     return launch_options(D, dtype, on_hip()) | {"D": D, "PRECISION": precision(on_hip())}
 
 
+@triton_op("rfclip::order_patches", mutates_args={})
+def ordered_patches(distraction: Tensor, target: Tensor) -> Tensor:
+    """The patches of each image in the order of `order_patches`, int32 [B, N + 1], from masks [B, N]."""
+    B, N = distraction.shape
+    order = distraction.new_empty((B, N + 1), dtype=torch.int32)
+    if B:
+        with on_device(distraction):
+            wrap_triton(order_kernel)[(B,)](
+                distraction_ptr=distraction,
+                target_ptr=target,
+                order_ptr=order,
+                N=N,
+                **strides("d", distraction, "bn"),
+                **strides("t", target, "bn"),
+                BN=BLOCK_PATCHES,
+            )
+    return order
+
+
 @triton_op("rfclip::refocused_attention", mutates_args={})
 def _refocused_attention(
-    q: Tensor, k: Tensor, v: Tensor, distraction: Tensor, target: Tensor, beta: float, scale: float, prefix: int
+    q: Tensor, k: Tensor, v: Tensor, target: Tensor, order: Tensor, beta: float, scale: float, prefix: int
 ) -> Tensor:
     B, H, T, D = q.shape
-    N = T - prefix
-    order, taken = q.new_empty((B, N), dtype=torch.int32), q.new_empty((B, N), dtype=torch.bool)
-    count, with_prefix = q.new_empty((B,), dtype=torch.int32), q.new_empty((B, prefix), dtype=torch.bool)
     out = q.new_empty((B, T, H, D))
     options = constants(D, q.dtype) | {"BN": 32}  # the registers of two accumulators
     if B:
         with on_device(q):
-            wrap_triton(partition_kernel)[(B,)](
-                distraction_ptr=distraction,
-                target_ptr=target,
-                order_ptr=order,
-                taken_ptr=taken,
-                count_ptr=count,
-                prefix_ptr=with_prefix,
-                N=N,
-                **strides("d", distraction, "bn"),
-                **strides("t", target, "bn"),
-                WHOLE=target.shape[1] == T,
-                PREFIX=prefix,
-                BN=BLOCK_PATCHES,
-            )
             wrap_triton(refocused_attention_kernel)[(triton.cdiv(T, options["BM"]) * B * H,)](
                 q_ptr=q,
                 k_ptr=k,
                 v_ptr=v,
+                target_ptr=target,
                 order_ptr=order,
-                taken_ptr=taken,
-                count_ptr=count,
-                prefix_ptr=with_prefix,
                 out_ptr=out,
                 H=H,
                 T=T,
@@ -365,6 +425,8 @@ def _refocused_attention(
                 **strides("q", q, "bhtd"),
                 **strides("k", k, "bhtd"),
                 **strides("v", v, "bhtd"),
+                **strides("g", target, "bt"),
+                WHOLE=target.shape[1] == T,
                 PREFIX=prefix,
                 **options,
             )
@@ -401,6 +463,31 @@ def _self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, pre
     return out
 
 
+@triton_op("rfclip::proxy_attention", mutates_args={})
+def _proxy_attention(keys: Tensor, v: Tensor, normalizers: Tensor, scale: float, prefix: int) -> Tensor:
+    L, B, H, T, D = keys.shape
+    out = v.new_empty((B, T - prefix, H, D))
+    options = constants(D, v.dtype)
+    if B:
+        with on_device(v):
+            wrap_triton(proxy_attention_kernel)[(triton.cdiv(T - prefix, options["BM"]) * B * H,)](
+                k_ptr=keys,
+                v_ptr=v,
+                lse_ptr=normalizers,
+                out_ptr=out,
+                L=L,
+                H=H,
+                T=T,
+                scale=scale * LOG2E.value,
+                **strides("k", keys, "lbhtd"),
+                **strides("v", v, "bhtd"),
+                **strides("s", normalizers, "lbht"),
+                PREFIX=prefix,
+                **options,
+            )
+    return out
+
+
 def launch_refocused_attention(
     q: Tensor,
     k: Tensor,
@@ -410,15 +497,18 @@ def launch_refocused_attention(
     beta: float,
     scale: float,
     prefix: int,
+    order: Tensor | None,
 ) -> Tensor:
-    """Two launches: keys are ordered by group, and swept as by flash attention.
+    """Two launches, or one if the order is given: keys are ordered by group, and swept as by flash attention.
 
     Views of a packed projection are read in place. The result is a view of memory laid out [B, T, H, D], as the output
     projection reads it. Where the reference leaves a row unchanged because its mass on the target underflows, this
     gives what exact arithmetic gives.
     """
-    check_launch(q.shape[-1], q=q, k=k, v=v, distraction=distraction, target=target)
-    return _refocused_attention(q, k, v, distraction, target, beta, scale, prefix).transpose(1, 2)
+    check_launch(q.shape[-1], q=q, k=k, v=v, distraction=distraction, target=target, order=order)
+    if order is None:
+        order = ordered_patches(distraction, target[:, -distraction.shape[1] :])
+    return _refocused_attention(q, k, v, target, order, beta, scale, prefix).transpose(1, 2)
 
 
 def launch_self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, prefix: int) -> Tensor:
@@ -427,7 +517,12 @@ def launch_self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: floa
     return _self_attention(u[None], v, bias, scale, prefix, False).transpose(1, 2)
 
 
-def launch_proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int) -> Tensor:
-    """L flash sweeps into one accumulator. Laid out [B, N, H, D]."""
-    check_launch(v.shape[-1], keys=keys, v=v)
-    return _self_attention(keys, v, None, scale, prefix, True).transpose(1, 2)
+def launch_proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int, normalizers: Tensor | None) -> Tensor:
+    """L flash sweeps into one accumulator; with normalizers, one sweep over sums of the layers' attention.
+
+    Laid out [B, N, H, D].
+    """
+    check_launch(v.shape[-1], keys=keys, v=v, normalizers=normalizers)
+    if normalizers is None:
+        return _self_attention(keys, v, None, scale, prefix, True).transpose(1, 2)
+    return _proxy_attention(keys, v, normalizers, scale, prefix).transpose(1, 2)

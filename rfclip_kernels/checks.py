@@ -97,6 +97,12 @@ def integer(name: str, value: int, least: int) -> int:
     return int(value)
 
 
+def cut_threshold(threshold: str) -> None:
+    """How a cut is thresholded."""
+    if threshold not in ("mean", "otsu"):
+        raise ValueError(f'threshold must be "mean" or "otsu", got {threshold!r}')
+
+
 def heads(scale: float | None, prefix: int, **tensors: Tensor) -> tuple[dict[str, int], float]:
     """Queries, keys or values [B, H, T, D] of one shape and dtype. Returns the sizes and the scale, filled in."""
     sizes, dtype = {"prefix": integer("prefix", prefix, 0)}, None

@@ -1,17 +1,22 @@
 """The graph cut that finds defocused tokens: equation 8 of the paper, and the threshold below it.
 
-(Deg - W) y = lambda Deg y,  W = (S + S^T) / 2,  Deg = diag(W 1);  with u = Deg^1/2 y, u is the eigenvector of the
-second largest eigenvalue of M = Deg^-1/2 W Deg^-1/2, and that of the largest is known: Deg^1/2 1.
+(Deg - W) y = lambda Deg y,  W = (S + S^T) / 2,  Deg = diag(W 1);  so y is the second eigenvector of M = Deg^-1 W, the
+first being 1, and M is symmetric in the inner product <a, b> = a^T Deg b.
 
-A round of block Lanczos: five times, three vectors are orthogonalized against the basis (twice, which is enough), made
-orthonormal, added to it and multiplied with M. The basis, whose first vector is the known one, then has sixteen. In it
-M is a matrix [16, 16]. Squaring that sixteen times leaves its leading eigenvector, which is u; squaring it five times
-leaves its largest eigenvalues, so that the first three vectors, multiplied by this, start the next round. There are
-five, or three from the vector of the block before.
+A round takes three vectors Y and makes y of the space that they and four more products span:
 
-One launch makes W. Up to 256 patches, another does all the rest, one program an image. Above, a product is a launch:
-each program orthogonalizes the whole vectors, for which it reads [16 + 3, N] thrice, and multiplies its own rows of W.
-Nothing waits for the host.
+    Z = M Y,  R0 = Z less its part in span(1, Y),  Ri = M R(i-1);  basis K = (1, Y, R0, R1, R2, R3), sixteen vectors,
+    whose products with M are known: M K = (1, Z, R1, R2, R3, R4)
+
+Nothing is orthogonalized on the way: the inner products of all vectors are taken at once, and Cholesky's factor of
+those of K makes it orthonormal, T K, without what is new only up to rounding. In it M is a matrix [16, 16]. Squaring
+that leaves its leading eigenvector, t, and y = t T M K, which is one product nearer than t T K. The next round starts
+from y and from two more rows of a lower power. There are five rounds, or three from a vector near y. In a tower three are
+enough for the first block, and one for every other, from the three vectors that the block before ended with.
+
+Up to 256 patches one launch does it all, one program an image, and an image without distraction ends at once. Above, a
+product is a launch, whose programs take some rows of W each and read W once, and so is the end of a round. Degrees come
+out of a round's first product, which multiplies 1 as well. Nothing waits for the host.
 """
 
 from functools import partial
@@ -22,67 +27,48 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
+from rfclip_kernels.attention import order_patches, ordered_patches
+from rfclip_kernels.defocus import launch_defocus_mask
 from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
+from rfclip_kernels.similarity import affinity_unit, empty_affinity
 
 WIDTH, DEPTH = 3, 5  # vectors that are multiplied at once, and how often in a round
-BASIS = 16  # the known vector and WIDTH * DEPTH others
-ROUNDS, WARM_ROUNDS = 5, 3  # without a start, and with one
-RESTART = 5  # squarings of the projected matrix that the next round's start takes
-SQUARINGS = 16  # that its leading eigenvector takes
-BREAKDOWN = 1e-5  # what is new in a vector must be more than this
+BASIS = 16  # 1 and WIDTH * DEPTH others
+ROUNDS, FROM_START = 5, 3  # that resolve y, and those that a start leaves
+TOWER_ROUNDS, TOWER_FROM_START = 3, 1  # that resolve the mask of the defocused tokens
+RESTART = 5  # squarings of the projected matrix before the next round's start is taken from it
+SQUARINGS = 12  # that its leading eigenvector takes
+NEW = 1e-2  # the squared length of what a vector adds to the basis, over its own, is more than this
 WHOLE = 256  # patches that one program takes
-BLOCK_ROWS = 64  # of the matrix that a program multiplies
-BLOCK_COLUMNS = 64
-SQUARE_ROWS = 16  # of a tile of the matrix that is made of S
+BLOCK_ROWS, BLOCK_COLUMNS = 16, 256  # of W that a program multiplies at a time
+SQUARE = 64  # the side of a tile of W that is made of S
 
 
 @triton.jit(do_not_specialize=["N"])
 def affinity_kernel(
     similarity_ptr,  # [B, N, N] any floating-point dtype
-    affinity_ptr,  # [B, N, SW] fp32, W
-    degree_ptr,  # [B, N] fp32, Deg
+    affinity_ptr,  # [B, N, SW] fp32, W times its unit, as in all that follows
     N,
     SW,
     stride_sb,
     stride_sm,
     stride_sn,
-    BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    i_b = (tl.program_id(0) // tl.cdiv(N, BM)).to(tl.int64)
-    o_m = tl.program_id(0) % tl.cdiv(N, BM) * BM + tl.arange(0, BM)
+    tiles = tl.cdiv(N, BN)
+    i_b, i_tile = (tl.program_id(0) // (tiles * tiles)).to(tl.int64), tl.program_id(0) % (tiles * tiles)
+    o_m, o_n = i_tile // tiles * BN + tl.arange(0, BN), i_tile % tiles * BN + tl.arange(0, BN)
+    mask = (o_m < N)[:, None] & (o_n < N)[None, :]
     p_similarity = similarity_ptr + i_b * stride_sb
-    b_degree = tl.zeros([BM], tl.float32)
-    for start in range(0, N, BN):
-        o_n = start + tl.arange(0, BN)
-        mask = (o_m < N)[:, None] & (o_n < N)[None, :]
-        p_row = p_similarity + o_m[:, None] * stride_sm + o_n[None, :] * stride_sn
-        p_column = p_similarity + o_n[None, :] * stride_sm + o_m[:, None] * stride_sn
-        b_affinity = tl.load(p_row, mask=mask, other=0.0).to(tl.float32)
-        b_affinity = (b_affinity + tl.load(p_column, mask=mask, other=0.0).to(tl.float32)) / 2
-        tl.store(affinity_ptr + (i_b * N + o_m[:, None]) * SW + o_n[None, :], b_affinity, mask=mask)
-        b_degree += tl.sum(b_affinity, axis=1)
-    tl.store(degree_ptr + i_b * N + o_m, b_degree, mask=o_m < N)
-
-
-@triton.jit
-def load_vectors(p_rows, o_n, N, count, R: tl.constexpr):
-    """The first `count` vectors at the tokens o_n, [R, BN], and zeros."""
-    o_r = tl.arange(0, R)
-    mask = (o_r < count)[:, None] & (o_n < N)[None, :]
-    return tl.load(p_rows + o_r[:, None] * N + o_n[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_vectors(p_rows, b_rows, o_n, N, count):
-    """The first `count` rows of a tile at the tokens o_n."""
-    o_r = tl.arange(0, b_rows.shape[0])
-    tl.store(p_rows + o_r[:, None] * N + o_n[None, :], b_rows, mask=(o_r < count)[:, None] & (o_n < N)[None, :])
+    p_row = p_similarity + o_m[:, None] * stride_sm + o_n[None, :] * stride_sn
+    p_column = p_similarity + o_n[None, :] * stride_sm + o_m[:, None] * stride_sn
+    b_sum = tl.load(p_row, mask=mask, other=0.0).to(tl.float32) + tl.load(p_column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(affinity_ptr + (i_b * N + o_m[:, None]) * SW + o_n[None, :], b_sum * (affinity_unit(N) / 2), mask=mask)
 
 
 @triton.jit
 def inner(b_rows, b_others):
-    return tl.sum(b_rows[:, None, :] * b_others[None, :, :], axis=2)  # [P, BN] @ [R, BN]^T -> [P, R]
+    return tl.sum(b_rows[:, None, :] * b_others[None, :, :], axis=2)  # [P, K] @ [R, K]^T -> [P, R]
 
 
 @triton.jit
@@ -98,168 +84,191 @@ def row_of(b_rows, i):
 
 
 @triton.jit
-def start_rows(
-    p_degree,  # [N] fp32, Deg
-    p_start,  # [N], near y, read where GIVEN
-    stride_tn,
-    p_y,  # [WIDTH, N] fp32, written
-    p_basis,  # [R, N]: the first vector is written, Deg^1/2, not normalized
-    o_m,
-    N,
-    GIVEN: tl.constexpr,
-    WIDTH: tl.constexpr,
-    P: tl.constexpr,
-):
-    b_degree = tl.load(p_degree + o_m, mask=o_m < N, other=0.0)
-    tl.store(p_basis + o_m, tl.sqrt(b_degree), mask=o_m < N)
-    o_p = tl.arange(0, P)
-    # Vectors that no eigenvector is orthogonal to: multiples of the roots of 5, 2 and 3, less their floor.
-    b_root = tl.sqrt(tl.where(o_p == 0, 5.0, tl.where(o_p == 1, 2.0, 3.0)))
-    b_turn = b_root[:, None] * (o_m + 1).to(tl.float32)[None, :]
-    b_y = b_turn - tl.floor(b_turn) - 0.5
-    if GIVEN:
-        b_start = tl.load(p_start + o_m * stride_tn, mask=o_m < N, other=0.0).to(tl.float32) * tl.sqrt(b_degree)
-        b_y = tl.where((o_p == 0)[:, None], b_start[None, :], b_y)
-    store_vectors(p_y, b_y, o_m, N, WIDTH)
+def diagonal(b_square):
+    o_r = tl.arange(0, b_square.shape[0])
+    return tl.sum(tl.where(o_r[:, None] == o_r[None, :], b_square, 0.0), axis=1)
 
 
 @triton.jit
-def projections(p_basis, p_y, N, count, WIDTH: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BN: tl.constexpr):
-    """Of y on the first `count` vectors of the basis, [P, R], and the squared lengths of both, [P] and [R]."""
-    b_c, b_length, b_norm = tl.zeros([P, R], tl.float32), tl.zeros([P], tl.float32), tl.zeros([R], tl.float32)
-    for start in range(0, N, BN):
-        o_n = start + tl.arange(0, BN)
-        b_basis, b_y = load_vectors(p_basis, o_n, N, count, R), load_vectors(p_y, o_n, N, WIDTH, P)
-        b_c += inner(b_y, b_basis)
-        b_length += tl.sum(b_y * b_y, axis=1)
-        b_norm += tl.sum(b_basis * b_basis, axis=1)
-    return b_c, b_length, b_norm
-
-
-@triton.jit
-def orthonormal(b_gram, b_length, WIDTH: tl.constexpr, BREAKDOWN: tl.constexpr):
-    """T with T gram T^T = 1: Cholesky's factor, inverted. Rows of vectors with nothing new are 0.
-
-    New is what is more than the rounding of a vector of squared length b_length, and of the gram matrix.
-    """
-    o_p = tl.arange(0, b_gram.shape[0])
-    b_t = tl.where(o_p[:, None] == o_p[None, :], 1.0, 0.0)
-    b_least = tl.maximum(tl.sum(b_gram * b_t, axis=0), b_length * BREAKDOWN) * BREAKDOWN
-    for i in tl.static_range(WIDTH):
+def orthonormal(b_gram, NEW: tl.constexpr):
+    """T with T gram T^T = 1: Cholesky's factor, inverted. Rows of vectors with nothing new are 0."""
+    R: tl.constexpr = b_gram.shape[0]
+    o_r = tl.arange(0, R)
+    b_length = diagonal(b_gram)
+    b_unit = tl.where(b_length > 0, 1.0 / tl.sqrt(tl.where(b_length > 0, b_length, 1.0)), 0.0)
+    b_gram = b_gram * b_unit[:, None] * b_unit[None, :]
+    b_t = tl.where(o_r[:, None] == o_r[None, :], 1.0, 0.0)
+    for i in range(R):
         b_row = row_of(b_gram, i)
-        pivot, least = tl.sum(tl.where(o_p == i, b_row, 0.0)), tl.sum(tl.where(o_p == i, b_least, 0.0))
-        factor = tl.where(pivot > least, 1.0 / tl.sqrt(tl.where(pivot > least, pivot, 1.0)), 0.0)
+        pivot = tl.sum(tl.where(o_r == i, b_row, 0.0))
+        factor = tl.where(pivot > NEW, 1.0 / tl.sqrt(tl.where(pivot > NEW, pivot, 1.0)), 0.0)
         b_row, b_own = factor * b_row, factor * row_of(b_t, i)
-        b_below = tl.where(o_p > i, b_row, 0.0)
-        b_t = tl.where((o_p == i)[:, None], b_own[None, :], b_t - b_below[:, None] * b_own[None, :])
+        b_below = tl.where(o_r > i, b_row, 0.0)
+        b_t = tl.where((o_r == i)[:, None], b_own[None, :], b_t - b_below[:, None] * b_own[None, :])
         b_gram -= b_below[:, None] * b_row[None, :]
-    return tl.where((o_p < WIDTH)[:, None], b_t, 0.0)
+    return b_t * b_unit[None, :]
+
+
+# The vectors of an image are rows of a matrix [7 * WIDTH, N], Y, Z, R0 .. R4. As lanes they follow a lane of ones.
 
 
 @triton.jit
-def coefficients(
-    p_basis,  # [R, N]
-    p_y,  # [WIDTH, N], M times the vectors of the step before, or the vectors to start from
-    p_projected,  # [R, R]: M in the basis, whose columns of the step before are written
-    N,
-    step,
-    writes,  # whether this program writes p_projected
-    WIDTH: tl.constexpr,
-    BREAKDOWN: tl.constexpr,
-    P: tl.constexpr,
-    R: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """What makes y orthonormal and orthogonal to the basis, for `new_vectors`, and the mean of Deg."""
-    count = 1 + WIDTH * step
-    b_first, b_length, b_norm = projections(p_basis, p_y, N, count, WIDTH, P, R, BN)
-    b_weight = tl.where(b_norm > 0, 1.0 / tl.where(b_norm > 0, b_norm, 1.0), 0.0)
-    b_first *= b_weight[None, :]
-    b_second, b_gram = tl.zeros([P, R], tl.float32), tl.zeros([P, P], tl.float32)
-    for start in range(0, N, BN):
-        o_n = start + tl.arange(0, BN)
-        b_basis = load_vectors(p_basis, o_n, N, count, R)
-        b_y = load_vectors(p_y, o_n, N, WIDTH, P) - combine(b_first, b_basis)
-        b_second += inner(b_y, b_basis)
-        b_gram += inner(b_y, b_y)
-    b_gram -= inner(b_second * b_weight[None, :], b_second)
-    b_second *= b_weight[None, :]
-    if writes & (step > 0):
-        store_columns(p_projected, b_first + b_second, count - WIDTH, WIDTH)
-    b_t = orthonormal(b_gram, b_length, WIDTH, BREAKDOWN)
-    return b_first, b_second, b_t, tl.sum(tl.where(tl.arange(0, R) == 0, b_norm, 0.0)) / N
+def load_lanes(p_vectors, o_lane, o_n, N, LANES: tl.constexpr):
+    """Some lanes, of the first LANES, at the patches o_n; the others are 0."""
+    mask = ((o_lane > 0) & (o_lane < LANES))[:, None] & (o_n < N)[None, :]
+    b_lanes = tl.load(p_vectors + (o_lane - 1)[:, None] * N + o_n[None, :], mask=mask, other=0.0)
+    return tl.where((o_lane == 0)[:, None] & (o_n < N)[None, :], 1.0, b_lanes)
 
 
 @triton.jit
-def store_columns(p_matrix, b_columns, first, WIDTH: tl.constexpr):
-    """The first WIDTH rows of a tile [P, R] as columns of a matrix [R, R]."""
-    P: tl.constexpr = b_columns.shape[0]
-    R: tl.constexpr = b_columns.shape[1]
-    o_p, o_r = tl.arange(0, P), tl.arange(0, R)
-    p_columns = p_matrix + o_r[None, :] * R + (first + o_p)[:, None]
-    tl.store(p_columns, b_columns, mask=tl.broadcast_to((o_p < WIDTH)[:, None], [P, R]))
+def store_rows(p_rows, b_rows, o_n, N, WIDTH: tl.constexpr):
+    """The first WIDTH rows of a tile at the patches o_n."""
+    o_p = tl.arange(0, b_rows.shape[0])
+    tl.store(p_rows + o_p[:, None] * N + o_n[None, :], b_rows, mask=(o_p < WIDTH)[:, None] & (o_n < N)[None, :])
 
 
 @triton.jit
-def new_vectors(
-    p_basis, p_y, o_n, N, count, b_first, b_second, b_t, WIDTH: tl.constexpr, P: tl.constexpr, R: tl.constexpr
-):
-    """The next vectors of the basis at the tokens o_n, [P, BN]."""
-    b_basis = load_vectors(p_basis, o_n, N, count, R)
-    b_y = load_vectors(p_y, o_n, N, WIDTH, P) - combine(b_first, b_basis)
-    return combine(b_t, b_y - combine(b_second, b_basis))
+def start_lanes(p_start, stride_tw, stride_tn, o_n, N, GIVEN: tl.constexpr):
+    """1 and the first Y, [4, BN]: what is given, and vectors that no eigenvector is orthogonal to."""
+    o_p = tl.arange(0, 4)
+    # Multiples of the roots of 5, 2 and 3, less their floor.
+    b_root = tl.sqrt(tl.where(o_p == 1, 5.0, tl.where(o_p == 2, 2.0, 3.0)))
+    b_turn = b_root[:, None] * (o_n + 1).to(tl.float32)[None, :]
+    b_y = b_turn - tl.floor(b_turn) - 0.5
+    if GIVEN > 0:
+        m_given = (o_p > 0) & (o_p <= GIVEN)
+        p_given = p_start + (o_p - 1)[:, None] * stride_tw + o_n[None, :] * stride_tn
+        b_given = tl.load(p_given, mask=m_given[:, None] & (o_n < N)[None, :], other=0.0).to(tl.float32)
+        b_y = tl.where(m_given[:, None], b_given + 1e-12 * b_y, b_y)  # of a start of zeros, this is left
+    return tl.where((o_n < N)[None, :], tl.where((o_p == 0)[:, None], 1.0, b_y), 0.0)
 
 
 @triton.jit
-def products(b_x, p_affinity, o_m, o_n, N, SW):
-    """The rows o_m of W times b_x [P, BN], before they are summed: [P, BM, BN]."""
+def first_factors(p_vectors, p_start, stride_tw, stride_tn, o_n, N, begins, GIVEN: tl.constexpr):
+    """1 and Y, [4, BN]: the start, or what the round before left."""
+    if begins:
+        b_x = start_lanes(p_start, stride_tw, stride_tn, o_n, N, GIVEN)
+    else:
+        b_x = load_lanes(p_vectors, tl.arange(0, 4), o_n, N, 4)
+    return b_x
+
+
+@triton.jit
+def store_gram(p_gram, b_lanes, b_degree):
+    """The inner products of lanes [LANES, BM] over the rows of one program."""
+    LANES: tl.constexpr = b_lanes.shape[0]
+    o_r = tl.arange(0, LANES)
+    tl.store(p_gram + o_r[:, None] * LANES + o_r[None, :], inner(b_lanes * b_degree[None, :], b_lanes))
+
+
+@triton.jit
+def sum_grams(p_gram, o_r, o_k, tiles, LANES: tl.constexpr, BT: tl.constexpr):
+    """The inner products of the lanes o_r with the lanes o_k over all rows."""
+    b_sum = tl.zeros([BT, o_r.shape[0], o_k.shape[0]], tl.float32)
+    for first in range(0, tiles, BT):
+        o_t = first + tl.arange(0, BT)
+        p_tile = p_gram + o_t[:, None, None] * LANES * LANES + o_r[None, :, None] * LANES + o_k[None, None, :]
+        b_sum += tl.load(p_tile, mask=(o_t < tiles)[:, None, None], other=0.0)
+    return tl.sum(b_sum, axis=0)
+
+
+@triton.jit
+def remainder(p_gram, tiles):
+    """What makes R0 of 1, Y and Z, [4, 4]: Z less these multiples of 1 and Y."""
+    o_p = tl.arange(0, 4)
+    b_t = orthonormal(sum_grams(p_gram, o_p, o_p, tiles, 8, 32), 1e-9)
+    b_part = sum_grams(p_gram, o_p + 4, o_p, tiles, 8, 32)  # of the three of Z
+    return combine(inner(b_part, b_t), b_t)
+
+
+@triton.jit
+def factors(p_vectors, b_part, o_n, N, step, WIDTH: tl.constexpr):
+    """What a product after the first multiplies, [4, BN]: R0 in the second, and then what the one before made."""
+    o_p = tl.arange(0, 4)
+    o_lane = tl.where(o_p < WIDTH, o_p + 1 + WIDTH * (1 + tl.where(step > 1, step, 0)), 100)
+    b_x = load_lanes(p_vectors, o_lane, o_n, N, 100)
+    if step == 1:
+        b_x -= combine(b_part, load_lanes(p_vectors, o_p, o_n, N, 4))
+    return b_x
+
+
+@triton.jit
+def row_products(p_affinity, b_x, o_m, o_n, N, SW):
+    """The rows o_m of W times b_x [4, BN], before they are summed: [4, BM, BN]."""
     mask = (o_m < N)[:, None] & (o_n < N)[None, :]
-    b_affinity = tl.load(p_affinity + o_m[:, None] * SW + o_n[None, :], mask=mask, other=0.0)
+    b_affinity = tl.load(p_affinity + o_m[:, None] * SW + o_n[None, :], mask=mask, other=0.0).to(tl.float32)
     return b_x[:, None, :] * b_affinity[None, :, :]
 
 
 @triton.jit
-def scales(p_basis, o_n, N, mean):
-    """(Deg / mean)^-1/2 at the tokens o_n, 0 for a token without any similarity."""
-    b_root = tl.load(p_basis + o_n, mask=o_n < N, other=0.0)
-    return tl.where(b_root > 0, tl.sqrt(mean) / tl.where(b_root > 0, b_root, 1.0), 0.0)
+def first_product(
+    p_affinity,  # [N, SW] floating-point, W
+    p_start,  # [GIVEN, N]
+    p_vectors,  # [7 * WIDTH, N] fp32
+    p_degree,  # [N] fp32
+    p_gram,  # [tiles, 8, 8] fp32
+    i_m,
+    N,
+    SW,
+    stride_tw,
+    stride_tn,
+    begins,  # whether Y is the start
+    GIVEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Some rows of Z and of Deg."""
+    o_p, o_m = tl.arange(0, 4), i_m * BM + tl.arange(0, BM)
+    b_out = tl.zeros([4, BM, BN], tl.float32)
+    for start in range(0, N, BN):
+        o_n = start + tl.arange(0, BN)
+        b_x = first_factors(p_vectors, p_start, stride_tw, stride_tn, o_n, N, begins, GIVEN)
+        b_out += row_products(p_affinity, b_x, o_m, o_n, N, SW)
+    b_product = tl.sum(b_out, axis=2)
+    b_degree = row_of(b_product, 0)
+    b_product = tl.where(b_degree > 0, b_product / tl.where(b_degree > 0, b_degree, 1.0)[None, :], 0.0)
+    b_x = first_factors(p_vectors, p_start, stride_tw, stride_tn, o_m, N, begins, GIVEN)
+    tl.store(p_degree + o_m, b_degree, mask=o_m < N)
+    mask = (o_p > 0)[:, None] & (o_m < N)[None, :]
+    tl.store(p_vectors + (o_p - 1)[:, None] * N + o_m[None, :], b_x, mask=mask)
+    tl.store(p_vectors + (o_p - 1 + WIDTH)[:, None] * N + o_m[None, :], b_product, mask=mask)
+    tl.debug_barrier()
+    store_gram(p_gram + i_m * 64, load_lanes(p_vectors, tl.arange(0, 8), o_m, N, 7), b_degree)
 
 
 @triton.jit
-def powers(
-    p_basis,
-    p_y,
-    p_projected,
+def next_product(
+    p_affinity,
+    p_vectors,
+    p_degree,
+    p_gram,  # [tiles, 32, 32] fp32
+    b_part,
+    i_m,
     N,
+    SW,
+    step,
     WIDTH: tl.constexpr,
-    BREAKDOWN: tl.constexpr,
-    RESTART: tl.constexpr,
-    SQUARINGS: tl.constexpr,
-    P: tl.constexpr,
-    R: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """In the basis, the vectors to go on from and y, [P, R] and [R]; and the squared lengths of the basis [R]."""
-    o_p, o_r = tl.arange(0, P), tl.arange(0, R)
-    b_c, _length, b_norm = projections(p_basis, p_y, N, R, WIDTH, P, R, BN)
-    tl.debug_barrier()
-    store_columns(p_projected, b_c, R - WIDTH, WIDTH)
-    tl.debug_barrier()
-    # A column lacks the rows of later steps: M is symmetric. Without the known vector, and without those of length 0.
-    low, high = tl.minimum(o_r[:, None], o_r[None, :]), tl.maximum(o_r[:, None], o_r[None, :])
-    on, own = (b_norm > 0) & (o_r > 0), o_r[:, None] == o_r[None, :]
-    b_power = tl.load(p_projected + low * R + high, mask=on[:, None] & on[None, :], other=0.0)
-    # 2 is added to M, so that the leading eigenvalue is the one largest in size.
-    b_power += tl.where(own & on[:, None], 2.0, 0.0)
-    for _squaring in range(RESTART):
-        b_power = squared(b_power)
-    b_next = combine(tl.where(o_p[:, None] + 1 == o_r[None, :], 1.0, 0.0), b_power)  # without the known vector
-    b_next = combine(orthonormal(inner(b_next, b_next), tl.zeros([P], tl.float32), WIDTH, BREAKDOWN), b_next)
-    for _squaring in range(RESTART, SQUARINGS):
-        b_power = squared(b_power)
-    i_largest = tl.argmax(tl.sum(tl.where(own, b_power, 0.0), axis=1), axis=0)
-    b_ritz = row_of(b_power, i_largest)
-    return b_next, b_ritz / tl.maximum(tl.sqrt(tl.sum(b_ritz * b_ritz, axis=0)), 1e-30), b_norm
+    """Some rows of R1 to R4, and of R0."""
+    o_m = i_m * BM + tl.arange(0, BM)
+    b_out = tl.zeros([4, BM, BN], tl.float32)
+    for start in range(0, N, BN):
+        o_n = start + tl.arange(0, BN)
+        b_x = factors(p_vectors, b_part, o_n, N, step, WIDTH)
+        b_out += row_products(p_affinity, b_x, o_m, o_n, N, SW)
+    b_degree = tl.load(p_degree + o_m, mask=o_m < N, other=0.0)
+    b_scale = tl.where(b_degree > 0, 1.0 / tl.where(b_degree > 0, b_degree, 1.0), 0.0)
+    if step == 1:
+        store_rows(p_vectors + 2 * WIDTH * N, factors(p_vectors, b_part, o_m, N, step, WIDTH), o_m, N, WIDTH)
+    store_rows(p_vectors + (step + 2) * WIDTH * N, tl.sum(b_out, axis=2) * b_scale[None, :], o_m, N, WIDTH)
+    if step == DEPTH - 1:
+        tl.debug_barrier()
+        o_lane = tl.arange(0, 32)
+        store_gram(p_gram + i_m * 1024, load_lanes(p_vectors, o_lane, o_m, N, 7 * WIDTH + 1), b_degree)
 
 
 @triton.jit
@@ -270,239 +279,347 @@ def squared(b_power):
 
 
 @triton.jit
-def restart(p_basis, p_y, b_next, N, WIDTH: tl.constexpr, R: tl.constexpr, BN: tl.constexpr):
-    """The vectors that the next round starts from."""
-    for start in range(0, N, BN):
-        o_n = start + tl.arange(0, BN)
-        store_vectors(p_y, combine(b_next, load_vectors(p_basis, o_n, N, R, R)), o_n, N, WIDTH)
+def ritz_coefficients(
+    p_gram, tiles, WIDTH: tl.constexpr, RESTART: tl.constexpr, SQUARINGS: tl.constexpr, NEW: tl.constexpr
+):
+    """What makes the next Y, whose first vector is y, of M K: [4, 16]."""
+    o_p, o_r = tl.arange(0, 4), tl.arange(0, 16)
+    o_basis, o_image = tl.where(o_r <= WIDTH, o_r, o_r + WIDTH), products_lanes(WIDTH)
+    b_t = orthonormal(sum_grams(p_gram, o_basis, o_basis, tiles, 32, 16), NEW)
+    b_projected = inner(combine(b_t, sum_grams(p_gram, o_basis, o_image, tiles, 32, 16)), b_t)
+    # Without 1, and without vectors that were left out. 1 is added, so that no eigenvalue is negative.
+    on = (o_r > 0) & (diagonal(b_t) > 0)
+    b_power = tl.where(on[:, None] & on[None, :], (b_projected + tl.trans(b_projected)) / 2, 0.0)
+    b_power += tl.where(on[:, None] & (o_r[:, None] == o_r[None, :]), 1.0, 0.0)
+    for _squaring in range(RESTART):
+        b_power = squared(b_power)
+    b_lower = combine(tl.where((o_p[:, None] + 1 == o_r[None, :]) & (o_p > 0)[:, None], 1.0, 0.0), b_power)
+    for _squaring in range(RESTART, SQUARINGS):
+        b_power = squared(b_power)
+    b_ritz = row_of(b_power, tl.argmax(diagonal(b_power), axis=0))
+    b_next = tl.where((o_p == 0)[:, None], b_ritz[None, :], tl.where((o_p < WIDTH)[:, None], b_lower, 0.0))
+    return combine(combine(orthonormal(inner(b_next, b_next), 1e-9), b_next), b_t)
 
 
 @triton.jit
-def finish(p_basis, p_fiedler, b_ritz, b_norm, N, R: tl.constexpr, BN: tl.constexpr):
-    """y, its largest entry being positive."""
-    mean = tl.sum(tl.where(tl.arange(0, R) == 0, b_norm, 0.0)) / N  # of Deg
+def products_lanes(WIDTH: tl.constexpr):
+    """The lanes of M K."""
+    o_r = tl.arange(0, 16)
+    return tl.where(o_r == 0, 0, tl.where(o_r <= WIDTH, o_r + WIDTH, o_r + 2 * WIDTH))
+
+
+@triton.jit
+def next_vectors(p_vectors, b_ritz, o_n, N, WIDTH: tl.constexpr):
+    return combine(b_ritz, load_lanes(p_vectors, products_lanes(WIDTH), o_n, N, 7 * WIDTH + 1))
+
+
+@triton.jit
+def restart(p_vectors, b_ritz, N, WIDTH: tl.constexpr, BN: tl.constexpr):
+    """The next Y."""
+    for start in range(0, N, BN):
+        o_n = start + tl.arange(0, BN)
+        store_rows(p_vectors, next_vectors(p_vectors, b_ritz, o_n, N, WIDTH), o_n, N, WIDTH)
+
+
+@triton.jit
+def finish(
+    p_vectors,
+    p_degree,
+    b_ritz,
+    p_out,  # [WIDTH, N] fp32, y and the two others
+    p_distraction,  # [N] bool, read where TARGET
+    p_target,  # [N] bool
+    N,
+    stride_dn,
+    TARGET: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """y, of length 1, its largest entry being positive, and the defocused tokens."""
     b_top, b_bottom = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
-    for start in range(0, N, BN):
-        b_y = cut_values(p_basis, start + tl.arange(0, BN), N, b_ritz, mean, R)
-        b_top, b_bottom = tl.maximum(b_top, b_y), tl.minimum(b_bottom, b_y)
-    sign = tl.where(tl.max(b_top, axis=0) >= -tl.min(b_bottom, axis=0), 1.0, -1.0)
+    b_sum, b_length = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
     for start in range(0, N, BN):
         o_n = start + tl.arange(0, BN)
-        tl.store(p_fiedler + o_n, sign * cut_values(p_basis, o_n, N, b_ritz, mean, R), mask=o_n < N)
-
-
-@triton.jit
-def cut_values(p_basis, o_n, N, b_ritz, mean, R: tl.constexpr):
-    """y at the tokens o_n, in either orientation."""
-    b_basis = load_vectors(p_basis, o_n, N, R, R)
-    b_inv_sqrt = scales(p_basis, o_n, N, mean) / tl.sqrt(tl.maximum(mean, 1e-30))
-    return tl.sum(b_ritz[:, None] * b_basis, axis=0) * b_inv_sqrt
+        b_degree = tl.load(p_degree + o_n, mask=o_n < N, other=0.0)
+        b_y = row_of(tl.where((b_degree > 0)[None, :], next_vectors(p_vectors, b_ritz, o_n, N, WIDTH), 0.0), 0)
+        b_top, b_bottom = tl.maximum(b_top, b_y), tl.minimum(b_bottom, b_y)
+        b_sum += b_y
+        b_length += b_degree * b_y * b_y
+    length = tl.sqrt(tl.sum(b_length, axis=0) / affinity_unit(N))
+    scale = tl.where(length > 0, 1.0 / tl.where(length > 0, length, 1.0), 0.0)
+    scale = tl.where(tl.max(b_top, axis=0) >= -tl.min(b_bottom, axis=0), scale, -scale)
+    mean = scale * tl.sum(b_sum, axis=0) / N
+    for start in range(0, N, BN):
+        o_n = start + tl.arange(0, BN)
+        b_degree = tl.load(p_degree + o_n, mask=o_n < N, other=0.0)
+        b_next = next_vectors(p_vectors, b_ritz, o_n, N, WIDTH)
+        b_next = scale * tl.where((b_degree > 0)[None, :], b_next, 0.0)
+        store_rows(p_out, b_next, o_n, N, WIDTH)
+        if TARGET:
+            m_free = tl.load(p_distraction + o_n * stride_dn, mask=o_n < N, other=1) == 0
+            tl.store(p_target + o_n, m_free & (row_of(b_next, 0) > mean), mask=o_n < N)
 
 
 @triton.jit(do_not_specialize=["N"])
 def cut_kernel(
-    affinity_ptr,  # [B, N, SW] fp32, W
-    degree_ptr,  # [B, N] fp32, Deg
-    start_ptr,  # [B, N], near y, read where GIVEN
-    vectors_ptr,  # [B, 2, WIDTH, N] fp32
-    basis_ptr,  # [B, R, N] fp32
-    projected_ptr,  # [B, R, R] fp32
-    fiedler_ptr,  # [B, N] fp32, y
+    affinity_ptr,  # [B, N, SW] floating-point, W
+    start_ptr,  # [B, GIVEN, N]
+    distraction_ptr,  # [B, N] bool
+    vectors_ptr,  # [B, 7 * WIDTH, N] fp32
+    degree_ptr,  # [B, N] fp32
+    gram_ptr,  # [B, tiles, 1088] fp32
+    out_ptr,  # [B, WIDTH, N] fp32
+    target_ptr,  # [B, N] bool
+    order_ptr,  # [B, N + 1] int32
     N,
     SW,
+    stride_ab,
     stride_tb,
+    stride_tw,
     stride_tn,
+    stride_db,
+    stride_dn,
     GIVEN: tl.constexpr,
+    TARGET: tl.constexpr,
     ROUNDS: tl.constexpr,
+    COLD: tl.constexpr,  # rounds of an image whose start is zero
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     RESTART: tl.constexpr,
     SQUARINGS: tl.constexpr,
-    BREAKDOWN: tl.constexpr,
-    P: tl.constexpr,
-    R: tl.constexpr,
+    NEW: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    i_b = tl.program_id(0).to(tl.int64)
-    p_affinity, p_degree, p_start = affinity_ptr + i_b * N * SW, degree_ptr + i_b * N, start_ptr + i_b * stride_tb
-    p_basis, p_projected = basis_ptr + i_b * R * N, projected_ptr + i_b * R * R
-    p_y, p_fiedler = vectors_ptr + i_b * 2 * WIDTH * N, fiedler_ptr + i_b * N
-    for start in range(0, N, BN):
-        start_rows(p_degree, p_start, stride_tn, p_y, p_basis, start + tl.arange(0, BN), N, GIVEN, WIDTH, P)
-    for i in range(ROUNDS * DEPTH):
+    i_b, tiles = tl.program_id(0).to(tl.int64), tl.cdiv(N, BM)
+    p_affinity, p_start = affinity_ptr + i_b * stride_ab, start_ptr + i_b * stride_tb
+    p_vectors, p_degree = vectors_ptr + i_b * 7 * WIDTH * N, degree_ptr + i_b * N
+    p_few = gram_ptr + i_b * tiles * 1088
+    p_gram, p_out = p_few + tiles * 64, out_ptr + i_b * WIDTH * N
+    p_distraction, p_target = distraction_ptr + i_b * stride_db, target_ptr + i_b * N
+    p_order, o_n = order_ptr + i_b * (N + 1), tl.arange(0, BN)
+    rounds = ROUNDS
+    if GIVEN > 0:
+        b_given = tl.load(p_start + o_n * stride_tn, mask=o_n < N, other=0.0).to(tl.float32)
+        rounds = tl.where(tl.max(tl.abs(b_given), axis=0) > 0, ROUNDS, COLD)
+    if TARGET:
+        m_taken = tl.load(p_distraction + o_n * stride_dn, mask=o_n < N, other=0) != 0
+        rounds = tl.where(tl.max(m_taken.to(tl.int32), axis=0) > 0, rounds, 0)
+        store_rows(p_out, tl.zeros([4, BN], tl.float32), o_n, N, WIDTH)
+        tl.store(p_target + o_n, m_taken & (o_n < 0), mask=o_n < N)
+    for i in range(rounds):
         tl.debug_barrier()
-        p_now, p_next, step = p_y + i % 2 * WIDTH * N, p_y + (i + 1) % 2 * WIDTH * N, i % DEPTH
-        b_first, b_second, b_t, mean = coefficients(
-            p_basis, p_now, p_projected, N, step, True, WIDTH, BREAKDOWN, P, R, BN
-        )
-        count = 1 + step * WIDTH
-        p_x = p_basis + count * N
-        for start in range(0, N, BN):
-            o_n = start + tl.arange(0, BN)
-            b_x = new_vectors(p_basis, p_now, o_n, N, count, b_first, b_second, b_t, WIDTH, P, R)
-            store_vectors(p_x, b_x, o_n, N, WIDTH)
-        tl.debug_barrier()
-        for first in range(0, N, BM):
-            o_m = first + tl.arange(0, BM)
-            b_out = tl.zeros([P, BM, BN], tl.float32)
-            for start in range(0, N, BN):
-                o_n = start + tl.arange(0, BN)
-                b_x = load_vectors(p_x, o_n, N, WIDTH, P) * scales(p_basis, o_n, N, mean)[None, :]
-                b_out += products(b_x, p_affinity, o_m, o_n, N, SW)
-            b_scale = scales(p_basis, o_m, N, mean) / tl.maximum(mean, 1e-30)
-            store_vectors(p_next, tl.sum(b_out, axis=2) * b_scale[None, :], o_m, N, WIDTH)
-        if step == DEPTH - 1:
-            tl.debug_barrier()
-            b_next, b_ritz, b_norm = powers(
-                p_basis, p_next, p_projected, N, WIDTH, BREAKDOWN, RESTART, SQUARINGS, P, R, BN
+        for i_m in range(tiles):
+            first_product(
+                p_affinity,
+                p_start,
+                p_vectors,
+                p_degree,
+                p_few,
+                i_m,
+                N,
+                SW,
+                stride_tw,
+                stride_tn,
+                i == 0,
+                GIVEN,
+                WIDTH,
+                BM,
+                BN,
             )
-            if i < ROUNDS * DEPTH - 1:
-                restart(p_basis, p_next, b_next, N, WIDTH, R, BN)
-            else:
-                finish(p_basis, p_fiedler, b_ritz, b_norm, N, R, BN)
+        tl.debug_barrier()
+        b_part = remainder(p_few, tiles)
+        for step in range(1, DEPTH):
+            tl.debug_barrier()
+            for i_m in range(tiles):
+                next_product(p_affinity, p_vectors, p_degree, p_gram, b_part, i_m, N, SW, step, WIDTH, DEPTH, BM, BN)
+        tl.debug_barrier()
+        b_ritz = ritz_coefficients(p_gram, tiles, WIDTH, RESTART, SQUARINGS, NEW)
+        if i < rounds - 1:
+            restart(p_vectors, b_ritz, N, WIDTH, BN)
+        else:
+            finish(p_vectors, p_degree, b_ritz, p_out, p_distraction, p_target, N, stride_dn, TARGET, WIDTH, BN)
+    if TARGET:
+        tl.debug_barrier()
+        order_patches(p_distraction, stride_dn, p_target, 1, p_order, N, BN)
 
 
 @triton.jit(do_not_specialize=["N"])
-def cut_start_kernel(
-    degree_ptr,  # this and all that follows as in cut_kernel
+def cut_first_kernel(
+    affinity_ptr,  # this and all that follows as in cut_kernel
     start_ptr,
     vectors_ptr,
-    basis_ptr,
-    N,
-    stride_tb,
-    stride_tn,
-    GIVEN: tl.constexpr,
-    WIDTH: tl.constexpr,
-    P: tl.constexpr,
-    R: tl.constexpr,
-    BN: tl.constexpr,
-):
-    i_b = (tl.program_id(0) // tl.cdiv(N, BN)).to(tl.int64)
-    o_n = tl.program_id(0) % tl.cdiv(N, BN) * BN + tl.arange(0, BN)
-    p_y, p_basis, p_start = vectors_ptr + i_b * 2 * WIDTH * N, basis_ptr + i_b * R * N, start_ptr + i_b * stride_tb
-    start_rows(degree_ptr + i_b * N, p_start, stride_tn, p_y, p_basis, o_n, N, GIVEN, WIDTH, P)
-
-
-@triton.jit(do_not_specialize=["N", "i"])
-def cut_product_kernel(
-    affinity_ptr,
-    vectors_ptr,
-    basis_ptr,
-    projected_ptr,
+    degree_ptr,
+    gram_ptr,
     N,
     SW,
-    i,  # counts the products
+    stride_ab,
+    stride_tb,
+    stride_tw,
+    stride_tn,
+    BEGINS: tl.constexpr,  # whether Y is the start
+    GIVEN: tl.constexpr,
     WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BREAKDOWN: tl.constexpr,
-    P: tl.constexpr,
-    R: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    i_b, i_m = (tl.program_id(0) // tl.cdiv(N, BM)).to(tl.int64), tl.program_id(0) % tl.cdiv(N, BM)
-    p_affinity, p_basis = affinity_ptr + i_b * N * SW, basis_ptr + i_b * R * N
-    p_y, step, count = vectors_ptr + i_b * 2 * WIDTH * N, i % DEPTH, 1 + i % DEPTH * WIDTH
-    p_now, p_next = p_y + i % 2 * WIDTH * N, p_y + (i + 1) % 2 * WIDTH * N
-    p_projected = projected_ptr + i_b * R * R
-    b_first, b_second, b_t, mean = coefficients(
-        p_basis, p_now, p_projected, N, step, i_m == 0, WIDTH, BREAKDOWN, P, R, BN
+    tiles = tl.cdiv(N, BM)
+    i_b, i_m = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    p_affinity, p_start = affinity_ptr + i_b * stride_ab, start_ptr + i_b * stride_tb
+    p_vectors, p_degree = vectors_ptr + i_b * 7 * WIDTH * N, degree_ptr + i_b * N
+    p_few = gram_ptr + i_b * tiles * 1088
+    first_product(
+        p_affinity, p_start, p_vectors, p_degree, p_few, i_m, N, SW, stride_tw, stride_tn, BEGINS, GIVEN, WIDTH, BM, BN
     )
-    o_m = i_m * BM + tl.arange(0, BM)
-    b_out = tl.zeros([P, BM, BN], tl.float32)
-    for start in range(0, N, BN):
-        o_n = start + tl.arange(0, BN)
-        b_x = new_vectors(p_basis, p_now, o_n, N, count, b_first, b_second, b_t, WIDTH, P, R)
-        b_out += products(b_x * scales(p_basis, o_n, N, mean)[None, :], p_affinity, o_m, o_n, N, SW)
-    b_scale = scales(p_basis, o_m, N, mean) / tl.maximum(mean, 1e-30)
-    store_vectors(p_next, tl.sum(b_out, axis=2) * b_scale[None, :], o_m, N, WIDTH)
-    b_x = new_vectors(p_basis, p_now, o_m, N, count, b_first, b_second, b_t, WIDTH, P, R)
-    store_vectors(p_basis + count * N, b_x, o_m, N, WIDTH)
 
 
-@triton.jit(do_not_specialize=["N", "i"])
-def cut_round_kernel(
+@triton.jit(do_not_specialize=["N"])
+def cut_next_kernel(
+    affinity_ptr,
     vectors_ptr,
-    basis_ptr,
-    projected_ptr,
-    fiedler_ptr,
+    degree_ptr,
+    gram_ptr,
     N,
-    i,  # counts the products so far
-    LAST: tl.constexpr,  # the round; y is written
+    SW,
+    stride_ab,
+    STEP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    tiles = tl.cdiv(N, BM)
+    i_b, i_m = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    p_vectors, p_degree = vectors_ptr + i_b * 7 * WIDTH * N, degree_ptr + i_b * N
+    p_few = gram_ptr + i_b * tiles * 1088
+    p_affinity, p_gram = affinity_ptr + i_b * stride_ab, p_few + tiles * 64
+    b_part = remainder(p_few, tiles) if STEP == 1 else tl.zeros([4, 4], tl.float32)
+    next_product(p_affinity, p_vectors, p_degree, p_gram, b_part, i_m, N, SW, STEP, WIDTH, DEPTH, BM, BN)
+
+
+@triton.jit(do_not_specialize=["N"])
+def cut_round_kernel(
+    distraction_ptr,
+    vectors_ptr,
+    degree_ptr,
+    gram_ptr,
+    out_ptr,
+    target_ptr,
+    order_ptr,
+    N,
+    stride_db,
+    stride_dn,
+    LAST: tl.constexpr,
+    TARGET: tl.constexpr,
     WIDTH: tl.constexpr,
     RESTART: tl.constexpr,
     SQUARINGS: tl.constexpr,
-    BREAKDOWN: tl.constexpr,
-    P: tl.constexpr,
-    R: tl.constexpr,
+    NEW: tl.constexpr,
+    BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    i_b = tl.program_id(0).to(tl.int64)
-    p_basis, p_y = basis_ptr + i_b * R * N, vectors_ptr + (i_b * 2 + i % 2) * WIDTH * N
-    p_projected = projected_ptr + i_b * R * R
-    b_next, b_ritz, b_norm = powers(p_basis, p_y, p_projected, N, WIDTH, BREAKDOWN, RESTART, SQUARINGS, P, R, BN)
+    i_b, tiles = tl.program_id(0).to(tl.int64), tl.cdiv(N, BM)
+    p_vectors, p_degree = vectors_ptr + i_b * 7 * WIDTH * N, degree_ptr + i_b * N
+    p_distraction, p_target = distraction_ptr + i_b * stride_db, target_ptr + i_b * N
+    p_gram = gram_ptr + i_b * tiles * 1088 + tiles * 64
+    b_ritz = ritz_coefficients(p_gram, tiles, WIDTH, RESTART, SQUARINGS, NEW)
     if LAST:
-        finish(p_basis, fiedler_ptr + i_b * N, b_ritz, b_norm, N, R, BN)
+        p_out = out_ptr + i_b * WIDTH * N
+        finish(p_vectors, p_degree, b_ritz, p_out, p_distraction, p_target, N, stride_dn, TARGET, WIDTH, BN)
+        if TARGET:
+            tl.debug_barrier()
+            order_patches(p_distraction, stride_dn, p_target, 1, order_ptr + i_b * (N + 1), N, BN)
     else:
-        restart(p_basis, p_y, b_next, N, WIDTH, R, BN)
+        restart(p_vectors, b_ritz, N, WIDTH, BN)
+
+
+def _cut(
+    affinity: Tensor, start: Tensor | None, distraction: Tensor | None, cold: int, warm: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y and two other vectors [B, 3, N]; the defocused tokens [B, N] and the patches in order, if there are masks."""
+    B, N, _ = affinity.shape
+    empty, tiles = partial(affinity.new_empty, dtype=torch.float32), triton.cdiv(N, BLOCK_ROWS)
+    out, vectors, degree = empty((B, WIDTH, N)), empty((B, 7 * WIDTH, N)), empty((B, N))
+    target, order = empty((B, N), dtype=torch.bool), empty((B, N + 1), dtype=torch.int32)
+    state = {
+        "vectors_ptr": vectors,
+        "degree_ptr": degree,
+        "gram_ptr": empty((B, tiles, 8 * 8 + 32 * 32)),
+        "N": N,
+        "WIDTH": WIDTH,
+        "BM": BLOCK_ROWS,
+        "BN": BLOCK_COLUMNS,
+        "num_warps": 8,
+    }
+    matrix = {"affinity_ptr": affinity, "SW": affinity.stride(1), "stride_ab": affinity.stride(0)}
+    given = 0 if start is None else start.shape[1]
+    begun = out if start is None else start
+    beginning = {"start_ptr": begun, "GIVEN": given, **strides("t", begun, "bwn")}
+    rounds = cold if start is None else warm
+    taken = target if distraction is None else distraction
+    ended = {"distraction_ptr": taken, **strides("d", taken, "bn"), "out_ptr": out, "target_ptr": target}
+    ended |= {"order_ptr": order, "TARGET": distraction is not None}
+    ended |= {"RESTART": RESTART, "SQUARINGS": SQUARINGS, "NEW": NEW}
+    rows = (B * tiles,)
+    if N <= WHOLE:
+        wrap_triton(cut_kernel)[(B,)](**state, **matrix, **beginning, **ended, ROUNDS=rounds, COLD=cold, DEPTH=DEPTH)
+        return out, target, order
+    for i in range(rounds):
+        wrap_triton(cut_first_kernel)[rows](**state, **matrix, **beginning, BEGINS=i == 0)
+        for step in range(1, DEPTH):
+            wrap_triton(cut_next_kernel)[rows](**state, **matrix, STEP=step, DEPTH=DEPTH)
+        wrap_triton(cut_round_kernel)[(B,)](**state, **ended, LAST=i == rounds - 1)
+    return out, target, order
 
 
 @triton_op("rfclip::fiedler_vector", mutates_args={})
 def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
     B, N, _ = similarity.shape
-    SW = triton.cdiv(N, 16) * 16  # so that every row is aligned
-    empty = partial(similarity.new_empty, dtype=torch.float32)
-    affinity, degree, y = empty((B, N, SW)), empty((B, N)), empty((B, N))
-    vectors, basis, projected = empty((B, 2, WIDTH, N)), empty((B, BASIS, N)), empty((B, BASIS, BASIS))
-    given, rounds = (degree, ROUNDS) if start is None else (start, WARM_ROUNDS)
-    state = {
-        "vectors_ptr": vectors,
-        "basis_ptr": basis,
-        "N": N,
-        "WIDTH": WIDTH,
-        "P": triton.next_power_of_2(WIDTH),
-        "R": BASIS,
-    }
-    begun = {"degree_ptr": degree, "start_ptr": given, **strides("t", given, "bn"), "GIVEN": start is not None}
-    projection = {"projected_ptr": projected, "BREAKDOWN": BREAKDOWN}
-    multiplied = {"affinity_ptr": affinity, "SW": SW, "DEPTH": DEPTH, "BM": BLOCK_ROWS, "num_warps": 8}
-    ended = {"fiedler_ptr": y, "RESTART": RESTART, "SQUARINGS": SQUARINGS}
-    if B:
-        with on_device(similarity):
-            wrap_triton(affinity_kernel)[(triton.cdiv(N, SQUARE_ROWS) * B,)](
-                similarity_ptr=similarity,
-                affinity_ptr=affinity,
-                degree_ptr=degree,
-                N=N,
-                SW=SW,
-                **strides("s", similarity, "bmn"),
-                BM=SQUARE_ROWS,
-                BN=BLOCK_COLUMNS,
-                num_warps=8,
-            )
-            if N <= WHOLE:
-                wrap_triton(cut_kernel)[(B,)](
-                    **state, **begun, **projection, **multiplied, **ended, ROUNDS=rounds, BN=BLOCK_COLUMNS
-                )
-                return y
-            wrap_triton(cut_start_kernel)[(triton.cdiv(N, BLOCK_COLUMNS) * B,)](**state, **begun, BN=BLOCK_COLUMNS)
-            for i in range(rounds * DEPTH):
-                wrap_triton(cut_product_kernel)[(triton.cdiv(N, BLOCK_ROWS) * B,)](
-                    **state, **projection, **multiplied, i=i, BN=BLOCK_COLUMNS
-                )
-                if i % DEPTH == DEPTH - 1:
-                    last = i == rounds * DEPTH - 1
-                    wrap_triton(cut_round_kernel)[(B,)](
-                        **state, **projection, **ended, i=i + 1, LAST=last, BN=BLOCK_COLUMNS
-                    )
-    return y
+    affinity = empty_affinity(similarity, N, torch.float32)
+    if not B:
+        return similarity.new_empty((B, N), dtype=torch.float32)
+    with on_device(similarity):
+        wrap_triton(affinity_kernel)[(triton.cdiv(N, SQUARE) ** 2 * B,)](
+            similarity_ptr=similarity,
+            affinity_ptr=affinity,
+            N=N,
+            SW=affinity.stride(1),
+            **strides("s", similarity, "bmn"),
+            BN=SQUARE,
+            num_warps=8,
+        )
+        return _cut(affinity, None if start is None else start[:, None], None, ROUNDS, FROM_START)[0][:, 0]
+
+
+@triton_op("rfclip::defocused_tokens", mutates_args={})
+def _defocused_tokens(affinity: Tensor, distraction: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    B, N, _ = affinity.shape
+    if not B:
+        empty = partial(affinity.new_empty, dtype=torch.float32)
+        return empty((0, WIDTH, N)), empty((0, N), dtype=torch.bool), empty((0, N + 1), dtype=torch.int32)
+    with on_device(affinity):
+        return _cut(affinity, start, distraction, TOWER_ROUNDS, TOWER_FROM_START)
 
 
 def launch_fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
-    """Five rounds, or three from a start, which takes the place of one of the vectors that the first begins with.
+    """Five rounds, or three from a start.
 
     Where they cannot tell the second eigenvalue from the third, y is some vector of their eigenspaces.
     """
     check_launch(similarity=similarity, start=start)
     return _fiedler_vector(similarity, start)
+
+
+def launch_defocused_tokens(
+    affinity: Tensor, distraction: Tensor, start: Tensor | None, threshold: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three rounds, or one from the vectors that the block before ended with; "otsu" takes two launches more.
+
+    Up to 256 patches, an image without distraction has no target, and vectors of zeros: the next block begins anew.
+    """
+    check_launch(affinity=affinity, distraction=distraction, start=start)
+    vectors, target, order = _defocused_tokens(affinity, distraction, start)
+    if threshold == "otsu":
+        target = launch_defocus_mask(vectors[:, 0], distraction, threshold)
+        order = ordered_patches(distraction, target)
+    return vectors, target, order

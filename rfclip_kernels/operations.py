@@ -25,6 +25,11 @@ def computing_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def affinity_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of `Operations.key_affinity` for keys of some dtype."""
+    return torch.float16 if tensor.itemsize == 2 else tensor.dtype
+
+
 class Operations:
     """The operations of RF-CLIP and of its peers on one backend.
 
@@ -334,19 +339,73 @@ class Operations:
             S [B, N, N], float32 or float64.
         """
         sizes, scale = checks.heads(scale, prefix, k=k)
+        self._running(running, count, sizes, computing_dtype(k))
+        if running is None:
+            running = k.new_empty((sizes["B"], sizes["N"], sizes["N"]), dtype=computing_dtype(k))
+        elif not inplace:
+            running = running.clone()
+        self._run["key_similarity"](k, running, count, scale, sizes["prefix"])
+        return running
+
+    def key_normalizers(
+        self, k: Tensor, *, copy: Tensor | None = None, scale: float | None = None, prefix: int = 1
+    ) -> Tensor:
+        """The normalizers of key-key attention, which equations 7 and 14 share: the log of every row's sum.
+
+        z[i] = log(sum over j of exp(k[i] . k[j] * scale))
+
+        Args:
+            k: keys [B, H, T, D], any floating-point dtype.
+            copy: where to put a copy of the keys, while they are read: [B, H, T, D] of k's dtype.
+            scale, prefix: as in `received_attention`.
+
+        Returns:
+            z [B, H, T], float32 or float64.
+        """
+        sizes, scale = checks.heads(scale, prefix, k=k)
+        if copy is not None:
+            tensor_sizes("copy", copy, "B H T D", sizes, k.dtype)
+        return self._run["key_normalizers"](k, copy, scale, sizes["prefix"])
+
+    def key_affinity(
+        self,
+        k: Tensor,
+        normalizers: Tensor,
+        running: Tensor | None = None,
+        count: int = 0,
+        *,
+        scale: float | None = None,
+        prefix: int = 1,
+    ) -> Tensor:
+        """W of equation 8 as `defocused_tokens` reads it: `key_similarity` in half the memory [P 7].
+
+        W = u (S + S^T) / 2  with  u = min(N, 2^15) [D], so that its mean is about 1 and float16 can hold it.
+
+        Args:
+            k, scale, prefix: as in `key_similarity`.
+            normalizers: `key_normalizers` of k, [B, H, T].
+            running: the value returned for the layer before, which is overwritten; None at the first.
+            count: the number of layers in `running`; 0 at the first layer.
+
+        Returns:
+            W [B, N, N], float16 for keys in half precision, else float32 or float64; rows need not be contiguous.
+        """
+        sizes, scale = checks.heads(scale, prefix, k=k)
+        tensor_sizes("normalizers", normalizers, "B H T", sizes, computing_dtype(k))
+        self._running(running, count, sizes, affinity_dtype(k))
+        return self._run["key_affinity"](k, normalizers, running, count, scale, sizes["prefix"])
+
+    @staticmethod
+    def _running(running: Tensor | None, count: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
+        """Check a running mean [B, N, N] over `count` layers."""
         checks.integer("count", count, 0)
         if (running is None) != (count == 0):
             passed = "None" if running is None else "a tensor"
             raise ValueError(
                 f"running must come with count >= 1, and None with count 0, got running {passed}, count {count}"
             )
-        if running is None:
-            running = k.new_empty((sizes["B"], sizes["N"], sizes["N"]), dtype=computing_dtype(k))
-        else:
-            tensor_sizes("running", running, "B N N", sizes, computing_dtype(k))
-            running = running if inplace else running.clone()
-        self._run["key_similarity"](k, running, count, scale, sizes["prefix"])
-        return running
+        if running is not None:
+            tensor_sizes("running", running, "B N N", sizes, dtype)
 
     def fiedler_vector(self, similarity: Tensor, start: Tensor | None = None) -> Tensor:
         """The second smallest eigenvector of the normalized cut: equation 8 [P 8].
@@ -387,9 +446,31 @@ class Operations:
         sizes = tensor_sizes("fiedler", fiedler, "B N")
         if distraction is not None:
             tensor_sizes("distraction", distraction, "B N", sizes, torch.bool)
-        if threshold not in ("mean", "otsu"):
-            raise ValueError(f'threshold must be "mean" or "otsu", got {threshold!r}')
+        checks.cut_threshold(threshold)
         return self._run["defocus_mask"](fiedler, distraction, threshold)
+
+    def defocused_tokens(
+        self, affinity: Tensor, distraction: Tensor, start: Tensor | None = None, *, threshold: str = "mean"
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`fiedler_vector` and `defocus_mask` at once, and the order in which attention reads the patches.
+
+        Args:
+            affinity: W [B, N, N] as `key_affinity` returns it, symmetric.
+            distraction, threshold: as in `defocus_mask`.
+            start: the vectors that this operation returned for the layer before; None at the first.
+
+        Returns:
+            vectors [B, R, N], float32 or float64, of which the first is y, and others, if there are any, help the next
+            layer; the defocused tokens, bool [B, N]; and the order of the patches for `refocused_attention`, int32
+            [B, N + 1]: the number of defocused tokens, those tokens, and all others in ascending order, distraction
+            tokens n as -1 - n. What is returned for an image without distraction is not specified.
+        """
+        sizes = tensor_sizes("affinity", affinity, "B N N")
+        tensor_sizes("distraction", distraction, "B N", sizes, torch.bool)
+        if start is not None:
+            tensor_sizes("start", start, "B R N", sizes)
+        checks.cut_threshold(threshold)
+        return self._run["defocused_tokens"](affinity, distraction, start, threshold)
 
     # Step 5: attention moves
 
@@ -404,6 +485,7 @@ class Operations:
         *,
         scale: float | None = None,
         prefix: int = 1,
+        order: Tensor | None = None,
     ) -> Tensor:
         """Attention that hands weight from distraction tokens to the target: equations 9 to 12 [P 9-12].
 
@@ -424,6 +506,7 @@ class Operations:
                 [B, T] over all tokens. A token in both sets counts as distraction only.
             beta: the share of the weight that is taken, in [0, 1]; the paper's is 0.7. 0 is plain attention.
             scale, prefix: as in `received_attention`.
+            order: of these sets, from `defocused_tokens`, if it is known; which is not checked.
 
         Returns:
             A' v, [B, H, T, D] of the inputs' dtype; logits, softmax and sums are float32 or float64.
@@ -431,8 +514,10 @@ class Operations:
         sizes, scale = checks.heads(scale, prefix, q=q, k=k, v=v)
         tensor_sizes("distraction", distraction, "B N", sizes, torch.bool)
         tensor_sizes("target", target, "B N | B T", sizes, torch.bool)
+        if order is not None:
+            tensor_sizes("order", order, "B N1", sizes | {"N1": sizes["N"] + 1}, torch.int32)
         beta = checks.number("beta", beta, 0, 1)
-        return self._run["refocused_attention"](q, k, v, distraction, target, beta, scale, sizes["prefix"])
+        return self._run["refocused_attention"](q, k, v, distraction, target, beta, scale, sizes["prefix"], order)
 
     def self_attention(
         self, u: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float | None = None, prefix: int = 1
@@ -458,7 +543,15 @@ class Operations:
 
     # Step 6: dense features
 
-    def proxy_attention(self, keys: Tensor, v: Tensor, *, scale: float | None = None, prefix: int = 1) -> Tensor:
+    def proxy_attention(
+        self,
+        keys: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        prefix: int = 1,
+        normalizers: Tensor | None = None,
+    ) -> Tensor:
         """The attention of the dense prediction, before the output projection: equation 14 [P 14].
 
         Abar = (1 / L) * sum over l of softmax(k[l] k[l]^T * scale) per head, the rows and columns of the prefix dropped
@@ -468,13 +561,17 @@ class Operations:
             keys: the keys of L layers [L, B, H, T, D], any floating-point dtype.
             v: the values of the last layer [B, H, T, D], of the same dtype.
             scale, prefix: as in `received_attention`.
+            normalizers: `key_normalizers` of every layer, [L, B, H, T], if they are known.
 
         Returns:
             Abar v, [B, H, N, D] of the inputs' dtype.
         """
         sizes = tensor_sizes("keys", keys, "L B H T D", {"prefix": checks.integer("prefix", prefix, 0)})
         tensor_sizes("v", v, "B H T D", sizes, keys.dtype)
-        return self._run["proxy_attention"](keys, v, checks.attention_scale(scale, sizes["D"]), sizes["prefix"])
+        if normalizers is not None:
+            tensor_sizes("normalizers", normalizers, "L B H T", sizes, computing_dtype(keys))
+        scale = checks.attention_scale(scale, sizes["D"])
+        return self._run["proxy_attention"](keys, v, scale, sizes["prefix"], normalizers)
 
     def cosine_aggregation(self, guide: Tensor, x: Tensor, cut: float) -> Tensor:
         """Sum over similar patches, weighted by their cosines: the last block's input in the released code [R].

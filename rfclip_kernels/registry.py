@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from rfclip_kernels.operations import affinity_dtype
+
 Inputs = dict[str, object]
 
 
@@ -103,8 +105,34 @@ class Sizes:
         noise = self.scores(self.B, self.N, self.N)
         if self.seed is None:
             return noise
-        group = torch.arange(self.N, device=self.device) < math.ceil(self.N / 3)
+        group = self.group()
         return (2.0 * (group[:, None] == group) + noise / 2).softmax(dim=-1)
+
+    def group(self) -> Tensor:
+        """Whether a patch is in the first of the two groups, bool [N]."""
+        return torch.arange(self.N, device=self.device) < math.ceil(self.N / 3)
+
+    def near_cut(self) -> Tensor:
+        """Vectors [B, 3, N] of which the first is near the one that parts the groups."""
+        start = self.scores(self.B, 3, self.N)
+        if self.seed is not None:
+            start[:, 0] = start[:, 0] / 50 + 2 * self.group() - 0.5
+        return start
+
+    def affinity(self) -> Tensor:
+        """W [B, N, N] of the same groups, symmetric, with rows that are aligned."""
+        dtype = affinity_dtype(torch.empty(0, dtype=self.dtype))
+        W = self.tensor(self.B, self.N, -(-self.N // 16) * 16, dtype=dtype)[:, :, : self.N]
+        if self.seed is not None:
+            S = self.similarity()
+            W.copy_((S + S.mT) * (self.N / 2))
+        return W
+
+    def normalizers(self, keys: Tensor) -> Tensor:
+        """Those of keys [L, B, H, T, D], layer by layer."""
+        if self.seed is None:
+            return self.scores(*keys.shape[:-1])
+        return torch.stack([(k @ k.mT * self.D**-0.5).logsumexp(dim=-1) for k in keys.to(self.score_dtype)])
 
     def classes(self) -> Tensor:
         """The class of each name, int64 [K], three names to a class."""
@@ -194,6 +222,28 @@ def _filtered(s: Sizes) -> Inputs:
     return {"x": s.patches(), "mask": s.mask(10), "grid": s.grid}
 
 
+def _keys(s: Sizes) -> Inputs:
+    return {"k": s.heads()[1], "prefix": s.prefix}
+
+
+def _affine(s: Sizes) -> Inputs:
+    k = s.heads()[1]
+    return {"k": k, "normalizers": s.normalizers(k[None])[0], "prefix": s.prefix}
+
+
+def _proxy(s: Sizes) -> Inputs:
+    return {"keys": s.tensor(s.L, s.B, s.H, s.T, s.D), "v": s.heads()[2], "prefix": s.prefix}
+
+
+def _known(s: Sizes) -> Inputs:
+    keys = s.tensor(s.L, s.B, s.H, s.T, s.D)
+    return {"keys": keys, "v": s.heads()[2], "prefix": s.prefix, "normalizers": s.normalizers(keys)}
+
+
+def _tokens(s: Sizes) -> Inputs:
+    return {"affinity": s.affinity(), "distraction": s.mask(10)}
+
+
 def _cut(s: Sizes) -> Inputs:
     return {"fiedler": s.scores(s.B, s.N), "distraction": s.mask(10)}
 
@@ -255,6 +305,7 @@ _SWEPT = {
         lambda a: [2 * a["L"] * -(-_patches(a) // a["BN"])], lambda a: a["L"] * a["PREFIX"]
     )
 }
+_SUMMED = {"proxy_attention_kernel": Products(lambda a: [(a["L"] + 1) * -(-_patches(a) // a["BN"])])}
 _LOGSUMEXP = {"row_logsumexp_kernel": Products(lambda a: [-(-_patches(a) // a["BN"])], lambda a: a["PREFIX"])}
 _SIMILARITY = _LOGSUMEXP | {"key_similarity_kernel": Products(lambda a: [a["H"]], updated=("running_ptr",))}
 _RECEIVED = _LOGSUMEXP | {"received_attention_kernel": Products(lambda a: [a["H"] * -(-_patches(a) // a["BM"])])}
@@ -297,7 +348,7 @@ EXAMPLES = (
     Example("blend_embeddings", _filtered, module="released", kernels={"blend_kernel": Products(sparse=("x_ptr",))}),
     Example(
         "key_similarity",
-        lambda s: {"k": s.heads()[1], "prefix": s.prefix},
+        _keys,
         "first block",
         module="similarity",
         sweep=Sweep(products=1),
@@ -311,9 +362,34 @@ EXAMPLES = (
         sweep=Sweep(products=1, head_dims=False),
         kernels=_SIMILARITY,
     ),
+    Example(
+        "key_normalizers",
+        lambda s: _keys(s) | {"copy": s.tensor(s.B, s.H, s.T, s.D)},
+        module="similarity",
+        sweep=Sweep(products=1),
+        kernels=_SIMILARITY,
+    ),
+    Example(
+        "key_affinity",
+        _affine,
+        "first block",
+        module="similarity",
+        sweep=Sweep(products=1),
+        kernels=_SIMILARITY,
+    ),
+    Example(
+        "key_affinity",
+        lambda s: _affine(s) | {"running": s.affinity(), "count": 1},
+        "later block",
+        module="similarity",
+        sweep=Sweep(products=1, head_dims=False),
+        kernels=_SIMILARITY,
+    ),
     Example("fiedler_vector", lambda s: {"similarity": s.similarity(), "start": s.scores(s.B, s.N)}, module="cut"),
     Example("defocus_mask", _cut, module="defocus"),
     Example("defocus_mask", lambda s: _cut(s) | {"threshold": "otsu"}, "Otsu", module="defocus"),
+    Example("defocused_tokens", _tokens, "first block", module="cut"),
+    Example("defocused_tokens", lambda s: _tokens(s) | {"start": s.near_cut()}, "later block", module="cut"),
     Example("refocused_attention", _refocused, module="attention", sweep=_ATTENTION, kernels=_REFOCUSED),
     Example("self_attention", _self, module="attention", sweep=_ATTENTION, kernels=_SWEPT),
     Example(
@@ -326,10 +402,18 @@ EXAMPLES = (
     ),
     Example(
         "proxy_attention",
-        lambda s: {"keys": s.tensor(s.L, s.B, s.H, s.T, s.D), "v": s.heads()[2], "prefix": s.prefix},
+        _proxy,
         module="attention",
         sweep=Sweep(products=2, count=lambda s: s.L, goal=True),
         kernels=_SWEPT,
+    ),
+    Example(
+        "proxy_attention",
+        _known,
+        "known normalizers",
+        module="attention",
+        sweep=Sweep(products=2, count=lambda s: s.L, goal=True),
+        kernels=_SUMMED,
     ),
     Example(
         "cosine_aggregation",

@@ -1,11 +1,13 @@
 """Averages of attention over heads, without a matrix per head: equation 7 of the paper, and its appendix A.
 
     S[i, j] <- (S[i, j] count + (1/H) sum over h of softmax_j(k_h,i . k_h,j)) / (count + 1)
-    a[j]     = (1 / (H N)) sum over h and patch queries i of softmax_j(q_h,i . k_h,j)
+    W[i, j] = (S[i, j] + S[j, i]) / 2
+    a[j]    = (1 / (H N)) sum over h and patch queries i of softmax_j(q_h,i . k_h,j)
 
-Both first need the log-sum-exp of every row: one sweep of online softmax without values. Then a tile of S adds up its
+All first need the log-sum-exp of every row: one sweep of online softmax without values. Then a tile of S adds up its
 heads in registers, and a block of columns its heads and rows. Since k_h,i . k_h,j is symmetric, a tile of products also
-gives the tile of S across the diagonal: only tiles on and above it are multiplied.
+gives the tile of S across the diagonal: only tiles on and above it are multiplied. W takes half the memory in fp16,
+multiplied by a unit that makes its mean about 1; its rows are padded to 16 values, so that each is aligned.
 """
 
 import torch
@@ -16,13 +18,15 @@ from torch.library import triton_op
 
 from rfclip_kernels.attention import LOG2E, constants, dot, image_head_rows, key_logits, softmax_step
 from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
+from rfclip_kernels.operations import affinity_dtype
 
 
 @triton.jit(do_not_specialize=["H", "T"])
 def row_logsumexp_kernel(
     q_ptr,  # [B, H, T, D]
     k_ptr,  # [B, H, T, D]
-    out_ptr,  # [B, H, T] fp32, in base 2
+    kept_ptr,  # [B, H, T, D], a copy of q, written where KEEP
+    out_ptr,  # [B, H, T] fp32
     H,
     T,
     scale,  # times log2(e)
@@ -34,6 +38,11 @@ def row_logsumexp_kernel(
     stride_kh,
     stride_kt,
     stride_kd,
+    stride_cb,
+    stride_ch,
+    stride_ct,
+    stride_cd,
+    KEEP: tl.constexpr,
     PREFIX: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
@@ -46,7 +55,11 @@ def row_logsumexp_kernel(
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + o_m[:, None] * stride_qt + o_d[None, :] * stride_qd
-    b_q = tl.load(p_q, mask=(o_m < T)[:, None] & m_d[None, :], other=0.0)  # [BM, BD]
+    m_q = (o_m < T)[:, None] & m_d[None, :]
+    b_q = tl.load(p_q, mask=m_q, other=0.0)  # [BM, BD]
+    if KEEP:
+        p_kept = kept_ptr + i_b * stride_cb + i_h * stride_ch + o_m[:, None] * stride_ct + o_d[None, :] * stride_cd
+        tl.store(p_kept, b_q, mask=m_q)
     p_k = k_ptr + i_b * stride_kb + i_h * stride_kh + o_d * stride_kd
     b_max, b_sum = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
     for i in tl.static_range(PREFIX):
@@ -60,14 +73,20 @@ def row_logsumexp_kernel(
         b_k = tl.load(p_k[:, None] + o_n[None, :] * stride_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
         b_s = tl.where(m_n[None, :], dot(b_q, b_k, PRECISION) * scale, float("-inf"))
         _p, b_max, b_sum, _shrink = softmax_step(b_s, b_max, b_sum)
-    tl.store(out_ptr + (i_b * H + i_h) * T + o_m, b_max + tl.log2(b_sum), mask=o_m < T)
+    tl.store(out_ptr + (i_b * H + i_h) * T + o_m, (b_max + tl.log2(b_sum)) / LOG2E, mask=o_m < T)
+
+
+@triton.jit
+def affinity_unit(N):
+    """What W is multiplied by, at most half of what fp16 can hold."""
+    return tl.minimum(N, 32768).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["H", "T", "count"])
 def key_similarity_kernel(
     k_ptr,  # [B, H, T, D]
     lse_ptr,  # [B, H, T]
-    running_ptr,  # [B, N, N] fp32, read where count > 0, and written
+    running_ptr,  # [B, N, N] S, or W where SYMMETRIC, read where count > 0, and written
     H,
     T,
     count,
@@ -79,6 +98,7 @@ def key_similarity_kernel(
     stride_sb,
     stride_sm,
     stride_sn,
+    SYMMETRIC: tl.constexpr,
     PREFIX: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
@@ -112,19 +132,25 @@ def key_similarity_kernel(
             b_s += dot(b_q, b_k, PRECISION) * scale
         b_lse_m = tl.load(p_lse + o_m, mask=m_m, other=0.0)
         b_lse_n = tl.load(p_lse + o_n, mask=m_n, other=0.0)
-        b_mean += tl.exp2(b_s - b_lse_m[:, None])
-        b_across += tl.exp2(b_s - b_lse_n[None, :])
+        b_mean += tl.exp2(b_s - b_lse_m[:, None] * LOG2E)
+        b_across += tl.exp2(b_s - b_lse_n[None, :] * LOG2E)
         p_k += stride_kh
         p_lse += T
     mask = m_m[:, None] & m_n[None, :]
     m_before = mask & (o_m < N * (count > 0))[:, None]
     p_out = running_ptr + i_b * stride_sb + o_m[:, None] * stride_sm + o_n[None, :] * stride_sn
     p_across = running_ptr + i_b * stride_sb + o_n[None, :] * stride_sm + o_m[:, None] * stride_sn
-    b_before = tl.load(p_out, mask=m_before, other=0.0)
-    b_before_across = tl.load(p_across, mask=m_before, other=0.0)
-    tl.store(p_out, (b_before * count + b_mean / H) / (count + 1), mask=mask)
+    b_before = tl.load(p_out, mask=m_before, other=0.0).to(tl.float32)
+    if SYMMETRIC:
+        b_mean = (b_before * count + (b_mean + b_across) * (affinity_unit(N) / (2 * H))) / (count + 1)
+        b_across = b_mean
+    else:
+        b_before_across = tl.load(p_across, mask=m_before, other=0.0)
+        b_mean = (b_before * count + b_mean / H) / (count + 1)
+        b_across = (b_before_across * count + b_across / H) / (count + 1)
+    tl.store(p_out, b_mean.to(running_ptr.dtype.element_ty), mask=mask)
     if i_m != i_n:
-        tl.store(p_across, (b_before_across * count + b_across / H) / (count + 1), mask=mask)
+        tl.store(p_across, b_across.to(running_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["H", "T"])
@@ -166,7 +192,7 @@ def received_attention_kernel(
             m_q = m_m[:, None] & m_d[None, :]
             b_q = tl.load(p_q + o_m[:, None] * stride_qt + o_d[None, :] * stride_qd, mask=m_q, other=0.0)  # [BM, BD]
             b_lse = tl.load(p_lse + o_m, mask=m_m, other=0.0)
-            b_p = tl.exp2(dot(b_q, b_k, PRECISION) * scale - b_lse[:, None])  # [BM, BN]
+            b_p = tl.exp2(dot(b_q, b_k, PRECISION) * scale - b_lse[:, None] * LOG2E)  # [BM, BN]
             b_sum += tl.sum(tl.where(m_m[:, None], b_p, 0.0), axis=0)
         p_q += stride_qh
         p_k += stride_kh
@@ -174,25 +200,34 @@ def received_attention_kernel(
     tl.store(out_ptr + i_b * (T - PREFIX) + o_n - PREFIX, b_sum / (H * (T - PREFIX)), mask=o_n < T)
 
 
-def _row_logsumexp(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
+def _row_logsumexp(q: Tensor, k: Tensor, kept: Tensor | None, scale: float, prefix: int) -> Tensor:
     B, H, T, D = q.shape
     out = q.new_empty((B, H, T), dtype=torch.float32)
     options = constants(D, q.dtype)
+    copy = q if kept is None else kept
     if B:
         with on_device(q):
             wrap_triton(row_logsumexp_kernel)[(triton.cdiv(T, options["BM"]) * B * H,)](
                 q_ptr=q,
                 k_ptr=k,
+                kept_ptr=copy,
                 out_ptr=out,
                 H=H,
                 T=T,
                 scale=scale * LOG2E.value,
                 **strides("q", q, "bhtd"),
                 **strides("k", k, "bhtd"),
+                **strides("c", copy, "bhtd"),
+                KEEP=kept is not None,
                 PREFIX=prefix,
                 **options,
             )
     return out
+
+
+def empty_affinity(like: Tensor, N: int, dtype: torch.dtype) -> Tensor:
+    """A place for W, [B, N, N], whose rows are aligned."""
+    return like.new_empty((like.shape[0], N, triton.cdiv(N, 16) * 16), dtype=dtype)[:, :, :N]
 
 
 def tile_side(N: int, dtype: torch.dtype) -> int:
@@ -202,8 +237,15 @@ def tile_side(N: int, dtype: torch.dtype) -> int:
     return 32 if N <= 256 else 64
 
 
+@triton_op("rfclip::key_normalizers", mutates_args={"kept"})
+def _key_normalizers(k: Tensor, kept: Tensor | None, scale: float, prefix: int) -> Tensor:
+    return _row_logsumexp(k, k, kept, scale, prefix)
+
+
 @triton_op("rfclip::key_similarity_", mutates_args={"running"})
-def _key_similarity_(k: Tensor, running: Tensor, count: int, scale: float, prefix: int) -> None:
+def _key_similarity_(
+    k: Tensor, normalizers: Tensor, running: Tensor, count: int, scale: float, prefix: int, symmetric: bool
+) -> None:
     B, H, T, D = k.shape
     side = tile_side(T - prefix, k.dtype)
     tiles, options = triton.cdiv(T - prefix, side), constants(D, k.dtype)
@@ -211,7 +253,7 @@ def _key_similarity_(k: Tensor, running: Tensor, count: int, scale: float, prefi
         with on_device(k):
             wrap_triton(key_similarity_kernel)[(tiles * (tiles + 1) // 2 * B,)](
                 k_ptr=k,
-                lse_ptr=_row_logsumexp(k, k, scale, prefix),
+                lse_ptr=normalizers,
                 running_ptr=running,
                 H=H,
                 T=T,
@@ -219,6 +261,7 @@ def _key_similarity_(k: Tensor, running: Tensor, count: int, scale: float, prefi
                 scale=scale * LOG2E.value,
                 **strides("k", k, "bhtd"),
                 **strides("s", running, "bmn"),
+                SYMMETRIC=symmetric,
                 PREFIX=prefix,
                 BK=32 if k.dtype == torch.float32 else options["BD"],
                 **options | {"BM": side, "BN": side, "num_warps": 8 if side == 64 else 4},
@@ -235,7 +278,7 @@ def _received_attention(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tens
             wrap_triton(received_attention_kernel)[(triton.cdiv(N, options["BN"]), B)](
                 q_ptr=q,
                 k_ptr=k,
-                lse_ptr=_row_logsumexp(q, k, scale, prefix),
+                lse_ptr=_row_logsumexp(q, k, None, scale, prefix),
                 out_ptr=out,
                 H=H,
                 T=T,
@@ -248,10 +291,28 @@ def _received_attention(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tens
     return out
 
 
+def launch_key_normalizers(k: Tensor, kept: Tensor | None, scale: float, prefix: int) -> Tensor:
+    """One launch, which also copies the keys if asked to."""
+    check_launch(k.shape[-1], k=k, kept=kept)
+    return _key_normalizers(k, kept, scale, prefix)
+
+
 def launch_key_similarity(k: Tensor, running: Tensor, count: int, scale: float, prefix: int) -> None:
     """Two launches, the second of which adds this layer to the running mean in place."""
     check_launch(k.shape[-1], k=k, running=running)
-    _key_similarity_(k, running, count, scale, prefix)
+    normalizers = _key_normalizers(k, None, scale, prefix)
+    _key_similarity_(k, normalizers, running, count, scale, prefix, False)
+
+
+def launch_key_affinity(
+    k: Tensor, normalizers: Tensor, running: Tensor | None, count: int, scale: float, prefix: int
+) -> Tensor:
+    """One launch, in place after the first layer."""
+    check_launch(k.shape[-1], k=k, normalizers=normalizers, running=running)
+    if running is None:
+        running = empty_affinity(k, k.shape[2] - prefix, affinity_dtype(k))
+    _key_similarity_(k, normalizers.contiguous(), running, count, scale, prefix, True)
+    return running
 
 
 def launch_received_attention(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:

@@ -78,7 +78,7 @@ class RFCLIP(Method):
         # The similarity is averaged over the blocks up to this one.
         averaged = min(max(refocused, default=0), len(blocks) - 1) if cut and config.similarity == "kk-mean" else 0
         average = ops.key_average(layers=len(blocks), similar=averaged, gathers=gathers, prefix=prefix)
-        fiedler: Tensor | None = None
+        start: Tensor | None = None
         for number, block in enumerate(blocks, 1):
             if number in refocused:
                 x, y, distraction = self._enter(block, x, branch, number, grid)
@@ -89,21 +89,22 @@ class RFCLIP(Method):
             q, k, v = block.heads_of(y)
             if number <= averaged or gathers:
                 average.add(k)
-            target = None
+            fiedler = target = order = None
             if distraction is None or config.beta == 0:
                 attended = F.scaled_dot_product_attention(q, k, v)
             else:
-                if cut:
-                    if config.similarity == "kk-mean":
-                        assert average.similarity is not None  # this block's keys are in it
-                        similarity = average.similarity
-                    else:
-                        similarity = ops.key_similarity({"kk": k, "qq": q, "vv": v}[config.similarity], prefix=prefix)
-                    fiedler = ops.fiedler_vector(similarity, fiedler)
-                target = self._target(distraction, fiedler)
-                attended = ops.refocused_attention(q, k, v, distraction, target, config.beta, prefix=prefix)
-            seen = Observed(number, x, q, k, distraction, fiedler if cut and target is not None else None, target)
-            self.observe(seen)
+                if cut and config.similarity == "kk-mean":
+                    fiedler, target, order = average.cut(distraction, config.cut_threshold)
+                elif cut:
+                    similarity = ops.key_similarity({"kk": k, "qq": q, "vv": v}[config.similarity], prefix=prefix)
+                    fiedler = start = ops.fiedler_vector(similarity, start)
+                    target = ops.defocus_mask(fiedler, distraction, threshold=config.cut_threshold)
+                else:
+                    target = self._other_target(distraction)
+                attended = ops.refocused_attention(
+                    q, k, v, distraction, target, config.beta, prefix=prefix, order=order
+                )
+            self.observe(Observed(number, x, q, k, distraction, fiedler, target))
             x, branch = block.finish(x, attended, ops)
         return x, y, distraction, average
 
@@ -174,11 +175,9 @@ class RFCLIP(Method):
             repaired = ops.filter_embeddings(patches, mask, grid, size=config.neighbourhood, statistic=config.embedding)
         return torch.cat([x[:, :prefix], repaired], dim=1)
 
-    def _target(self, distraction: Tensor, fiedler: Tensor | None) -> Tensor:
-        """The tokens that receive the budget, bool [B, N] over patches or [B, T] over all tokens."""
+    def _other_target(self, distraction: Tensor) -> Tensor:
+        """Who else receives the budget, bool [B, N] over patches or [B, T] over all tokens: the paper's table 6."""
         target, prefix = self.config.target, self.tower.prefix
-        if fiedler is not None:  # the target is "defocused"
-            return self.ops.defocus_mask(fiedler, distraction, threshold=self.config.cut_threshold)
         if target == "non-distraction":
             return ~distraction
         patches = torch.zeros_like(distraction) if target == "cls" else ~distraction

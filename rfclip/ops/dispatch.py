@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import rfclip_kernels
 from rfclip.config import BACKENDS
 from rfclip.ops import eager, reference
-from rfclip.ops.key_average import KeyAverage
+from rfclip.ops.key_average import KernelKeyAverage, KeyAverage
 from rfclip_kernels.launch import interpreted
 from rfclip_kernels.operations import OPERATIONS, Operations
 
@@ -75,7 +75,7 @@ class Backend(Operations):
 def backend(name: str) -> Backend:
     """The backend called "reference", "eager" or "triton"."""
     if name == "triton":
-        return Backend(name, rfclip_kernels.launchers())
+        return Backend(name, rfclip_kernels.launchers(), KernelKeyAverage)
     if name == "eager":
         own = {operation: getattr(eager, operation) for operation in eager.__all__}
         return Backend(name, own, eager.KeyAverage)

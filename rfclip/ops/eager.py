@@ -229,7 +229,15 @@ def _ritz_vectors_at_once(M: Tensor, w: Tensor, known: Tensor) -> Tensor:
 
 
 def refocused_attention(
-    q: Tensor, k: Tensor, v: Tensor, distraction: Tensor, target: Tensor, beta: float, scale: float, prefix: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    distraction: Tensor,
+    target: Tensor,
+    beta: float,
+    scale: float,
+    prefix: int,
+    order: Tensor | None = None,
 ) -> Tensor:
     """Group by group."""
     if torch.compiler.is_compiling():
@@ -254,7 +262,7 @@ def self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, pref
     return F.scaled_dot_product_attention(u, u, v, attn_mask=mask, scale=scale)
 
 
-def proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int) -> Tensor:
+def proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int, normalizers: Tensor | None = None) -> Tensor:
     """A flash attention per layer, or else one product with the values for all layers."""
     differentiated = torch.is_grad_enabled() and (keys.requires_grad or v.requires_grad)
     at_once = len(keys) >= SUMMED_LAYERS and v.device.type == "cpu" and not differentiated

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfclip.ops.numerics import computing_dtype, matmul
+from rfclip_kernels.operations import affinity_dtype
 
 BAND = 1 << 22  # upsampled logits that `upsample_argmax` holds at a time
 
@@ -119,6 +120,23 @@ def key_similarity(k: Tensor, running: Tensor, count: int, scale: float, prefix:
     running.copy_((running * count + new) / (count + 1) if count else new)
 
 
+def key_normalizers(k: Tensor, copy: Tensor | None, scale: float, prefix: int) -> Tensor:
+    if copy is not None:
+        copy.copy_(k)
+    return (matmul(k, k.mT) * scale).logsumexp(dim=-1)
+
+
+def key_affinity(
+    k: Tensor, normalizers: Tensor, running: Tensor | None, count: int, scale: float, prefix: int
+) -> Tensor:
+    """In place after the first layer."""
+    new = (matmul(k, k.mT) * scale - normalizers[..., None]).exp()[:, :, prefix:, prefix:].mean(dim=1)
+    new = (new + new.mT) * (min(new.shape[-1], 1 << 15) / 2)
+    if running is None:
+        return new.to(affinity_dtype(k))
+    return running.copy_((running.to(new.dtype) * count + new) / (count + 1))
+
+
 def fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
     """Exactly, by `torch.linalg.eigh`.
 
@@ -145,11 +163,30 @@ def defocus_mask(fiedler: Tensor, distraction: Tensor | None, threshold: str) ->
     return above if distraction is None else above & ~distraction
 
 
+def defocused_tokens(
+    affinity: Tensor, distraction: Tensor, start: Tensor | None, threshold: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    N = affinity.shape[1]
+    y = fiedler_vector(affinity.to(computing_dtype(affinity)) / min(N, 1 << 15), None)
+    target = defocus_mask(y, distraction, threshold)
+    patches = torch.argsort(~target, dim=-1, stable=True)
+    order = torch.where(distraction.gather(-1, patches), -1 - patches, patches)
+    return y[:, None], target, torch.cat([target.sum(dim=-1, keepdim=True), order], dim=-1).int()
+
+
 # Steps 5 and 6: attention
 
 
 def refocused_attention(
-    q: Tensor, k: Tensor, v: Tensor, distraction: Tensor, target: Tensor, beta: float, scale: float, prefix: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    distraction: Tensor,
+    target: Tensor,
+    beta: float,
+    scale: float,
+    prefix: int,
+    order: Tensor | None = None,
 ) -> Tensor:
     dis, tgt = attention_sets(distraction, target, prefix)
     A = move_attention(_attention(q, k, scale), dis, tgt, beta, prefix)
@@ -162,7 +199,7 @@ def self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, pref
     return matmul(A, v).to(v.dtype)
 
 
-def proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int) -> Tensor:
+def proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int, normalizers: Tensor | None = None) -> Tensor:
     matrices = (_attention(k, k, scale)[:, :, prefix:, prefix:] for k in keys)  # one layer's at a time
     total = reduce(torch.add, matrices)
     return matmul(total / len(keys), v[:, :, prefix:]).to(v.dtype)

