@@ -286,19 +286,19 @@ def ritz_coefficients(
     o_p, o_r = tl.arange(0, 4), tl.arange(0, 16)
     o_basis, o_image = tl.where(o_r <= WIDTH, o_r, o_r + WIDTH), products_lanes(WIDTH)
     b_t = orthonormal(sum_grams(p_gram, o_basis, o_basis, tiles, 32, 16), NEW)
-    b_projected = inner(combine(b_t, sum_grams(p_gram, o_basis, o_image, tiles, 32, 16)), b_t)
+    b_projected = inner(inner(b_t, sum_grams(p_gram, o_image, o_basis, tiles, 32, 16)), b_t)
     # Without 1, and without vectors that were left out. 1 is added, so that no eigenvalue is negative.
     on = (o_r > 0) & (diagonal(b_t) > 0)
     b_power = tl.where(on[:, None] & on[None, :], (b_projected + tl.trans(b_projected)) / 2, 0.0)
     b_power += tl.where(on[:, None] & (o_r[:, None] == o_r[None, :]), 1.0, 0.0)
     for _squaring in range(RESTART):
         b_power = squared(b_power)
-    b_lower = combine(tl.where((o_p[:, None] + 1 == o_r[None, :]) & (o_p > 0)[:, None], 1.0, 0.0), b_power)
+    b_lower = inner(tl.where((o_p[:, None] + 1 == o_r[None, :]) & (o_p > 0)[:, None], 1.0, 0.0), b_power)
     for _squaring in range(RESTART, SQUARINGS):
         b_power = squared(b_power)
     b_ritz = row_of(b_power, tl.argmax(diagonal(b_power), axis=0))
     b_next = tl.where((o_p == 0)[:, None], b_ritz[None, :], tl.where((o_p < WIDTH)[:, None], b_lower, 0.0))
-    return combine(combine(orthonormal(inner(b_next, b_next), 1e-9), b_next), b_t)
+    return inner(combine(orthonormal(inner(b_next, b_next), 1e-9), b_next), tl.trans(b_t))
 
 
 @triton.jit
@@ -360,7 +360,7 @@ def finish(
             tl.store(p_target + o_n, m_free & (row_of(b_next, 0) > mean), mask=o_n < N)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "stride_tb", "stride_tw", "stride_db"])
 def cut_kernel(
     affinity_ptr,  # [B, N, SW] floating-point, W
     start_ptr,  # [B, GIVEN, N]
@@ -444,7 +444,7 @@ def cut_kernel(
         order_patches(p_distraction, stride_dn, p_target, 1, p_order, N, BN)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "stride_tb", "stride_tw"])
 def cut_first_kernel(
     affinity_ptr,  # this and all that follows as in cut_kernel
     start_ptr,
@@ -497,7 +497,7 @@ def cut_next_kernel(
     next_product(p_affinity, p_vectors, p_degree, p_gram, b_part, i_m, N, SW, STEP, WIDTH, DEPTH, BM, BN)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "stride_db"])
 def cut_round_kernel(
     distraction_ptr,
     vectors_ptr,
@@ -562,7 +562,8 @@ def _cut(
     ended |= {"RESTART": RESTART, "SQUARINGS": SQUARINGS, "NEW": NEW}
     rows = (B * tiles,)
     if N <= WHOLE:
-        wrap_triton(cut_kernel)[(B,)](**state, **matrix, **beginning, **ended, ROUNDS=rounds, COLD=cold, DEPTH=DEPTH)
+        one = {"ROUNDS": rounds, "COLD": cold, "DEPTH": DEPTH}
+        wrap_triton(cut_kernel)[(B,)](**state | one, **matrix, **beginning, **ended)
         return out, target, order
     for i in range(rounds):
         wrap_triton(cut_first_kernel)[rows](**state, **matrix, **beginning, BEGINS=i == 0)
