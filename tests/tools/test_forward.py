@@ -37,14 +37,11 @@ def test_rf_clip(forward):
     assert names == {
         "layer_norm_kernel": 2 * L - 1,
         "quick_gelu_kernel": L - 1,
-        "row_logsumexp_kernel": L - 1,
+        "row_logsumexp_kernel": L,
         "key_similarity_kernel": L - 1,
-        "affinity_kernel": L - 1,
         "cut_kernel": L - 1,
-        "defocus_kernel": L - 1,
-        "partition_kernel": L - 1,
         "refocused_attention_kernel": L - 1,
-        "self_attention_kernel": 1,
+        "proxy_attention_kernel": 1,
     }
     assert forward.launches == (sum(names.values()), len(forward.refocused) - sum(names.values()))
     # Of the last block only its keys, its values, and the output projection of its patches.
@@ -85,4 +82,4 @@ def test_operations_are_recorded_as_before():
     (op,) = (op for op in OPS if op.name == "refocused_attention")
     found = record(op, Shape("ViT-B/16"))
     assert found.moved == sum(step.moved for step in found.steps)
-    assert [step.name for step in found.steps if step.triton] == ["partition_kernel", "refocused_attention_kernel"]
+    assert [step.name for step in found.steps if step.triton] == ["order_kernel", "refocused_attention_kernel"]
