@@ -92,7 +92,10 @@ def diagonal(b_square):
 
 @triton.jit
 def orthonormal(b_gram, NEW: tl.constexpr):
-    """T with T gram T^T = 1: Cholesky's factor, inverted. Rows of vectors with nothing new are 0."""
+    """T with T gram T^T = 1: Cholesky's factor, inverted. Rows of vectors with nothing new are 0.
+
+    They fade out between 2 NEW and NEW, so that what one thread rounds differently than another changes nothing much.
+    """
     R: tl.constexpr = b_gram.shape[0]
     o_r = tl.arange(0, R)
     b_length = diagonal(b_gram)
@@ -102,7 +105,7 @@ def orthonormal(b_gram, NEW: tl.constexpr):
     for i in range(R):
         b_row = row_of(b_gram, i)
         pivot = tl.sum(tl.where(o_r == i, b_row, 0.0))
-        factor = tl.where(pivot > NEW, 1.0 / tl.sqrt(tl.where(pivot > NEW, pivot, 1.0)), 0.0)
+        factor = tl.sqrt(tl.minimum(tl.maximum(pivot / NEW - 1.0, 0.0), 1.0) / tl.maximum(pivot, NEW))
         b_row, b_own = factor * b_row, factor * row_of(b_t, i)
         b_below = tl.where(o_r > i, b_row, 0.0)
         b_t = tl.where((o_r == i)[:, None], b_own[None, :], b_t - b_below[:, None] * b_own[None, :])
