@@ -42,6 +42,7 @@ NEW = 1e-2  # the squared length of what a vector adds to the basis, over its ow
 ROUNDING = tl.constexpr(1e-8)  # the squared length of R0 over that of Y, if it is more than rounding
 WHOLE = 256  # patches that one program takes
 BLOCK_ROWS, BLOCK_COLUMNS = 16, 256  # of W that a program multiplies at a time
+WHOLE_COLUMNS = 128  # if it takes all rows in turn, which needs registers for more than that
 SQUARE = 64  # the side of a tile of W that is made of S
 
 
@@ -186,12 +187,12 @@ def remainder(p_gram, tiles):
 
 
 @triton.jit
-def factors(p_vectors, b_part, o_n, N, step, WIDTH: tl.constexpr):
+def factors(p_vectors, b_part, o_n, N, step, second, WIDTH: tl.constexpr):
     """What a product after the first multiplies, [4, BN]: R0 in the second, and then what the one before made."""
     o_p = tl.arange(0, 4)
     o_lane = tl.where(o_p < WIDTH, o_p + 1 + WIDTH * (1 + tl.where(step > 1, step, 0)), 100)
     b_x = load_lanes(p_vectors, o_lane, o_n, N, 100)
-    if step == 1:
+    if second:
         b_x -= combine(b_part, load_lanes(p_vectors, o_p, o_n, N, 4))
     return b_x
 
@@ -253,8 +254,9 @@ def next_product(
     N,
     SW,
     step,
+    second,  # whether this is step 1
+    last,  # and the last one
     WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -263,14 +265,14 @@ def next_product(
     b_out = tl.zeros([4, BM, BN], tl.float32)
     for start in range(0, N, BN):
         o_n = start + tl.arange(0, BN)
-        b_x = factors(p_vectors, b_part, o_n, N, step, WIDTH)
+        b_x = factors(p_vectors, b_part, o_n, N, step, second, WIDTH)
         b_out += row_products(p_affinity, b_x, o_m, o_n, N, SW)
     b_degree = tl.load(p_degree + o_m, mask=o_m < N, other=0.0)
     b_scale = tl.where(b_degree > 0, 1.0 / tl.where(b_degree > 0, b_degree, 1.0), 0.0)
-    if step == 1:
-        store_rows(p_vectors + 2 * WIDTH * N, factors(p_vectors, b_part, o_m, N, step, WIDTH), o_m, N, WIDTH)
+    if second:
+        store_rows(p_vectors + 2 * WIDTH * N, factors(p_vectors, b_part, o_m, N, step, second, WIDTH), o_m, N, WIDTH)
     store_rows(p_vectors + (step + 2) * WIDTH * N, tl.sum(b_out, axis=2) * b_scale[None, :], o_m, N, WIDTH)
-    if step == DEPTH - 1:
+    if last:
         tl.debug_barrier()
         o_lane = tl.arange(0, 32)
         store_gram(p_gram + i_m * 1024, load_lanes(p_vectors, o_lane, o_m, N, 7 * WIDTH + 1), b_degree)
@@ -400,6 +402,7 @@ def cut_kernel(
     NEW: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    WHOLE: tl.constexpr,  # at least N
 ):
     i_b, tiles = tl.program_id(0).to(tl.int64), tl.cdiv(N, BM)
     p_affinity, p_start = affinity_ptr + i_b * stride_ab, start_ptr + i_b * stride_tb
@@ -407,7 +410,7 @@ def cut_kernel(
     p_few = gram_ptr + i_b * tiles * 1088
     p_gram, p_out = p_few + tiles * 64, out_ptr + i_b * WIDTH * N
     p_distraction, p_target = distraction_ptr + i_b * stride_db, target_ptr + i_b * N
-    p_order, o_n = order_ptr + i_b * (N + 1), tl.arange(0, BN)
+    p_order, o_n = order_ptr + i_b * (N + 1), tl.arange(0, WHOLE)
     rounds = ROUNDS
     if GIVEN > 0:
         b_given = tl.load(p_start + o_n * stride_tn, mask=o_n < N, other=0.0).to(tl.float32)
@@ -415,7 +418,7 @@ def cut_kernel(
     if TARGET:
         m_taken = tl.load(p_distraction + o_n * stride_dn, mask=o_n < N, other=0) != 0
         rounds = tl.where(tl.max(m_taken.to(tl.int32), axis=0) > 0, rounds, 0)
-        store_rows(p_out, tl.zeros([4, BN], tl.float32), o_n, N, WIDTH)
+        store_rows(p_out, tl.zeros([4, WHOLE], tl.float32), o_n, N, WIDTH)
         tl.store(p_target + o_n, m_taken & (o_n < 0), mask=o_n < N)
     for i in range(rounds):
         tl.debug_barrier()
@@ -442,7 +445,22 @@ def cut_kernel(
         for step in range(1, DEPTH):
             tl.debug_barrier()
             for i_m in range(tiles):
-                next_product(p_affinity, p_vectors, p_degree, p_gram, b_part, i_m, N, SW, step, WIDTH, DEPTH, BM, BN)
+                next_product(
+                    p_affinity,
+                    p_vectors,
+                    p_degree,
+                    p_gram,
+                    b_part,
+                    i_m,
+                    N,
+                    SW,
+                    step,
+                    step == 1,
+                    step == DEPTH - 1,
+                    WIDTH,
+                    BM,
+                    BN,
+                )
         tl.debug_barrier()
         b_ritz = ritz_coefficients(p_gram, tiles, WIDTH, RESTART, SQUARINGS, NEW)
         if i < rounds - 1:
@@ -451,7 +469,7 @@ def cut_kernel(
             finish(p_vectors, p_degree, b_ritz, p_out, p_distraction, p_target, N, stride_dn, TARGET, WIDTH, BN)
     if TARGET:
         tl.debug_barrier()
-        order_patches(p_distraction, stride_dn, p_target, 1, p_order, N, BN)
+        order_patches(p_distraction, stride_dn, p_target, 1, p_order, N, WHOLE)
 
 
 @triton.jit(do_not_specialize=["N", "stride_tb", "stride_tw"])
@@ -483,7 +501,7 @@ def cut_first_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "step"])
 def cut_next_kernel(
     affinity_ptr,
     vectors_ptr,
@@ -492,9 +510,10 @@ def cut_next_kernel(
     N,
     SW,
     stride_ab,
-    STEP: tl.constexpr,
+    step,  # 1 to DEPTH - 1
+    SECOND: tl.constexpr,  # whether it is 1
+    LAST: tl.constexpr,
     WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -503,8 +522,8 @@ def cut_next_kernel(
     p_vectors, p_degree = vectors_ptr + i_b * 7 * WIDTH * N, degree_ptr + i_b * N
     p_few = gram_ptr + i_b * tiles * 1088
     p_affinity, p_gram = affinity_ptr + i_b * stride_ab, p_few + tiles * 64
-    b_part = remainder(p_few, tiles) if STEP == 1 else tl.zeros([4, 4], tl.float32)
-    next_product(p_affinity, p_vectors, p_degree, p_gram, b_part, i_m, N, SW, STEP, WIDTH, DEPTH, BM, BN)
+    b_part = remainder(p_few, tiles) if SECOND else tl.zeros([4, 4], tl.float32)
+    next_product(p_affinity, p_vectors, p_degree, p_gram, b_part, i_m, N, SW, step, SECOND, LAST, WIDTH, BM, BN)
 
 
 @triton.jit(do_not_specialize=["N", "stride_db"])
@@ -572,13 +591,14 @@ def _cut(
     ended |= {"RESTART": RESTART, "SQUARINGS": SQUARINGS, "NEW": NEW}
     rows = (B * tiles,)
     if N <= WHOLE:
-        one = {"ROUNDS": rounds, "COLD": cold, "DEPTH": DEPTH}
+        one = {"WHOLE": WHOLE, "BN": WHOLE_COLUMNS, "ROUNDS": rounds, "COLD": cold, "DEPTH": DEPTH}
         wrap_triton(cut_kernel)[(B,)](**state | one, **matrix, **beginning, **ended)
         return out, target, order
     for i in range(rounds):
         wrap_triton(cut_first_kernel)[rows](**state, **matrix, **beginning, BEGINS=i == 0)
         for step in range(1, DEPTH):
-            wrap_triton(cut_next_kernel)[rows](**state, **matrix, STEP=step, DEPTH=DEPTH)
+            places = {"step": step, "SECOND": step == 1, "LAST": step == DEPTH - 1}
+            wrap_triton(cut_next_kernel)[rows](**state, **matrix, **places)
         wrap_triton(cut_round_kernel)[(B,)](**state, **ended, LAST=i == rounds - 1)
     return out, target, order
 
