@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels.attention import BLOCK_PATCHES, LOG2E, constants, dot, image_head_rows, on_hip, precision
+from rfclip_kernels import attention
+from rfclip_kernels.attention import BLOCK_PATCHES, LOG2E, constants, dot, image_head_rows
 from rfclip_kernels.distraction import dimensions, list_marked, mean_of_neighbours, neighbours
 from rfclip_kernels.launch import check_launch, interpreted, on_device, strides, wrap_triton
 from rfclip_kernels.similarity import row_logsumexp
@@ -198,6 +199,8 @@ def _received_attention(q: Tensor, k: Tensor, candidates: Tensor | None, scale: 
     """Sums over blocks of rows, [B, heads and blocks, N]; all of them together are H N a."""
     B, H, T, D = q.shape
     N, options = T - prefix, constants(D, q.dtype)
+    if q.dtype == torch.float32:
+        options["BN"] = 32  # the registers of a list
     blocks = triton.cdiv(N, options["BM"])
     sums = q.new_empty((B, H * blocks, N), dtype=torch.float32)
     listed = q.new_empty((B, 0 if candidates is None else N), dtype=torch.int32)
@@ -275,17 +278,17 @@ def _joint_repair_(
     return mask
 
 
-def projection_options(dtype: torch.dtype) -> dict[str, object]:
-    """Tile sizes and launch options of `project_tokens_kernel`; `make report` checks that none of them spills."""
+def projection_options(dtype: torch.dtype, hip: bool) -> dict[str, object]:
+    """Tile sizes, warps and stages of `project_tokens_kernel`; `make report` checks that none of them spills."""
     rows, depth = (32, 32) if dtype == torch.float32 else (64, 64)
-    tiles = {"BM": rows, "BN": 64, "BD": depth, "PRECISION": precision(on_hip())}
-    return tiles | {"num_warps": 4, "num_stages": 1 if on_hip() else 3}
+    return {"BM": rows, "BN": 64, "BD": depth, "num_warps": 4, "num_stages": 1 if hip else 4}
 
 
 @triton_op("rfclip::project_tokens_", mutates_args={"out"})
 def _project_tokens_(y: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, prefix: int) -> None:
     B, T, e = out.shape
-    N, options = T - prefix, projection_options(out.dtype)
+    hip = attention.on_hip()
+    N, options = T - prefix, projection_options(out.dtype, hip)
     if B:
         given = weight if bias is None else bias
         with on_device(y):
@@ -307,6 +310,7 @@ def _project_tokens_(y: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | Non
                 PREFIX=prefix,
                 BLOCK=BLOCK_PATCHES,
                 INTERPRETED=interpreted(),
+                PRECISION=attention.precision(hip),
                 **options,
             )
 
