@@ -11,8 +11,8 @@ A round takes three vectors Y and makes y of the space that they and four more p
 Nothing is orthogonalized on the way: the inner products of all vectors are taken at once, and Cholesky's factor of
 those of K makes it orthonormal, T K, without what is new only up to rounding. In it M is a matrix [16, 16]. Squaring
 that leaves its leading eigenvector, t, and y = t T M K, which is one product nearer than t T K. The next round starts
-from y and from two more rows of a lower power. There are five rounds, or three from a vector near y. In a tower three are
-enough for the first block, and one for every other, from the three vectors that the block before ended with.
+from y and from two more rows of a lower power. There are five rounds, or three from a vector near y. In a tower three
+are enough for the first block, and one for every other, from the three vectors that the block before ended with.
 
 Up to 256 patches one launch does it all, one program an image, and an image without distraction ends at once. Above, a
 product is a launch, whose programs take some rows of W each and read W once, and so is the end of a round. Degrees come

@@ -501,16 +501,16 @@ class Operations:
         *,
         scale: float | None = None,
         prefix: int = 1,
+        inplace: bool = False,
     ) -> Tensor:
         """W of equation 8 as `defocused_tokens` reads it: `key_similarity` in half the memory [P 7].
 
         W = u (S + S^T) / 2  with  u = min(N, 2^15) [D], so that its mean is about 1 and float16 can hold it.
 
         Args:
-            k, scale, prefix: as in `key_similarity`.
+            k, count, scale, prefix, inplace: as in `key_similarity`.
             normalizers: `key_normalizers` of k, [B, H, T].
-            running: the value returned for the layer before, which is overwritten; None at the first.
-            count: the number of layers in `running`; 0 at the first layer.
+            running: the value returned for the layer before; None at the first.
 
         Returns:
             W [B, N, N], float16 for keys in half precision, else float32 or float64; rows need not be contiguous.
@@ -518,6 +518,8 @@ class Operations:
         sizes, scale = checks.heads(scale, prefix, k=k)
         tensor_sizes("normalizers", normalizers, "B H T", sizes, computing_dtype(k))
         self._running(running, count, sizes, affinity_dtype(k))
+        if running is not None and not inplace:
+            running = running.clone()
         return self._run["key_affinity"](k, normalizers, running, count, scale, sizes["prefix"])
 
     @staticmethod

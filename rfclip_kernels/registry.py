@@ -425,7 +425,7 @@ EXAMPLES = (
     ),
     Example(
         "key_affinity",
-        lambda s: _affine(s) | {"running": s.affinity(), "count": 1},
+        lambda s: _affine(s) | {"running": s.affinity(), "count": 1, "inplace": True},
         "later block",
         module="similarity",
         sweep=Sweep(products=1, head_dims=False),

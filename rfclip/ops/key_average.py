@@ -95,7 +95,9 @@ class KernelKeyAverage(KeyAverage):
         place = self._place(k) if self.gathers else None
         normalizers = self.ops.key_normalizers(k, copy=place, prefix=self.prefix)
         if self.count < self.similar:
-            self._affinity = self.ops.key_affinity(k, normalizers, self._affinity, self.count, prefix=self.prefix)
+            self._affinity = self.ops.key_affinity(
+                k, normalizers, self._affinity, self.count, prefix=self.prefix, inplace=True
+            )
         if self.gathers:
             self._normalizers.append(normalizers)
         self.count += 1

@@ -25,15 +25,18 @@ import rfclip_kernels
 from rfclip.methods import METHODS
 from rfclip.plugin import installed
 
-PAPER = {"rfclip.layer_norm", "rfclip.key_similarity_", "rfclip.fiedler_vector", "rfclip.defocus_mask"}
-PAPER |= {"rfclip.refocused_attention", "rfclip.self_attention"}
+GATHERED = {"rfclip.key_normalizers", "rfclip.proxy_attention"}
+PAPER = {"rfclip.layer_norm", "rfclip.refocused_attention"} | GATHERED
+CUT = PAPER | {"rfclip.key_similarity_", "rfclip.defocused_tokens"}
 LOCATED, REPAIRED = {"rfclip.distraction_scores"}, {"rfclip.redistribute_embeddings_"}  # where they are not in a norm
+ORDERED = {"rfclip.order_patches"}  # where that is not in the cut
+OTHER_CUT = {"rfclip.key_similarity_", "rfclip.fiedler_vector", "rfclip.defocus_mask"}
 CONFIGS = {
-    "paper": ({}, PAPER),
-    "received": ({"tau_attn": 1.0}, PAPER | LOCATED | REPAIRED | {"rfclip.received_attention"}),
-    "otsu": ({"cut_threshold": "otsu", "similarity": "vv", "layers": (2,)}, PAPER),
-    "clamp": ({"embedding": "clamp"}, PAPER | LOCATED),
-    "rest": ({"target": "rest"}, PAPER - {"rfclip.key_similarity_", "rfclip.fiedler_vector", "rfclip.defocus_mask"}),
+    "paper": ({}, CUT),
+    "received": ({"tau_attn": 1.0}, CUT | LOCATED | REPAIRED | {"rfclip.received_attention"}),
+    "otsu": ({"cut_threshold": "otsu", "similarity": "vv", "layers": (2,)}, PAPER | OTHER_CUT | ORDERED),
+    "clamp": ({"embedding": "clamp"}, CUT | LOCATED),
+    "rest": ({"target": "rest"}, PAPER | ORDERED),
 }
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 every_config = pytest.mark.parametrize("case", CONFIGS)
@@ -159,13 +162,16 @@ def test_compile_in_one_graph(tower, case, function):
     with rfclip.refocus(model, config, backend="triton"), mode, torch.no_grad():
         torch.compile(module, fullgraph=True, backend=keep)(images)
     assert len(graphs) == 1
-    assert operators(graphs[0]) == expected - ({"rfclip.self_attention"} if function == "encode_image" else set())
+    if function == "encode_image":
+        expected = expected - ({"rfclip.proxy_attention"} if "rfclip.key_similarity_" in expected else GATHERED)
+    assert operators(graphs[0]) == expected
 
 
 @needs_triton
 def test_the_released_code(tower):
     model, images, mode = tower
     expected = {"rfclip.distraction_scores", "rfclip.blend_embeddings_", "rfclip.layer_norm", "rfclip.self_attention"}
+    expected |= GATHERED
     config = rfclip.RefocusConfig(distraction_dims=DIMS)
     with rfclip.refocus(model, config, method="released", backend="triton"), mode, torch.no_grad():
         with NeverWaits():

@@ -43,7 +43,8 @@ def results(out):
 
 def of_images(inputs, images):
     """The inputs of some images of a batch."""
-    parts = {name: t[:, images] if name == "keys" else t[images] for name, t in tensors(inputs).items()}
+    layers = {"keys", "normalizers"} if "keys" in inputs else set()
+    parts = {name: t[:, images] if name in layers else t[images] for name, t in tensors(inputs).items()}
     return inputs | parts | {name: inputs[name] for name in parts if name in ("weight", "bias")}
 
 
@@ -59,7 +60,7 @@ def test_inputs_are_not_modified_and_results_are_new(impl, example, dtype):
         # Heads may be laid out as the output projection reads them.
         assert each.is_contiguous() or each.transpose(1, 2).is_contiguous()
     for name, tensor in tensors(inputs).items():
-        assert torch.equal(tensor, before[name]), name
+        assert torch.equal(tensor, inputs["k"] if name == "copy" else before[name]), name
 
 
 @dtypes()
@@ -80,6 +81,11 @@ def test_in_place(impl, dtype):
     assert impl.key_similarity(**inputs) is inputs["running"]
     assert_same_bits(inputs["running"], want)
     assert_same_bits(impl.key_similarity(inputs["k"], inplace=True), impl.key_similarity(inputs["k"]))
+    (later,) = (example for example in EXAMPLES if example.name == "key_affinity, later block")
+    inputs = inputs_of(later, dtype) | {"inplace": True}
+    want = call(impl, later, inputs)
+    assert impl.key_affinity(**inputs) is inputs["running"]
+    assert_same_bits(inputs["running"], want)
 
 
 @batched_example

@@ -68,12 +68,27 @@ class Assumptions:
 
 
 @dataclass(frozen=True)
-class Forward:
-    """A shape and a batch, and the steps of both forwards."""
+class Goal:
+    """A shape and a batch, and what is asked of the path there.
+
+    Attributes:
+        launches: the most that a refocused forward may launch.
+        time: the most it may take in a CUDA graph, over plain CLIP in one; None where nothing is asked.
+    """
 
     shape: Shape
     batch: int
+    launches: int
+    time: float | None = None
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What was counted for a goal: the steps of plain CLIP, the same under `torch.compile`, and the refocused ones."""
+
+    goal: Goal
     plain: list[Step]
+    compiled: list[Step]
     refocused: list[Step]
 
     @property
@@ -82,22 +97,55 @@ class Forward:
         own = sum(step.triton for step in self.refocused)
         return own, len(self.refocused) - own
 
+    @property
+    def passes(self) -> float:
+        """How often a block passes over its similarity, at most: bytes moved of it over those of [B, N, N] in fp32."""
+        blocks = [0]
+        for step in self.refocused:
+            if step.name == "key_similarity_kernel":
+                blocks.append(0)
+            blocks[-1] += step.similarity
+        return max(blocks) / (4 * self.goal.shape.sizes.N**2 * self.goal.batch)
 
-# Batch 1 of each size in the report, and what is asked of the path.
+    def missed(self, assumed: Assumptions) -> list[str]:
+        """What is asked and not met."""
+        time = assumed.seconds(self.refocused, graph=True) / assumed.seconds(self.plain, graph=True)
+        found = []
+        if len(self.refocused) > self.goal.launches:
+            found.append(f"{len(self.refocused)} launches, at most {self.goal.launches} allowed")
+        if self.passes > MOST_PASSES:
+            found.append(f"{self.passes:.1f} passes over the similarity, at most {MOST_PASSES} allowed")
+        if self.goal.time is not None and time > self.goal.time:
+            found.append(f"{time:.2f} of plain CLIP's projected time, at most {self.goal.time} allowed")
+        return found
+
+
+MOST_PASSES = 8  # over the similarity of a block
+WHOLE, STEPS = 150, 5  # launches of a forward of at most 256 patches; above, these more in each of the refocused blocks
+B16, L14 = WHOLE + 11 * STEPS, {True: 504, False: 700}  # of ViT-L/14, today's
 FORWARDS = [
-    (Shape("ViT-B/16", size), batch)
-    for size, batch in (((224, 224), 1), ((224, 224), 32), ((336, 448), 8), ((672, 896), 1), ((1024, 2048), 1))
-] + [(Shape("ViT-L/14", (224, 224)), 1), (Shape("ViT-L/14", (336, 448)), 8)]
-# The most launches of a refocused forward: today's, for 256 patches at most and for more, where the cut takes one a
-# product. The goal for ViT-B/16 is 150, as many as plain CLIP.
-MOST = {("ViT-B/16", True): 176, ("ViT-B/16", False): 386, ("ViT-L/14", True): 595, ("ViT-L/14", False): 1021}
+    Goal(Shape("ViT-B/16", (224, 224)), 1, WHOLE, 1.05),
+    Goal(Shape("ViT-B/16", (224, 224)), 32, WHOLE, 1.05),
+    Goal(Shape("ViT-B/16", (336, 448)), 8, B16, 1.15),
+    Goal(Shape("ViT-B/16", (672, 896)), 1, B16, 1.5),
+    Goal(Shape("ViT-B/16", (1024, 2048)), 1, B16, 1.8),
+    Goal(Shape("ViT-L/14", (224, 224)), 1, L14[True]),
+    Goal(Shape("ViT-L/14", (336, 448)), 8, L14[False]),
+]
 
 
-def count(shape: Shape, batch: int) -> Forward:
-    """Record both forwards at a size and a batch."""
-    name = shape.model.replace("/", "-")
-    config = open_clip.get_model_config(name)
+def plain_model(shape: Shape, batch: int) -> tuple[CLIP, Tensor]:
+    """open_clip's model with OpenAI's QuickGELU in fp16, and images for it, without data, on the current device."""
+    config = open_clip.get_model_config(shape.model.replace("/", "-"))
     height, width = shape.size
+    vision = config["vision_cfg"] | {"image_size": (height, width)}
+    model = CLIP(config["embed_dim"], vision, config["text_cfg"], quick_gelu=True).eval()
+    return _halved(model), torch.empty(batch, 3, height, width, dtype=torch.float16)
+
+
+def count(goal: Goal, kernels: list[int]) -> Forward:
+    """Record both forwards; `kernels` are the bytes of what Inductor generates of the plain one."""
+    name = goal.shape.model.replace("/", "-")
     with (
         recording() as found,
         patch.object(F, "scaled_dot_product_attention", partial(_fused_attention, found)),
@@ -105,17 +153,16 @@ def count(shape: Shape, batch: int) -> Forward:
         torch.device("cuda"),
         torch.no_grad(),  # in inference mode, operators would be recorded before they are taken apart
     ):
-        vision = config["vision_cfg"] | {"image_size": (height, width)}
-        model = CLIP(config["embed_dim"], vision, config["text_cfg"], quick_gelu=True).eval()
-        model = _halved(model)
-        images = torch.empty(batch, 3, height, width, dtype=torch.float16)
+        model, images = plain_model(goal.shape, goal.batch)
         found.steps.clear()
         model.encode_image(images)
         plain = list(found.steps)
         with rfclip.refocus(model, rfclip.RefocusConfig.preset(name, "openai"), backend="triton"):
             found.steps.clear()
             rfclip.dense_features(model, images)
-    return Forward(shape, batch, plain, found.steps)
+    libraries = [step for step in plain if step.operations]
+    compiled = libraries + [Step("generated", True, 0, moved) for moved in kernels]
+    return Forward(goal, plain, compiled, found.steps)
 
 
 def _fused_attention(found: Recording, q: Tensor, k: Tensor, v: Tensor, *given: Any, **named: Any) -> Tensor:

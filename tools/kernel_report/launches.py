@@ -26,6 +26,7 @@ import rfclip_kernels
 from rfclip_kernels import attention
 from rfclip_kernels.registry import EXAMPLES, Example, Products, Sizes
 
+SIMILARITY = {"similarity_ptr", "affinity_ptr", "running_ptr"}  # arguments that are [B, N, N]
 MOST_OPERATIONS = 1.02  # of plain flash attention's
 MOST_BYTES = 1.10  # of the least
 OPS = [example for example in EXAMPLES if example.module]
@@ -75,12 +76,18 @@ class Launch:
 
 
 class Step(NamedTuple):
-    """A launch of a Triton kernel, or an operator of PyTorch, which counts as one; and its matrix operations."""
+    """A launch of a Triton kernel, or an operator of PyTorch, which counts as one.
+
+    Attributes:
+        operations: of matrix products.
+        moved, similarity: bytes of all tensors, and of the similarity among them.
+    """
 
     name: str
     triton: bool
     operations: float
     moved: int
+    similarity: int = 0
 
 
 @dataclass
@@ -136,9 +143,12 @@ def recording(hip: bool = False) -> Iterator[Recording]:
         products = PRODUCTS.get(kernel.__name__, Products())
         launch = Launch(kernel, grid, arguments | mocks, products)
         once = {id(value): value for name, value in tensors.items() if name not in products.sparse}
-        moved = tensor_bytes(once.values()) + tensor_bytes(tensors[name] for name in products.updated)
+        updated = products.updated if arguments.get("count", 1) else ()  # the first layer is only written
+        twice = [tensors[name] for name in updated]
+        square = [tensor for name, tensor in tensors.items() if name in SIMILARITY] + twice
         operations = float(launch.operations.mean()) if products.tiles else 0.0
-        found.steps.append(Step(kernel.__name__, True, operations, moved))
+        moved = tensor_bytes([*once.values(), *twice])
+        found.steps.append(Step(kernel.__name__, True, operations, moved, tensor_bytes(square)))
         found.launches.append(launch)
 
     with (
