@@ -198,9 +198,7 @@ def project_tokens_kernel(
 def _received_attention(q: Tensor, k: Tensor, candidates: Tensor | None, scale: float, prefix: int) -> Tensor:
     """Sums over blocks of rows, [B, heads and blocks, N]; all of them together are H N a."""
     B, H, T, D = q.shape
-    N, options = T - prefix, constants(D, q.dtype)
-    if q.dtype == torch.float32:
-        options["BN"] = 32  # the registers of a list
+    N, options = T - prefix, constants(D, q.dtype) | {"BN": 32}  # the registers of a list
     blocks = triton.cdiv(N, options["BM"])
     sums = q.new_empty((B, H * blocks, N), dtype=torch.float32)
     listed = q.new_empty((B, 0 if candidates is None else N), dtype=torch.int32)

@@ -208,10 +208,15 @@ def _masked(s: Sizes) -> Inputs:
     return {"x": s.patches(), "mask": s.mask(10), "dims": s.dims}
 
 
-def _normed(s: Sizes) -> Inputs:
+def _stream(s: Sizes) -> Tensor:
+    """All tokens [B, T, d]."""
     x = s.tensor(s.B, s.T, s.d)
     x[:, s.prefix :] = s.patches()
-    return {"x": x, "branch": s.tensor(s.B, s.T, s.d), "weight": s.scores(s.d), "bias": s.scores(s.d)}
+    return x
+
+
+def _normed(s: Sizes) -> Inputs:
+    return {"x": _stream(s), "branch": s.tensor(s.B, s.T, s.d), "weight": s.scores(s.d), "bias": s.scores(s.d)}
 
 
 def _repaired(s: Sizes) -> Inputs:
@@ -225,9 +230,10 @@ def _candidates(s: Sizes) -> Inputs:
 def _joint(s: Sizes) -> Inputs:
     """Of the candidates, those that receive more than the uniform share are repaired."""
     q, k, _ = s.heads()
-    x, inputs = _normed(s)["x"], {"q": q, "k": k, "candidates": s.mask(4), "threshold": 1 / s.T}
+    x, y = _stream(s), s.tensor(s.B, s.T, s.d)
     before = torch.stack([x[:, s.prefix :, j] for j in s.dims], dim=-1)
-    inputs |= {"x": x, "y": s.tensor(s.B, s.T, s.d), "before": before, "weight": s.scores(s.d), "bias": s.scores(s.d)}
+    inputs: Inputs = {"x": x, "y": y, "before": before, "candidates": s.mask(4), "q": q, "k": k, "threshold": 1 / s.T}
+    inputs |= {"weight": s.scores(s.d), "bias": s.scores(s.d)}
     return inputs | {"dims": s.dims, "grid": s.grid, "prefix": s.prefix}
 
 

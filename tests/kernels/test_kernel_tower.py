@@ -49,9 +49,9 @@ def features(model, images, config, backend, read=rfclip.dense_features):
         enter = forward._enter
 
         def watched(*arguments):
-            x, y, mask = enter(*arguments)
+            x, y, qkv, mask = enter(*arguments)
             masks.append(torch.zeros_like(x[:, 1:, 0], dtype=torch.bool) if mask is None else mask)
-            return x, y, mask
+            return x, y, qkv, mask
 
         forward._enter = watched
         return read(model, images), masks
