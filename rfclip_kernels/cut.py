@@ -36,9 +36,10 @@ WIDTH, DEPTH = 3, 5  # vectors that are multiplied at once, and how often in a r
 BASIS = 16  # 1 and WIDTH * DEPTH others
 ROUNDS, FROM_START = 5, 3  # that resolve y, and those that a start leaves
 TOWER_ROUNDS, TOWER_FROM_START = 3, 1  # that resolve the mask of the defocused tokens
-RESTART = 5  # squarings of the projected matrix before the next round's start is taken from it
+RESTART = 3  # squarings of the projected matrix before the next round's start is taken from it
 SQUARINGS = 12  # that its leading eigenvector takes
 NEW = 1e-2  # the squared length of what a vector adds to the basis, over its own, is more than this
+ROUNDING = tl.constexpr(1e-8)  # the squared length of R0 over that of Y, if it is more than rounding
 WHOLE = 256  # patches that one program takes
 BLOCK_ROWS, BLOCK_COLUMNS = 16, 256  # of W that a program multiplies at a time
 SQUARE = 64  # the side of a tile of W that is made of S
@@ -91,7 +92,10 @@ def diagonal(b_square):
 
 @triton.jit
 def orthonormal(b_gram, NEW: tl.constexpr):
-    """T with T gram T^T = 1: Cholesky's factor, inverted. Rows of vectors with nothing new are 0."""
+    """T with T gram T^T = 1: Cholesky's factor, inverted. Rows of vectors with nothing new are 0.
+
+    They fade out between 2 NEW and NEW, so that what one thread rounds differently than another changes nothing much.
+    """
     R: tl.constexpr = b_gram.shape[0]
     o_r = tl.arange(0, R)
     b_length = diagonal(b_gram)
@@ -101,7 +105,7 @@ def orthonormal(b_gram, NEW: tl.constexpr):
     for i in range(R):
         b_row = row_of(b_gram, i)
         pivot = tl.sum(tl.where(o_r == i, b_row, 0.0))
-        factor = tl.where(pivot > NEW, 1.0 / tl.sqrt(tl.where(pivot > NEW, pivot, 1.0)), 0.0)
+        factor = tl.sqrt(tl.minimum(tl.maximum(pivot / NEW - 1.0, 0.0), 1.0) / tl.maximum(pivot, NEW))
         b_row, b_own = factor * b_row, factor * row_of(b_t, i)
         b_below = tl.where(o_r > i, b_row, 0.0)
         b_t = tl.where((o_r == i)[:, None], b_own[None, :], b_t - b_below[:, None] * b_own[None, :])
@@ -131,10 +135,10 @@ def store_rows(p_rows, b_rows, o_n, N, WIDTH: tl.constexpr):
 def start_lanes(p_start, stride_tw, stride_tn, o_n, N, GIVEN: tl.constexpr):
     """1 and the first Y, [4, BN]: what is given, and vectors that no eigenvector is orthogonal to."""
     o_p = tl.arange(0, 4)
-    # Multiples of the roots of 5, 2 and 3, less their floor.
-    b_root = tl.sqrt(tl.where(o_p == 1, 5.0, tl.where(o_p == 2, 2.0, 3.0)))
-    b_turn = b_root[:, None] * (o_n + 1).to(tl.float32)[None, :]
-    b_y = b_turn - tl.floor(b_turn) - 0.5
+    # What follows the point in multiples of the roots of 5, 2 and 3, as integers: every program finds the same bits.
+    b_root = tl.where(o_p == 1, 0x3C6EF372, tl.where(o_p == 2, 0x6A09E667, 0xBB67AE85)).to(tl.uint32)
+    b_turn = b_root[:, None] * (o_n + 1).to(tl.uint32)[None, :]
+    b_y = (b_turn >> 8).to(tl.float32) * (1 / (1 << 24)) - 0.5
     if GIVEN > 0:
         m_given = (o_p > 0) & (o_p <= GIVEN)
         p_given = p_start + (o_p - 1)[:, None] * stride_tw + o_n[None, :] * stride_tn
@@ -176,7 +180,7 @@ def sum_grams(p_gram, o_r, o_k, tiles, LANES: tl.constexpr, BT: tl.constexpr):
 def remainder(p_gram, tiles):
     """What makes R0 of 1, Y and Z, [4, 4]: Z less these multiples of 1 and Y."""
     o_p = tl.arange(0, 4)
-    b_t = orthonormal(sum_grams(p_gram, o_p, o_p, tiles, 8, 32), 1e-9)
+    b_t = orthonormal(sum_grams(p_gram, o_p, o_p, tiles, 8, 32), 1e-6)
     b_part = sum_grams(p_gram, o_p + 4, o_p, tiles, 8, 32)  # of the three of Z
     return combine(inner(b_part, b_t), b_t)
 
@@ -231,7 +235,8 @@ def first_product(
     b_x = first_factors(p_vectors, p_start, stride_tw, stride_tn, o_m, N, begins, GIVEN)
     tl.store(p_degree + o_m, b_degree, mask=o_m < N)
     mask = (o_p > 0)[:, None] & (o_m < N)[None, :]
-    tl.store(p_vectors + (o_p - 1)[:, None] * N + o_m[None, :], b_x, mask=mask)
+    if begins:
+        tl.store(p_vectors + (o_p - 1)[:, None] * N + o_m[None, :], b_x, mask=mask)
     tl.store(p_vectors + (o_p - 1 + WIDTH)[:, None] * N + o_m[None, :], b_product, mask=mask)
     tl.debug_barrier()
     store_gram(p_gram + i_m * 64, load_lanes(p_vectors, tl.arange(0, 8), o_m, N, 7), b_degree)
@@ -285,7 +290,12 @@ def ritz_coefficients(
     """What makes the next Y, whose first vector is y, of M K: [4, 16]."""
     o_p, o_r = tl.arange(0, 4), tl.arange(0, 16)
     o_basis, o_image = tl.where(o_r <= WIDTH, o_r, o_r + WIDTH), products_lanes(WIDTH)
-    b_t = orthonormal(sum_grams(p_gram, o_basis, o_basis, tiles, 32, 16), NEW)
+    b_gram = sum_grams(p_gram, o_basis, o_basis, tiles, 32, 16)
+    # Of an R0 that is nothing but rounding, R1 is not the product: programs round it differently. It is left out.
+    b_length = diagonal(b_gram)
+    b_before = tl.sum(tl.where(o_r[None, :] + WIDTH == o_r[:, None], b_length[None, :], 0.0), axis=1)
+    m_sound = (o_r <= WIDTH) | (o_r > 2 * WIDTH) | (b_length > ROUNDING * b_before)
+    b_t = orthonormal(tl.where(m_sound[:, None] & m_sound[None, :], b_gram, 0.0), NEW)
     b_projected = inner(inner(b_t, sum_grams(p_gram, o_image, o_basis, tiles, 32, 16)), b_t)
     # Without 1, and without vectors that were left out. 1 is added, so that no eigenvalue is negative.
     on = (o_r > 0) & (diagonal(b_t) > 0)
@@ -298,7 +308,7 @@ def ritz_coefficients(
         b_power = squared(b_power)
     b_ritz = row_of(b_power, tl.argmax(diagonal(b_power), axis=0))
     b_next = tl.where((o_p == 0)[:, None], b_ritz[None, :], tl.where((o_p < WIDTH)[:, None], b_lower, 0.0))
-    return inner(combine(orthonormal(inner(b_next, b_next), 1e-9), b_next), tl.trans(b_t))
+    return inner(combine(orthonormal(inner(b_next, b_next), 1e-6), b_next), tl.trans(b_t))
 
 
 @triton.jit

@@ -116,7 +116,7 @@ class Sizes:
         """Vectors [B, 3, N] of which the first is near the one that parts the groups."""
         start = self.scores(self.B, 3, self.N)
         if self.seed is not None:
-            start[:, 0] = start[:, 0] / 50 + 2 * self.group() - 0.5
+            start[:, 0] = start[:, 0] / 200 + 2 * self.group() - 0.5
         return start
 
     def affinity(self) -> Tensor:

@@ -20,6 +20,12 @@ def clusters(B, grid, dtype=torch.float32):
     return reference.key_similarity(keys).to(dtype)
 
 
+def affinities(B, grid):
+    """W of the same keys in fp16, [B, N, N]."""
+    S = clusters(B, grid)
+    return ((S + S.mT) * (math.prod(grid) / 2)).half()
+
+
 def eigenvalues(S):
     """The eigenvalues [B, N] of Deg^-1/2 W Deg^-1/2, in ascending order."""
     W = (S.double() + S.double().mT) / 2
@@ -112,3 +118,55 @@ def test_the_lowest_of_equal_otsu_thresholds(values):
     y = torch.tensor([values], dtype=torch.float32, device=DEVICE)
     above = [value > min(values) for value in values]
     assert rfclip_kernels.defocus_mask(y, threshold="otsu")[0].tolist() == above
+
+
+@pytest.mark.parametrize("grid", [(9, 14), (16, 17)], ids=["one launch", "a launch a product"])
+def test_the_cuts_of_a_tower(grid):
+    """One round a block, from the vectors of the block before, finds what the exact eigenvectors say.
+
+    The second image has its first distraction token in the third block; up to 256 patches its cut begins there.
+    """
+    N, average, vectors = math.prod(grid), None, None
+    drifting = randn(2, 1, N + 1, 16, seed=0, spread=0.6)
+    drifting[:, :, : 1 + N // 3, 0] += 2
+    drifting[:, :, 1 + N // 3 :, 1] += 2
+    for block in range(5):
+        keys = (drifting + 0.4 * randn(2, 1, N + 1, 16, seed=block + 1)).half()
+        normalizers = rfclip_kernels.key_normalizers(keys)
+        average = rfclip_kernels.key_affinity(keys, normalizers, average, block, inplace=True)
+        distraction = torch.arange(N, device=DEVICE).expand(2, -1) % 10 == 3
+        distraction = distraction & torch.tensor([[True], [block >= 2]], device=DEVICE)
+        vectors, target, order = rfclip_kernels.defocused_tokens(average, distraction, vectors)
+        present = distraction.any(dim=1)
+        y, want, ordered = (each[present] for each in reference.defocused_tokens(average.double(), distraction))
+        assert (target[present] == want).double().mean() > 0.998
+        assert 0.2 < want.double().mean() < 0.8
+        if torch.equal(target[present], want):
+            assert torch.equal(order[present], ordered)
+        check_vectors(vectors[present, 0], average[present].double() / N, 0.02)
+    assert present.all()
+
+
+def test_an_image_without_distraction_ends_at_once():
+    """It gets no target, and its order is that of the patches, whatever else is in the batch."""
+    affinity = affinities(2, (3, 7))
+    distraction = torch.arange(21, device=DEVICE).expand(2, -1) == torch.tensor([[4], [-1]], device=DEVICE)
+    vectors, target, order = rfclip_kernels.defocused_tokens(affinity, distraction)
+    assert target[0].any() and not target[1].any() and not vectors[1].any()
+    assert order[1].tolist() == [0, *range(21)]
+    assert order[0, 0] == target[0].sum() and (order[0] == -5).sum() == 1
+
+
+def test_otsus_threshold():
+    affinity = affinities(2, (3, 7))
+    distraction = torch.arange(42, device=DEVICE).view(2, 21) % 5 == 1
+    got = rfclip_kernels.defocused_tokens(affinity, distraction, threshold="otsu")
+    want = reference.defocused_tokens(affinity.double(), distraction, threshold="otsu")
+    assert torch.equal(got[1], want[1]) and torch.equal(got[2], want[2])
+
+
+def test_a_single_patch():
+    distraction = torch.ones(2, 1, dtype=torch.bool, device=DEVICE)
+    affinity = torch.ones(2, 1, 1, dtype=torch.float16, device=DEVICE)
+    vectors, target, order = rfclip_kernels.defocused_tokens(affinity, distraction)
+    assert not vectors.any() and not target.any() and order.tolist() == [[0, -1]] * 2
