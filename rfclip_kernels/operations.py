@@ -39,10 +39,10 @@ class Operations:
     T_dis the distraction tokens and T_def the defocused tokens. Masks are over the N patches; True means "in the set".
 
     Precision: everything is computed in float32, or in float64 for float64 inputs, and rounded once at the end.
-    Operations that return tokens (`redistribute_embeddings`, `clamp_embeddings`, `filter_embeddings`,
-    `blend_embeddings`, `refocused_attention`, `self_attention`, `proxy_attention`, `cosine_aggregation`) and `pamr`
-    return the dtype of their input. Operations that return scores return float32, or float64 for float64 inputs, so
-    that half-precision rounding never decides a comparison.
+    Operations that return tokens (`joint_repair`, `project_tokens`, `redistribute_embeddings`, `clamp_embeddings`,
+    `filter_embeddings`, `blend_embeddings`, `refocused_attention`, `self_attention`, `proxy_attention`,
+    `cosine_aggregation`) and `pamr` return the dtype of their input. Operations that return scores return float32, or
+    float64 for float64 inputs, so that half-precision rounding never decides a comparison.
 
     Inputs may have any strides, and a batch may be empty. Operations return new tensors and leave their arguments
     unchanged, except where `inplace` is asked for. Every method raises ValueError for arguments of the wrong type,

@@ -121,31 +121,46 @@ class RFCLIP(Method):
         norm: Any = block.ln_1
         tau, tau_attn = config.thresholds(x.shape[2], x.shape[1] - prefix)
         fused = config.tokens == "distraction" and config.embedding == "redistribute" and ops.fuses(norm)
-        dims, shifted, size = config.distraction_dims, config.shifted, config.neighbourhood
-        known = {"eps": norm.eps, "prefix": prefix} if fused else {}
         if fused and tau_attn is None:
-            x, y, distraction = ops.repaired_layer_norm(
-                x, branch, norm.weight, norm.bias, dims, tau, grid, shifted=shifted, size=size, **known
-            )
+            given = (x, branch, norm.weight, norm.bias, config.distraction_dims, tau, grid)
+            more = {"eps": norm.eps, "shifted": config.shifted, "size": config.neighbourhood, "prefix": prefix}
+            x, y, distraction = ops.repaired_layer_norm(*given, **more)
             return x, y, None, distraction
         linears = block.linears() if fused else None
         if tau_attn is not None and linears is not None:
-            x, y, candidates, before = ops.candidate_layer_norm(
-                x, branch, norm.weight, norm.bias, dims, tau, shifted=shifted, **known
-            )
-            outputs = [F.linear(y, weight, bias) for weight, bias in linears]
-            q, k, _ = block.heads_in(outputs)
-            found = (x, y, before, candidates, q, k, norm.weight, norm.bias, dims, tau_attn, grid)
-            x, y, distraction = ops.joint_repair(*found, size=size, inplace=True, **known)
-            for (weight, bias), out in zip(linears, outputs, strict=True):
-                ops.project_tokens(y, distraction, weight, bias, out, prefix=prefix, inplace=True)
-            return x, y, block.heads_in(outputs), distraction
+            return self._enter_jointly(block, linears, x, branch, tau, tau_attn, grid)
         x = x if branch is None else x + branch
         distraction = self._locate(block, x, number)
         if _known_empty(distraction):
             return x, norm(x), None, None
         x = self._repair(x, distraction, grid)
         return x, norm(x), None, distraction
+
+    def _enter_jointly(
+        self,
+        block: Block,
+        linears: list[tuple[Tensor, Tensor | None]],
+        x: Tensor,
+        branch: Tensor | None,
+        tau: float,
+        tau_attn: float,
+        grid: tuple[int, int],
+    ) -> tuple[Tensor, Tensor, QKV, Tensor]:
+        """`_enter` with one projection, of which only the rows of distraction tokens are computed again."""
+        config, ops, prefix = self.config, self.ops, self.tower.prefix
+        norm: Any = block.ln_1
+        dims, affine, eps = config.distraction_dims, (norm.weight, norm.bias), norm.eps
+        x, y, candidates, before = ops.candidate_layer_norm(
+            x, branch, *affine, dims, tau, eps=eps, shifted=config.shifted, prefix=prefix
+        )
+        outputs = [F.linear(y, weight, bias) for weight, bias in linears]
+        q, k, v = block.heads_in(outputs)
+        given = (x, y, before, candidates, q, k, *affine, dims, tau_attn, grid)
+        size = config.neighbourhood
+        x, y, distraction = ops.joint_repair(*given, eps=eps, size=size, prefix=prefix, inplace=True)
+        for (weight, bias), out in zip(linears, outputs, strict=True):  # which q, k and v are views of
+            ops.project_tokens(y, distraction, weight, bias, out, prefix=prefix, inplace=True)
+        return x, y, (q, k, v), distraction
 
     def _locate(self, block: Block, x: Tensor, number: int) -> Tensor:
         """T_dis, bool [B, N], from the input of a block [B, T, d]: steps 1 and 2."""
