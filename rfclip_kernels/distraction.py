@@ -49,6 +49,22 @@ def mean_of_neighbours(b_near, m_near):
     return tl.sum(b_near.to(tl.float32), axis=1) / tl.maximum(b_count, 1.0), b_count > 0
 
 
+@triton.jit
+def list_marked(p_mask, p_list, N, BLOCK: tl.constexpr):
+    """List the marked patches of an image [N] in memory, in ascending order; returns their number.
+
+    All programs of an image may write the same list: each writes all of it before it reads.
+    """
+    n_marked = 0
+    for start in range(0, N, BLOCK):
+        o_n = start + tl.arange(0, BLOCK)
+        b_marked = (tl.load(p_mask + o_n, mask=o_n < N, other=0) != 0).to(tl.int32)
+        tl.store(p_list + n_marked + tl.cumsum(b_marked, 0) - 1, o_n, mask=b_marked > 0)
+        n_marked += tl.sum(b_marked, axis=0)
+    tl.debug_barrier()  # other threads wrote what is read next
+    return n_marked
+
+
 @triton.jit(do_not_specialize=["N"])
 def distraction_scores_kernel(
     x_ptr,  # [B, N, d]

@@ -39,10 +39,10 @@ class Operations:
     T_dis the distraction tokens and T_def the defocused tokens. Masks are over the N patches; True means "in the set".
 
     Precision: everything is computed in float32, or in float64 for float64 inputs, and rounded once at the end.
-    Operations that return tokens (`redistribute_embeddings`, `clamp_embeddings`, `filter_embeddings`,
-    `blend_embeddings`, `refocused_attention`, `self_attention`, `proxy_attention`, `cosine_aggregation`) and `pamr`
-    return the dtype of their input. Operations that return scores return float32, or float64 for float64 inputs, so
-    that half-precision rounding never decides a comparison.
+    Operations that return tokens (`joint_repair`, `project_tokens`, `redistribute_embeddings`, `clamp_embeddings`,
+    `filter_embeddings`, `blend_embeddings`, `refocused_attention`, `self_attention`, `proxy_attention`,
+    `cosine_aggregation`) and `pamr` return the dtype of their input. Operations that return scores return float32, or
+    float64 for float64 inputs, so that half-precision rounding never decides a comparison.
 
     Inputs may have any strides, and a batch may be empty. Operations return new tensors and leave their arguments
     unchanged, except where `inplace` is asked for. Every method raises ValueError for arguments of the wrong type,
@@ -159,12 +159,48 @@ class Operations:
         """
         sizes = self._normed(x, branch, weight, bias, {"prefix": checks.integer("prefix", prefix, 0)})
         checks.window_side(size)
-        dims, (gh, gw) = checks.dimension_list(dims, sizes["d"]), checks.grid_sides(grid, sizes["N"])
-        if not dims:
-            raise ValueError("dims must have at least one dimension; use add_layer_norm where nothing is repaired")
+        dims, (gh, gw) = self._some_dimensions(dims, sizes["d"]), checks.grid_sides(grid, sizes["N"])
         eps, threshold = checks.number("eps", eps, 0), checks.number("threshold", threshold)
         given = (x, branch, weight, bias, eps, dims, threshold, gh, gw, shifted, size, prefix)
         return self._run["repaired_layer_norm"](*given)
+
+    def candidate_layer_norm(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        dims: Sequence[int],
+        threshold: float,
+        *,
+        eps: float = 1e-5,
+        shifted: bool = True,
+        prefix: int = 1,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`add_layer_norm` with the candidates of the joint criterion, the patches that `distraction_mask` marks.
+
+        None is repaired yet: `joint_repair` does it, once queries and keys are known.
+
+        Args:
+            x, branch, weight, bias, eps, dims, threshold, shifted, prefix: as in `repaired_layer_norm`.
+
+        Returns:
+            s = x + branch and its norm y, [B, T, d] of the dtype that x + branch has; the candidates, bool [B, N]; and
+            what s has in D_dis, a copy [B, N, |D_dis|].
+        """
+        sizes = self._normed(x, branch, weight, bias, {"prefix": checks.integer("prefix", prefix, 0)})
+        dims = self._some_dimensions(dims, sizes["d"])
+        eps, threshold = checks.number("eps", eps, 0), checks.number("threshold", threshold)
+        given = (x, branch, weight, bias, eps, dims, threshold, shifted, prefix)
+        return self._run["candidate_layer_norm"](*given)
+
+    @staticmethod
+    def _some_dimensions(dims: Sequence[int], d: int) -> list[int]:
+        """Check distraction dimensions of a repair, which has at least one."""
+        dims = checks.dimension_list(dims, d)
+        if not dims:
+            raise ValueError("dims must have at least one dimension; use add_layer_norm where nothing is repaired")
+        return dims
 
     @staticmethod
     def _normed(
@@ -209,6 +245,95 @@ class Operations:
         """
         sizes, scale = checks.heads(scale, prefix, q=q, k=k)
         return self._run["received_attention"](q, k, scale, sizes["prefix"])
+
+    def joint_repair(
+        self,
+        x: Tensor,
+        y: Tensor,
+        before: Tensor,
+        candidates: Tensor,
+        q: Tensor,
+        k: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        dims: Sequence[int],
+        threshold: float,
+        grid: tuple[int, int],
+        *,
+        eps: float = 1e-5,
+        size: int = 3,
+        scale: float | None = None,
+        prefix: int = 1,
+        inplace: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Steps 2 and 3 after `candidate_layer_norm`: T_dis among the candidates, and the repair of these tokens alone.
+
+        T_dis = candidates with a[i] > threshold, a being `received_attention`; `redistribute_embeddings` repairs these
+        patches of x, and y becomes their norm. All other tokens keep their bits.
+
+        Args:
+            x, y, candidates, before: as `candidate_layer_norm` returns them, [B, T, d] twice, bool [B, N] and
+                [B, N, |D_dis|].
+            q, k, scale, prefix: as in `received_attention`: queries and keys of y.
+            weight, bias, eps: as in `add_layer_norm`, the norm that made y.
+            dims: D_dis, of which there is at least one.
+            threshold: of the received attention, the paper's tau_attn / N.
+            grid, size: as in `redistribute_embeddings`.
+            inplace: write into x and y and return them.
+
+        Returns:
+            x and y, [B, T, d] of their dtypes, new tensors unless `inplace`, and T_dis, bool [B, N].
+        """
+        sizes, scale = checks.heads(scale, prefix, q=q, k=k)
+        sizes = self._normed(x, None, weight, bias, sizes)
+        tensor_sizes("y", y, "B T d", sizes, x.dtype)
+        checks.window_side(size)
+        dims, (gh, gw) = self._some_dimensions(dims, sizes["d"]), checks.grid_sides(grid, sizes["N"])
+        tensor_sizes("before", before, "B N J", sizes | {"J": len(dims)}, x.dtype)
+        tensor_sizes("candidates", candidates, "B N", sizes, torch.bool)
+        eps, threshold = checks.number("eps", eps, 0), checks.number("threshold", threshold)
+        if not inplace:
+            x, y = x.clone(), y.clone()
+        given = (x, y, before, candidates, q, k, weight, bias, eps, dims, threshold, gh, gw, size, scale)
+        return x, y, self._run["joint_repair"](*given, sizes["prefix"])
+
+    def project_tokens(
+        self,
+        y: Tensor,
+        mask: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        *,
+        prefix: int = 1,
+        inplace: bool = False,
+    ) -> Tensor:
+        """A linear layer on the masked patches alone, where `joint_repair` changed its input.
+
+        out[i] <- y[i] weight^T + bias  for i in the mask; all other tokens keep their bits.
+
+        Args:
+            y: tokens [B, T, d], any floating-point dtype.
+            mask: T_dis, bool [B, N].
+            weight, bias: those of a `torch.nn.Linear`, [e, d] and [e], or None for no bias.
+            out: what the layer made of y before, [B, T, e].
+            prefix: as in `received_attention`.
+            inplace: write into out and return it.
+
+        Returns:
+            [B, T, e] of out's dtype, a new tensor unless `inplace`. Factors are rounded to that dtype, as autocast does
+            it, and their products summed in float32 or float64.
+        """
+        sizes = tensor_sizes("y", y, "B T d", {"prefix": checks.integer("prefix", prefix, 0)})
+        tensor_sizes("mask", mask, "B N", sizes, torch.bool)
+        sizes = tensor_sizes("weight", weight, "e d", sizes)
+        if bias is not None:
+            tensor_sizes("bias", bias, "e", sizes)
+        tensor_sizes("out", out, "B T e", sizes)
+        if not inplace:
+            out = out.clone()
+        self._run["project_tokens"](y, mask, weight, bias, out, sizes["prefix"])
+        return out
 
     # Step 3: embeddings are repaired
 

@@ -146,14 +146,14 @@ class Products:
     """What a Triton kernel multiplies and reads, for the report; the arguments `a` are those of its launch.
 
     Attributes:
-        tiles: products of [BM, BD] with [BD, BN] in one program, one number for each possible count of target keys if
-            it depends on that; None if the kernel multiplies no matrices.
+        tiles: products of [BM, BD] with [BD, BN] in one program, one number for each possible count of target keys, or
+            of marked patches, if it depends on that; None if the kernel multiplies no matrices.
         vectors: products of [BM, BD] with a single key [BD].
         updated: tensors that are read and written.
         sparse: tensors of which only a few places are touched, which count as nothing.
     """
 
-    tiles: Callable[[dict], Iterable[int]] | None = None
+    tiles: Callable[[dict], Iterable[float]] | None = None
     vectors: Callable[[dict], int] = lambda a: 0
     updated: tuple[str, ...] = ()
     sparse: tuple[str, ...] = ()
@@ -208,14 +208,39 @@ def _masked(s: Sizes) -> Inputs:
     return {"x": s.patches(), "mask": s.mask(10), "dims": s.dims}
 
 
-def _normed(s: Sizes) -> Inputs:
+def _stream(s: Sizes) -> Tensor:
+    """All tokens [B, T, d]."""
     x = s.tensor(s.B, s.T, s.d)
     x[:, s.prefix :] = s.patches()
-    return {"x": x, "branch": s.tensor(s.B, s.T, s.d), "weight": s.scores(s.d), "bias": s.scores(s.d)}
+    return x
+
+
+def _normed(s: Sizes) -> Inputs:
+    return {"x": _stream(s), "branch": s.tensor(s.B, s.T, s.d), "weight": s.scores(s.d), "bias": s.scores(s.d)}
 
 
 def _repaired(s: Sizes) -> Inputs:
     return _normed(s) | {"dims": s.dims, "threshold": 5 / s.d, "grid": s.grid, "prefix": s.prefix}
+
+
+def _candidates(s: Sizes) -> Inputs:
+    return _normed(s) | {"dims": s.dims, "threshold": 5 / s.d, "prefix": s.prefix}
+
+
+def _joint(s: Sizes) -> Inputs:
+    """Of the candidates, those that receive more than the uniform share are repaired."""
+    q, k, _ = s.heads()
+    x, y = _stream(s), s.tensor(s.B, s.T, s.d)
+    before = torch.stack([x[:, s.prefix :, j] for j in s.dims], dim=-1)
+    inputs: Inputs = {"x": x, "y": y, "before": before, "candidates": s.mask(4), "q": q, "k": k, "threshold": 1 / s.T}
+    inputs |= {"weight": s.scores(s.d), "bias": s.scores(s.d)}
+    return inputs | {"dims": s.dims, "grid": s.grid, "prefix": s.prefix}
+
+
+def _projected(s: Sizes) -> Inputs:
+    """The packed projection of query, key and value."""
+    inputs = {"y": s.tensor(s.B, s.T, s.d), "mask": s.mask(10), "weight": s.tensor(3 * s.d, s.d) / s.d**0.5}
+    return inputs | {"bias": s.tensor(3 * s.d), "out": s.tensor(s.B, s.T, 3 * s.d), "prefix": s.prefix}
 
 
 def _filtered(s: Sizes) -> Inputs:
@@ -298,6 +323,19 @@ def _patches(a: dict) -> int:
     return a["T"] - a["PREFIX"]
 
 
+def _columns(a: dict) -> list[float]:
+    """The log-sum-exp, and the columns of the candidates, of which an image without any needs neither."""
+    N, BN = _patches(a), a["BN"]
+    every = -(-N // BN)
+    return [every + -(-n // BN) if n else 0 for n in (range(N + 1) if a["CHOOSE"] else [N])]
+
+
+def _some_rows(a: dict) -> list[float]:
+    """The mean over programs, of which those beyond the tokens do nothing."""
+    N, BM = _patches(a), a["BM"]
+    return [-(-n // BM) / -(-N // BM) * -(-a["d"] // a["BD"]) for n in range(N + 1)]
+
+
 _ATTENTION = Sweep(products=2, rows=lambda s: s.T, goal=True)
 _REFOCUSED = {"refocused_attention_kernel": Products(_two_runs, lambda a: a["PREFIX"])}
 _SWEPT = {
@@ -308,7 +346,9 @@ _SWEPT = {
 _SUMMED = {"proxy_attention_kernel": Products(lambda a: [(a["L"] + 1) * -(-_patches(a) // a["BN"])])}
 _LOGSUMEXP = {"row_logsumexp_kernel": Products(lambda a: [-(-_patches(a) // a["BN"])], lambda a: a["PREFIX"])}
 _SIMILARITY = _LOGSUMEXP | {"key_similarity_kernel": Products(lambda a: [a["H"]], updated=("running_ptr",))}
-_RECEIVED = _LOGSUMEXP | {"received_attention_kernel": Products(lambda a: [a["H"] * -(-_patches(a) // a["BM"])])}
+_RECEIVED = {"received_attention_kernel": Products(_columns, lambda a: a["PREFIX"], sparse=("sums_ptr",))}
+_JOINT = _RECEIVED | {"joint_repair_kernel": Products(sparse=("sums_ptr", "before_ptr", "x_ptr", "y_ptr"))}
+_PROJECTED = {"project_tokens_kernel": Products(_some_rows, sparse=("y_ptr", "out_ptr"))}
 _REPAIRED = {"redistribute_kernel": Products(sparse=("x_ptr",))}
 
 EXAMPLES = (
@@ -324,10 +364,21 @@ EXAMPLES = (
     Example(
         "received_attention",
         lambda s: dict(zip("qk", s.heads()[:2], strict=True)) | {"prefix": s.prefix},
-        module="similarity",
+        module="joint",
         sweep=Sweep(products=1),
         kernels=_RECEIVED,
     ),
+    Example("joint_repair", _joint, module="joint", sweep=Sweep(products=1), kernels=_JOINT),
+    Example(
+        "joint_repair",
+        lambda s: _joint(s) | {"inplace": True, "size": 5},
+        "in place",
+        module="joint",
+        sweep=Sweep(products=1, head_dims=False),
+        kernels=_JOINT,
+    ),
+    Example("project_tokens", _projected, module="joint", kernels=_PROJECTED),
+    Example("project_tokens", lambda s: _projected(s) | {"bias": None}, "no bias", module="joint", kernels=_PROJECTED),
     Example(
         "redistribute_embeddings", lambda s: _masked(s) | {"grid": s.grid}, module="distraction", kernels=_REPAIRED
     ),
@@ -341,6 +392,7 @@ EXAMPLES = (
     Example("add_layer_norm", _normed, module="stream"),
     Example("repaired_layer_norm", _repaired, module="stream"),
     Example("repaired_layer_norm", lambda s: _repaired(s) | {"branch": None, "size": 5}, "no branch", module="stream"),
+    Example("candidate_layer_norm", _candidates, module="stream"),
     Example("quick_gelu", lambda s: {"x": s.tensor(s.B, s.T, 4 * s.d)}, module="stream"),
     Example("clamp_embeddings", lambda s: _masked(s) | {"threshold": 5 / s.d}),
     Example("filter_embeddings", _filtered),

@@ -1,13 +1,12 @@
-"""Averages of attention over heads, without a matrix per head: equation 7 of the paper, and its appendix A.
+"""Averages of attention over heads, without a matrix per head: equation 7 of the paper.
 
     S[i, j] <- (S[i, j] count + (1/H) sum over h of softmax_j(k_h,i . k_h,j)) / (count + 1)
     W[i, j] = (S[i, j] + S[j, i]) / 2
-    a[j]    = (1 / (H N)) sum over h and patch queries i of softmax_j(q_h,i . k_h,j)
 
-All first need the log-sum-exp of every row: one sweep of online softmax without values. Then a tile of S adds up its
-heads in registers, and a block of columns its heads and rows. Since k_h,i . k_h,j is symmetric, a tile of products also
-gives the tile of S across the diagonal: only tiles on and above it are multiplied. W takes half the memory in fp16,
-multiplied by a unit that makes its mean about 1; its rows are padded to 16 values, so that each is aligned.
+Both first need the log-sum-exp of every row: one sweep of online softmax without values. Then a tile of S adds up its
+heads in registers. Since k_h,i . k_h,j is symmetric, a tile of products also gives the tile of S across the diagonal:
+only tiles on and above it are multiplied. W takes half the memory in fp16, multiplied by a unit that makes its mean
+about 1; its rows are padded to 16 values, so that each is aligned.
 """
 
 import torch
@@ -21,19 +20,32 @@ from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
 from rfclip_kernels.operations import affinity_dtype
 
 
+@triton.jit
+def row_logsumexp(b_q, p_k, m_d, T, scale, stride_kt, PREFIX: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """The log-sum-exp, in base 2, of the logits of rows b_q [BM, BD] with the T keys of a head."""
+    b_max, b_sum = tl.full([b_q.shape[0]], -1e30, tl.float32), tl.zeros([b_q.shape[0]], tl.float32)
+    for i in tl.static_range(PREFIX):
+        b_l = key_logits(b_q, p_k + i * stride_kt, m_d, scale)
+        b_new = tl.maximum(b_max, b_l)
+        b_sum = b_sum * tl.exp2(b_max - b_new) + tl.exp2(b_l - b_new)
+        b_max = b_new
+    for start in range(PREFIX, T, BN):
+        o_n = start + tl.arange(0, BN)
+        m_n = o_n < T
+        b_k = tl.load(p_k[:, None] + o_n[None, :] * stride_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
+        b_s = tl.where(m_n[None, :], dot(b_q, b_k, PRECISION) * scale, float("-inf"))
+        _p, b_max, b_sum, _shrink = softmax_step(b_s, b_max, b_sum)
+    return b_max + tl.log2(b_sum)
+
+
 @triton.jit(do_not_specialize=["H", "T"])
 def row_logsumexp_kernel(
-    q_ptr,  # [B, H, T, D]
     k_ptr,  # [B, H, T, D]
-    kept_ptr,  # [B, H, T, D], a copy of q, written where KEEP
+    kept_ptr,  # [B, H, T, D], a copy, written where KEEP
     out_ptr,  # [B, H, T] fp32
     H,
     T,
     scale,  # times log2(e)
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_qd,
     stride_kb,
     stride_kh,
     stride_kt,
@@ -54,26 +66,14 @@ def row_logsumexp_kernel(
     o_m = i_m * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
-    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + o_m[:, None] * stride_qt + o_d[None, :] * stride_qd
+    p_k = k_ptr + i_b * stride_kb + i_h * stride_kh + o_d * stride_kd
     m_q = (o_m < T)[:, None] & m_d[None, :]
-    b_q = tl.load(p_q, mask=m_q, other=0.0)  # [BM, BD]
+    b_q = tl.load(p_k[None, :] + o_m[:, None] * stride_kt, mask=m_q, other=0.0)  # [BM, BD]
     if KEEP:
         p_kept = kept_ptr + i_b * stride_cb + i_h * stride_ch + o_m[:, None] * stride_ct + o_d[None, :] * stride_cd
         tl.store(p_kept, b_q, mask=m_q)
-    p_k = k_ptr + i_b * stride_kb + i_h * stride_kh + o_d * stride_kd
-    b_max, b_sum = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
-    for i in tl.static_range(PREFIX):
-        b_l = key_logits(b_q, p_k + i * stride_kt, m_d, scale)
-        b_new = tl.maximum(b_max, b_l)
-        b_sum = b_sum * tl.exp2(b_max - b_new) + tl.exp2(b_l - b_new)
-        b_max = b_new
-    for start in range(PREFIX, T, BN):
-        o_n = start + tl.arange(0, BN)
-        m_n = o_n < T
-        b_k = tl.load(p_k[:, None] + o_n[None, :] * stride_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
-        b_s = tl.where(m_n[None, :], dot(b_q, b_k, PRECISION) * scale, float("-inf"))
-        _p, b_max, b_sum, _shrink = softmax_step(b_s, b_max, b_sum)
-    tl.store(out_ptr + (i_b * H + i_h) * T + o_m, (b_max + tl.log2(b_sum)) / LOG2E, mask=o_m < T)
+    b_lse = row_logsumexp(b_q, p_k, m_d, T, scale, stride_kt, PREFIX, BN, PRECISION)
+    tl.store(out_ptr + (i_b * H + i_h) * T + o_m, b_lse / LOG2E, mask=o_m < T)
 
 
 @triton.jit
@@ -153,78 +153,6 @@ def key_similarity_kernel(
         tl.store(p_across, b_across.to(running_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["H", "T"])
-def received_attention_kernel(
-    q_ptr,  # [B, H, T, D]
-    k_ptr,  # [B, H, T, D]
-    lse_ptr,  # [B, H, T]
-    out_ptr,  # [B, N] fp32
-    H,
-    T,
-    scale,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_qd,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_kd,
-    PREFIX: tl.constexpr,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    i_b = tl.program_id(1).to(tl.int64)
-    o_n = PREFIX + tl.program_id(0) * BN + tl.arange(0, BN)
-    o_d = tl.arange(0, BD)
-    m_d = o_d < D
-    p_q, p_k, p_lse = q_ptr + i_b * stride_qb, k_ptr + i_b * stride_kb, lse_ptr + i_b * H * T
-    b_sum = tl.zeros([BN], tl.float32)
-    for _head in range(0, H):
-        m_k = m_d[:, None] & (o_n < T)[None, :]
-        b_k = tl.load(p_k + o_n[None, :] * stride_kt + o_d[:, None] * stride_kd, mask=m_k, other=0.0)  # [BD, BN]
-        for start in range(PREFIX, T, BM):
-            o_m = start + tl.arange(0, BM)
-            m_m = o_m < T
-            m_q = m_m[:, None] & m_d[None, :]
-            b_q = tl.load(p_q + o_m[:, None] * stride_qt + o_d[None, :] * stride_qd, mask=m_q, other=0.0)  # [BM, BD]
-            b_lse = tl.load(p_lse + o_m, mask=m_m, other=0.0)
-            b_p = tl.exp2(dot(b_q, b_k, PRECISION) * scale - b_lse[:, None] * LOG2E)  # [BM, BN]
-            b_sum += tl.sum(tl.where(m_m[:, None], b_p, 0.0), axis=0)
-        p_q += stride_qh
-        p_k += stride_kh
-        p_lse += T
-    tl.store(out_ptr + i_b * (T - PREFIX) + o_n - PREFIX, b_sum / (H * (T - PREFIX)), mask=o_n < T)
-
-
-def _row_logsumexp(q: Tensor, k: Tensor, kept: Tensor | None, scale: float, prefix: int) -> Tensor:
-    B, H, T, D = q.shape
-    out = q.new_empty((B, H, T), dtype=torch.float32)
-    options = constants(D, q.dtype)
-    copy = q if kept is None else kept
-    if B:
-        with on_device(q):
-            wrap_triton(row_logsumexp_kernel)[(triton.cdiv(T, options["BM"]) * B * H,)](
-                q_ptr=q,
-                k_ptr=k,
-                kept_ptr=copy,
-                out_ptr=out,
-                H=H,
-                T=T,
-                scale=scale * LOG2E.value,
-                **strides("q", q, "bhtd"),
-                **strides("k", k, "bhtd"),
-                **strides("c", copy, "bhtd"),
-                KEEP=kept is not None,
-                PREFIX=prefix,
-                **options,
-            )
-    return out
-
-
 def empty_affinity(like: Tensor, N: int, dtype: torch.dtype) -> Tensor:
     """A place for W, [B, N, N], whose rows are aligned."""
     return like.new_empty((like.shape[0], N, triton.cdiv(N, 16) * 16), dtype=dtype)[:, :, :N]
@@ -239,7 +167,26 @@ def tile_side(N: int, dtype: torch.dtype) -> int:
 
 @triton_op("rfclip::key_normalizers", mutates_args={"kept"})
 def _key_normalizers(k: Tensor, kept: Tensor | None, scale: float, prefix: int) -> Tensor:
-    return _row_logsumexp(k, k, kept, scale, prefix)
+    B, H, T, D = k.shape
+    out = k.new_empty((B, H, T), dtype=torch.float32)
+    options = constants(D, k.dtype)
+    copy = k if kept is None else kept
+    if B:
+        with on_device(k):
+            wrap_triton(row_logsumexp_kernel)[(triton.cdiv(T, options["BM"]) * B * H,)](
+                k_ptr=k,
+                kept_ptr=copy,
+                out_ptr=out,
+                H=H,
+                T=T,
+                scale=scale * LOG2E.value,
+                **strides("k", k, "bhtd"),
+                **strides("c", copy, "bhtd"),
+                KEEP=kept is not None,
+                PREFIX=prefix,
+                **options,
+            )
+    return out
 
 
 @triton_op("rfclip::key_similarity_", mutates_args={"running"})
@@ -268,29 +215,6 @@ def _key_similarity_(
             )
 
 
-@triton_op("rfclip::received_attention", mutates_args={})
-def _received_attention(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
-    B, H, T, D = q.shape
-    N, options = T - prefix, constants(D, q.dtype)
-    out = q.new_empty((B, N), dtype=torch.float32)
-    if B:
-        with on_device(q):
-            wrap_triton(received_attention_kernel)[(triton.cdiv(N, options["BN"]), B)](
-                q_ptr=q,
-                k_ptr=k,
-                lse_ptr=_row_logsumexp(q, k, None, scale, prefix),
-                out_ptr=out,
-                H=H,
-                T=T,
-                scale=scale * LOG2E.value,
-                **strides("q", q, "bhtd"),
-                **strides("k", k, "bhtd"),
-                PREFIX=prefix,
-                **options,
-            )
-    return out
-
-
 def launch_key_normalizers(k: Tensor, kept: Tensor | None, scale: float, prefix: int) -> Tensor:
     """One launch, which also copies the keys if asked to."""
     check_launch(k.shape[-1], k=k, kept=kept)
@@ -313,9 +237,3 @@ def launch_key_affinity(
         running = empty_affinity(k, k.shape[2] - prefix, affinity_dtype(k))
     _key_similarity_(k, normalizers.contiguous(), running, count, scale, prefix, True)
     return running
-
-
-def launch_received_attention(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
-    """Two launches; no matrix is stored."""
-    check_launch(q.shape[-1], q=q, k=k)
-    return _received_attention(q, k, scale, prefix)

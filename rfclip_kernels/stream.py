@@ -2,6 +2,7 @@
 
     add_layer_norm         x <- x + branch,  y = (x - mean) / sqrt(var + eps) * weight + bias
     repaired_layer_norm    the same, T_dis being found and repaired in x + branch before the norm: equations 6 and 13
+    candidate_layer_norm   the same, the tokens that equation 6 finds being marked and left as they are
     quick_gelu             x / (1 + exp(-1.702 x))
 
 A program has one token. A repair needs its neighbours' D_dis before any update: it reads them from x and branch, which
@@ -23,9 +24,9 @@ BLOCK_NUMBERS = 1024
 
 @triton.jit
 def rounded(b_x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """fp32 values in another dtype, rounded to nearest, which a GPU does by itself; the interpreter cuts bf16 off."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = b_x.to(tl.uint32, bitcast=True)
+    """Values in another dtype, rounded to nearest, which a GPU does by itself; the interpreter cuts bf16 off."""
+    if INTERPRETED and dtype == tl.bfloat16 and b_x.dtype != tl.bfloat16:
+        bits = b_x.to(tl.float32).to(tl.uint32, bitcast=True)
         b_x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return b_x.to(dtype)
 
@@ -39,6 +40,18 @@ def joined(p_x, p_branch, mask, BRANCH: tl.constexpr, dtype: tl.constexpr, INTER
     return rounded(b_x, dtype, INTERPRETED).to(tl.float32)
 
 
+@triton.jit
+def store_norm(p_out, b_x, weight_ptr, bias_ptr, d, eps, stride_o, stride_w, stride_b, INTERPRETED: tl.constexpr):
+    """The norm of one token b_x [BD], which is 0 from d on."""
+    o_d = tl.arange(0, b_x.shape[0])
+    m_d = o_d < d
+    b_x = tl.where(m_d, b_x - tl.sum(b_x, axis=0) / d, 0.0)
+    b_y = b_x * (1.0 / tl.sqrt(tl.sum(b_x * b_x, axis=0) / d + eps))
+    b_y *= tl.load(weight_ptr + o_d * stride_w, mask=m_d, other=0.0).to(tl.float32)
+    b_y += tl.load(bias_ptr + o_d * stride_b, mask=m_d, other=0.0).to(tl.float32)
+    tl.store(p_out + o_d * stride_o, rounded(b_y, p_out.dtype.element_ty, INTERPRETED), mask=m_d)
+
+
 @triton.jit(do_not_specialize=["T", "gw"])
 def layer_norm_kernel(
     x_ptr,  # [B, T, d]
@@ -47,7 +60,8 @@ def layer_norm_kernel(
     bias_ptr,  # [d]
     sum_ptr,  # [B, T, d] contiguous
     out_ptr,  # [B, T, d] contiguous
-    mask_ptr,  # [B, T - PREFIX] bool, written where REPAIR
+    mask_ptr,  # [B, N] bool, written where SCORE
+    before_ptr,  # [B, N, |D_dis|] contiguous, D_dis of x + branch, written where SCORE without REPAIR
     T,
     gw,
     d,
@@ -62,6 +76,7 @@ def layer_norm_kernel(
     stride_w,
     stride_b,
     BRANCH: tl.constexpr,
+    SCORE: tl.constexpr,
     REPAIR: tl.constexpr,
     PREFIX: tl.constexpr,
     DIMS: tl.constexpr,  # tuple of int
@@ -81,14 +96,17 @@ def layer_norm_kernel(
     p_sum = sum_ptr + (i_b * T + i_t) * d
     b_x = joined(p_own + o_d * stride_xd, p_joining + o_d * stride_rd, m_d, BRANCH, dtype, INTERPRETED)  # [BD]
     tl.store(p_sum + o_d, b_x.to(dtype), mask=m_d)
-    if REPAIR:
-        i_n, o_j = i_t - PREFIX, tl.arange(0, BJ)
+    if SCORE:
+        N, i_n, o_j = T - PREFIX, i_t - PREFIX, tl.arange(0, BJ)
         b_dims, m_j = dimensions(DIMS, BJ), o_j < len(DIMS)
         b_own = joined(p_own + b_dims * stride_xd, p_joining + b_dims * stride_rd, o_j >= 0, BRANCH, dtype, INTERPRETED)
         distracts = (token_score(b_x, b_own, m_d, SHIFTED) > threshold) & (i_n >= 0)
-        tl.store(mask_ptr + i_b * (T - PREFIX) + i_n, distracts, mask=i_n >= 0)
-        if distracts:
-            i_near, m_near = neighbours(i_n, (T - PREFIX) // gw, gw, SIZE, BP)
+        tl.store(mask_ptr + i_b * N + i_n, distracts, mask=i_n >= 0)
+        if not REPAIR:
+            if i_n >= 0:
+                tl.store(before_ptr + (i_b * N + i_n) * len(DIMS) + o_j, b_own.to(dtype), mask=m_j)
+        elif distracts:
+            i_near, m_near = neighbours(i_n, N // gw, gw, SIZE, BP)
             i_near, m_near = PREFIX + i_near[None, :], m_near[None, :] & m_j[:, None]  # [BJ, BP]
             p_near = p_x + i_near * stride_xt + b_dims[:, None] * stride_xd
             p_nearby = p_branch + i_near * stride_rt + b_dims[:, None] * stride_rd
@@ -97,11 +115,8 @@ def layer_norm_kernel(
             tl.store(p_sum + b_dims, rounded(b_mean, dtype, INTERPRETED), mask=b_exists)
             tl.debug_barrier()
             b_x = tl.load(p_sum + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_x = tl.where(m_d, b_x - tl.sum(b_x, axis=0) / d, 0.0)
-    b_y = b_x * (1.0 / tl.sqrt(tl.sum(b_x * b_x, axis=0) / d + eps))
-    b_y *= tl.load(weight_ptr + o_d * stride_w, mask=m_d, other=0.0).to(tl.float32)
-    b_y += tl.load(bias_ptr + o_d * stride_b, mask=m_d, other=0.0).to(tl.float32)
-    tl.store(out_ptr + (i_b * T + i_t) * d + o_d, rounded(b_y, out_ptr.dtype.element_ty, INTERPRETED), mask=m_d)
+    p_out = out_ptr + (i_b * T + i_t) * d
+    store_norm(p_out, b_x, weight_ptr, bias_ptr, d, eps, 1, stride_w, stride_b, INTERPRETED)
 
 
 @triton.jit
@@ -124,6 +139,7 @@ def _layer_norm(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    score: bool,
     repair: bool,
     dims: list[int],
     threshold: float,
@@ -131,11 +147,12 @@ def _layer_norm(
     shifted: bool,
     size: int,
     prefix: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, d = x.shape
     dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     total, out = (x.new_empty((B, T, d), dtype=dtype) for _ in range(2))
-    mask = x.new_empty((B, T - prefix if repair else 0), dtype=torch.bool)
+    mask = x.new_empty((B, T - prefix if score else 0), dtype=torch.bool)
+    before = x.new_empty((B, T - prefix if score and not repair else 0, len(dims)), dtype=dtype)
     given = x if branch is None else branch
     if B:
         with on_device(x):
@@ -147,6 +164,7 @@ def _layer_norm(
                 sum_ptr=total,
                 out_ptr=out,
                 mask_ptr=mask,
+                before_ptr=before,
                 T=T,
                 gw=gw,
                 d=d,
@@ -157,6 +175,7 @@ def _layer_norm(
                 stride_w=weight.stride(0),
                 stride_b=bias.stride(0),
                 BRANCH=branch is not None,
+                SCORE=score,
                 REPAIR=repair,
                 PREFIX=prefix,
                 DIMS=tuple(dims),
@@ -167,7 +186,7 @@ def _layer_norm(
                 BJ=triton.next_power_of_2(max(1, len(dims))),
                 BP=triton.next_power_of_2(size**2),
             )
-    return total, out, mask
+    return total, out, mask, before
 
 
 @triton_op("rfclip::quick_gelu", mutates_args={})
@@ -184,8 +203,7 @@ def _quick_gelu(x: Tensor) -> Tensor:
 def launch_add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """One launch."""
     check_launch(x=x, branch=branch, weight=weight, bias=bias)
-    total, out, _ = _layer_norm(x, branch, weight, bias, eps, False, [], 0.0, 1, True, 1, 0)
-    return total, out
+    return _layer_norm(x, branch, weight, bias, eps, False, False, [], 0.0, 1, True, 1, 0)[:2]
 
 
 def launch_repaired_layer_norm(
@@ -204,7 +222,23 @@ def launch_repaired_layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One launch, which leaves x and branch as they are."""
     check_launch(x=x, branch=branch, weight=weight, bias=bias)
-    return _layer_norm(x, branch, weight, bias, eps, True, dims, threshold, gw, shifted, size, prefix)
+    return _layer_norm(x, branch, weight, bias, eps, True, True, dims, threshold, gw, shifted, size, prefix)[:3]
+
+
+def launch_candidate_layer_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dims: list[int],
+    threshold: float,
+    shifted: bool,
+    prefix: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One launch."""
+    check_launch(x=x, branch=branch, weight=weight, bias=bias)
+    return _layer_norm(x, branch, weight, bias, eps, True, False, dims, threshold, 1, shifted, 1, prefix)
 
 
 def launch_quick_gelu(x: Tensor) -> Tensor:

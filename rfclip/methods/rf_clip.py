@@ -37,8 +37,8 @@ class RFCLIP(Method):
 
     def last(self, patches: Tensor) -> tuple[Tensor, QKV]:
         """With every block refocused; the last one then runs unchanged."""
-        x, y, distraction, _ = self._run(patches)
-        q, k, v = self.tower.blocks[-1].heads_of(y)
+        x, y, qkv, distraction, _ = self._run(patches)
+        q, k, v = qkv or self.tower.blocks[-1].heads_of(y)
         self.observe(Observed(len(self.tower.blocks), x, q, k, distraction, None, None))
         return x, (q, k, v)
 
@@ -47,16 +47,16 @@ class RFCLIP(Method):
         proxy, last, prefix = self.config.proxy, self.tower.blocks[-1], self.tower.prefix
         if proxy == "none":
             return self.stream(patches)[:, prefix:]
-        _, y, _, average = self._run(patches, gathers=proxy == "kk-mean")
+        _, y, qkv, _, average = self._run(patches, gathers=proxy == "kk-mean")
         if proxy == "qk":  # like the others without the rows and columns of the prefix, not renormalized [D]
-            q, k, v = last.heads_of(y)
+            q, k, v = qkv or last.heads_of(y)
             patches_only = torch.cat([torch.zeros_like(v[:, :, :prefix]), v[:, :, prefix:]], dim=2)
             gathered = F.scaled_dot_product_attention(q, k, patches_only)[:, :, prefix:]
         elif proxy == "qq":
-            q, _, v = last.heads_of(y)
+            q, _, v = qkv or last.heads_of(y)
             gathered = self.ops.proxy_attention(q[None], v, prefix=prefix)
         else:
-            k, v = last.key_value(y)
+            k, v = qkv[1:] if qkv else last.key_value(y)
             if proxy == "kk-mean":
                 average.add(k)
                 gathered = average.gather(v)
@@ -64,10 +64,12 @@ class RFCLIP(Method):
                 gathered = self.ops.proxy_attention({"kk": k, "vv": v}[proxy][None], v, prefix=prefix)
         return last.project(gathered)
 
-    def _run(self, patches: Tensor, gathers: bool = False) -> tuple[Tensor, Tensor, Tensor | None, KeyAverage]:
-        """The last block's input after its repair and its norm [B, T, d], T_dis there, and the average before it.
+    def _run(
+        self, patches: Tensor, gathers: bool = False
+    ) -> tuple[Tensor, Tensor, QKV | None, Tensor | None, KeyAverage]:
+        """What `_enter` returns for the last block, and the average of the keys before it.
 
-        T_dis is None if the block stays plain. The average can `gather` if asked to, once the last keys are added.
+        The average can `gather` if asked to, once the last keys are added.
         """
         config, ops, blocks, prefix = self.config, self.ops, self.tower.blocks, self.tower.prefix
         grid = patches.shape[2], patches.shape[3]
@@ -81,12 +83,12 @@ class RFCLIP(Method):
         start: Tensor | None = None
         for number, block in enumerate(blocks, 1):
             if number in refocused:
-                x, y, distraction = self._enter(block, x, branch, number, grid)
+                x, y, qkv, distraction = self._enter(block, x, branch, number, grid)
             else:
-                (x, y), distraction = ops.add_norm(block.ln_1, x, branch), None
+                (x, y), qkv, distraction = ops.add_norm(block.ln_1, x, branch), None, None
             if number == len(blocks):
                 break
-            q, k, v = block.heads_of(y)
+            q, k, v = qkv or block.heads_of(y)
             if number <= averaged or gathers:
                 average.add(k)
             fiedler = target = order = None
@@ -106,36 +108,59 @@ class RFCLIP(Method):
                 )
             self.observe(Observed(number, x, q, k, distraction, fiedler, target))
             x, branch = block.finish(x, attended, ops)
-        return x, y, distraction, average
+        return x, y, qkv, distraction, average
 
     def _enter(
         self, block: Block, x: Tensor, branch: Tensor | None, number: int, grid: tuple[int, int]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A block's repaired input x + branch and its norm [B, T, d], and T_dis, None if it is known to be empty."""
+    ) -> tuple[Tensor, Tensor, QKV | None, Tensor | None]:
+        """A block's repaired input x + branch and its norm [B, T, d]; its q, k and v; and T_dis, bool [B, N].
+
+        q, k and v are None where they are not known yet, and T_dis is None if it is known to be empty.
+        """
         config, ops, prefix = self.config, self.ops, self.tower.prefix
         norm: Any = block.ln_1
         tau, tau_attn = config.thresholds(x.shape[2], x.shape[1] - prefix)
-        paper = tau_attn is None and config.tokens == "distraction" and config.embedding == "redistribute"
-        if paper and ops.fuses(norm):
-            return ops.repaired_layer_norm(
-                x,
-                branch,
-                norm.weight,
-                norm.bias,
-                config.distraction_dims,
-                tau,
-                grid,
-                eps=norm.eps,
-                shifted=config.shifted,
-                size=config.neighbourhood,
-                prefix=prefix,
-            )
+        fused = config.tokens == "distraction" and config.embedding == "redistribute" and ops.fuses(norm)
+        if fused and tau_attn is None:
+            given = (x, branch, norm.weight, norm.bias, config.distraction_dims, tau, grid)
+            more = {"eps": norm.eps, "shifted": config.shifted, "size": config.neighbourhood, "prefix": prefix}
+            x, y, distraction = ops.repaired_layer_norm(*given, **more)
+            return x, y, None, distraction
+        linears = block.linears() if fused else None
+        if tau_attn is not None and linears is not None:
+            return self._enter_jointly(block, linears, x, branch, tau, tau_attn, grid)
         x = x if branch is None else x + branch
         distraction = self._locate(block, x, number)
         if _known_empty(distraction):
-            return x, norm(x), None
+            return x, norm(x), None, None
         x = self._repair(x, distraction, grid)
-        return x, norm(x), distraction
+        return x, norm(x), None, distraction
+
+    def _enter_jointly(
+        self,
+        block: Block,
+        linears: list[tuple[Tensor, Tensor | None]],
+        x: Tensor,
+        branch: Tensor | None,
+        tau: float,
+        tau_attn: float,
+        grid: tuple[int, int],
+    ) -> tuple[Tensor, Tensor, QKV, Tensor]:
+        """`_enter` with one projection, of which only the rows of distraction tokens are computed again."""
+        config, ops, prefix = self.config, self.ops, self.tower.prefix
+        norm: Any = block.ln_1
+        dims, affine, eps = config.distraction_dims, (norm.weight, norm.bias), norm.eps
+        x, y, candidates, before = ops.candidate_layer_norm(
+            x, branch, *affine, dims, tau, eps=eps, shifted=config.shifted, prefix=prefix
+        )
+        outputs = [F.linear(y, weight, bias) for weight, bias in linears]
+        q, k, v = block.heads_in(outputs)
+        given = (x, y, before, candidates, q, k, *affine, dims, tau_attn, grid)
+        size = config.neighbourhood
+        x, y, distraction = ops.joint_repair(*given, eps=eps, size=size, prefix=prefix, inplace=True)
+        for (weight, bias), out in zip(linears, outputs, strict=True):  # which q, k and v are views of
+            ops.project_tokens(y, distraction, weight, bias, out, prefix=prefix, inplace=True)
+        return x, y, (q, k, v), distraction
 
     def _locate(self, block: Block, x: Tensor, number: int) -> Tensor:
         """T_dis, bool [B, N], from the input of a block [B, T, d]: steps 1 and 2."""

@@ -64,11 +64,15 @@ class Backend(Operations):
         if self.name != "triton":
             return False
         kind = type(module)
-        hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-        return f"{kind.__module__}.{kind.__qualname__}" in classes and not hooked
+        return f"{kind.__module__}.{kind.__qualname__}" in classes and not hooked(module)
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return backend, (self.name,)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a module does more than its class's `forward`."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 @cache

@@ -76,6 +76,57 @@ def repaired_layer_norm(
     return x, _layer_norm(x, weight, bias, eps), mask
 
 
+def candidate_layer_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dims: list[int],
+    threshold: float,
+    shifted: bool,
+    prefix: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = x.clone(memory_format=torch.contiguous_format) if branch is None else (x + branch).contiguous()
+    patches = x[:, prefix:]
+    candidates = distraction_mask(patches, dims, threshold, shifted)
+    return x, _layer_norm(x, weight, bias, eps), candidates, _columns(patches, dims).mT.contiguous()
+
+
+def joint_repair(
+    x: Tensor,
+    y: Tensor,
+    before: Tensor,
+    candidates: Tensor,
+    q: Tensor,
+    k: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dims: list[int],
+    threshold: float,
+    gh: int,
+    gw: int,
+    size: int,
+    scale: float,
+    prefix: int,
+) -> Tensor:
+    """In place; x itself has what is in `before`."""
+    mask = candidates & (received_attention(q, k, scale, prefix) > threshold)
+    redistribute_embeddings(x[:, prefix:], mask, dims, gh, gw, size)
+    changed = F.pad(mask, (prefix, 0))[..., None]
+    y.copy_(torch.where(changed, _layer_norm(x, weight, bias, eps), y))
+    return mask
+
+
+def project_tokens(y: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, prefix: int) -> None:
+    """In place."""
+    dtype = computing_dtype(out)
+    projected = matmul(y.to(out.dtype), weight.to(out.dtype).mT)
+    projected = projected if bias is None else projected + bias.to(dtype)
+    out.copy_(torch.where(F.pad(mask, (prefix, 0))[..., None], projected.to(out.dtype), out))
+
+
 def quick_gelu(x: Tensor) -> Tensor:
     values = x.to(computing_dtype(x))
     return (values * torch.sigmoid(1.702 * values)).to(x.dtype).contiguous()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
     from rfclip.ops import Backend
@@ -51,6 +52,19 @@ class Block:
         """k and v alone of the normalized stream y, where q is not needed."""
         k, v = self._split(self._projections(y, query=False))
         return k, v
+
+    def linears(self) -> list[tuple[Tensor, Tensor | None]] | None:
+        """Weights [e, d] and biases [e] of the linear layers whose outputs, side by side, are q, k and v.
+
+        None if a layer does more than multiply and add, so that its output is not known from its weights.
+        """
+        raise NotImplementedError
+
+    def heads_in(self, outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, as `query_key_value`, in the outputs [B, T, e] of the `linears`."""
+        width = sum(out.shape[-1] for out in outputs) // 3
+        q, k, v = self._split([part for out in outputs for part in out.split(width, dim=-1)])
+        return q, k, v
 
     def _split(self, projections: Sequence[Tensor]) -> list[Tensor]:
         """Views by head [B, H, T, D] of projections [B, T, d]."""
@@ -296,6 +310,11 @@ def steps(mlp: Any) -> list[nn.Module]:
     if type(mlp) is nn.Sequential:
         return list(mlp)
     return [mlp.fc1, mlp.activation_fn, mlp.fc2] if type(mlp).__name__ == "CLIPMLP" else [mlp]
+
+
+def is_plain(parameter: object) -> bool:
+    """Whether a parameter's values lie in memory as its dtype says: not quantized or sharded."""
+    return isinstance(parameter, Tensor) and not is_traceable_wrapper_subclass(parameter)
 
 
 def _through(modules: list[nn.Module], x: Tensor) -> Tensor:

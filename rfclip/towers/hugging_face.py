@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rfclip.extras import require
-from rfclip.towers.base import SUPPORTED, Block, Tower, first_line, steps
+from rfclip.ops.dispatch import hooked
+from rfclip.towers.base import SUPPORTED, Block, Tower, first_line, is_plain, steps
 from rfclip.towers.bounds import Bounded
 
 LARGEST = 20_000_000_000  # bytes of weights, where they are on the hub
@@ -33,6 +34,11 @@ class HuggingFaceBlock(Block):
         attention = self.attention
         q = [attention.q_proj(y)] if query else []
         return [*q, attention.k_proj(y), attention.v_proj(y)]
+
+    def linears(self) -> list[tuple[Tensor, Tensor | None]] | None:
+        layers = [self.attention.q_proj, self.attention.k_proj, self.attention.v_proj]
+        plain = all(type(layer) is nn.Linear and not hooked(layer) and is_plain(layer.weight) for layer in layers)
+        return [(layer.weight, layer.bias) for layer in layers] if plain else None
 
 
 class HuggingFaceTower(Tower):

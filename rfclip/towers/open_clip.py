@@ -15,7 +15,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from rfclip.config import TINY
-from rfclip.towers.base import SUPPORTED, Block, Tower, first_line, steps
+from rfclip.towers.base import SUPPORTED, Block, Tower, first_line, is_plain, steps
 from rfclip.towers.bounds import Bounded
 
 SOURCES = ("hf-hub:", "local-dir:")  # prefixes of names that are not in open_clip's list
@@ -37,6 +37,10 @@ class OpenCLIPBlock(Block):
         attention, unwanted = self.attention, 0 if query else y.shape[-1]
         bias = None if attention.in_proj_bias is None else attention.in_proj_bias[unwanted:]
         return F.linear(y, attention.in_proj_weight[unwanted:], bias).split(y.shape[-1], dim=-1)
+
+    def linears(self) -> list[tuple[Tensor, Tensor | None]] | None:
+        weight, bias = self.attention.in_proj_weight, self.attention.in_proj_bias
+        return [(weight, bias)] if is_plain(weight) else None
 
 
 class OpenCLIPTower(Tower):

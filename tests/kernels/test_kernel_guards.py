@@ -33,6 +33,12 @@ def test_the_guards_catch_a_stray_write(guarded):
     guarded.clear()
 
 
+def joint_repair(x, y, before, candidates, q):
+    weight = torch.ones(x.shape[2], device=DEVICE)
+    grid = candidates.shape[1], 1
+    return rfclip_kernels.joint_repair(x, y, before, candidates, q, q, weight, weight, [1], 0.1, grid)
+
+
 def test_what_the_kernels_refuse():
     q, mask = randn(1, 1, 3, 32, seed=0), torch.zeros(1, 2, dtype=torch.bool, device=DEVICE)
     x = randn(1, 2, 8, seed=0)
@@ -42,6 +48,8 @@ def test_what_the_kernels_refuse():
         lambda t: rfclip_kernels.self_attention(t(q), q.to(t(q).dtype)),
         lambda t: rfclip_kernels.key_similarity(t(q)),
         lambda t: rfclip_kernels.received_attention(t(q), q.to(t(q).dtype)),
+        lambda t: joint_repair(t(x), t(x), t(x)[:, 1:, [1]], mask[:, 1:], q[:, :, 1:].to(t(x).dtype)),
+        lambda t: rfclip_kernels.project_tokens(t(x), mask, x[0], None, x[..., :2], prefix=0),
         lambda t: rfclip_kernels.distraction_scores(t(x), [1]),
         lambda t: rfclip_kernels.distraction_mask(t(x), [1], 0.5),
         lambda t: rfclip_kernels.redistribute_embeddings(t(x), mask, [1], (1, 2)),
@@ -73,6 +81,7 @@ def test_heads_too_wide_are_refused():
         lambda: rfclip_kernels.proxy_attention(q[None], q),
         lambda: rfclip_kernels.key_similarity(q),
         lambda: rfclip_kernels.received_attention(q, q),
+        lambda: joint_repair(q[0], q[0], q[0, :, 1:, [1]], mask, q),
     ):
         with pytest.raises(ValueError, match="at most 128 dimensions, got 160"):
             call()
@@ -89,6 +98,8 @@ def test_an_empty_batch():
     assert rfclip_kernels.defocus_mask(q[:, 0, :, 0]).shape == (0, 5)
     assert rfclip_kernels.defocus_mask(x[..., 0], mask, threshold="otsu").shape == (0, 4)
     assert rfclip_kernels.received_attention(q, q).shape == (0, 4)
+    assert joint_repair(q[:, 0], q[:, 1], q[:, 0, 1:, [1]], mask, q)[2].shape == (0, 4)
+    assert rfclip_kernels.project_tokens(q[:, 0], mask, x.new_zeros(9, 32), None, randn(0, 5, 9, seed=0)).shape[2] == 9
     assert rfclip_kernels.distraction_mask(x, [1], 0.5).shape == (0, 4)
     assert rfclip_kernels.redistribute_embeddings(x, mask, [1], (2, 2)).shape == (0, 4, 8)
     assert rfclip_kernels.blend_embeddings(x, mask, (2, 2)).shape == (0, 4, 8)

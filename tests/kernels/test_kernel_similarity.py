@@ -1,4 +1,4 @@
-"""The kernels for key similarity and received attention, against the float64 reference."""
+"""The kernels for key similarity, against the float64 reference."""
 
 import torch
 from kernel_cases import check, inside_nan, randn, sizes
@@ -20,10 +20,3 @@ def test_key_similarity(size, dtype):
     assert rfclip_kernels.key_similarity(second, view, 1, inplace=True) is view
     assert torch.equal(view, both)
     assert view._base.isnan().sum() == view._base.numel() - view.numel()
-
-
-@sizes
-def test_received_attention(size, dtype):
-    q, k = (randn(*size, seed=seed, dtype=dtype) for seed in (8, 9))
-    want = reference.received_attention(q.double(), k.double())
-    check(rfclip_kernels.received_attention(inside_nan(q), inside_nan(k)), want, torch.float32)

@@ -1,5 +1,8 @@
 """Whole image towers on the Triton kernels, against the reference."""
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +13,11 @@ from small_models import DIMS, pictures, small_clip, to_hugging_face
 from torchvision.transforms.v2 import functional as TF
 
 import rfclip
+import rfclip_kernels
 from rfclip.config import CHOICES
 from rfclip.images import to_rgb
 from rfclip.methods import METHODS
+from rfclip.ops import dispatch
 from rfclip.simulated_distraction import INJECTED_DIMS, inject_distraction
 from rfclip.towers import read_tower
 from rfclip.towers.loading import tiny_folder
@@ -35,6 +40,9 @@ CONFIGS = {  # every value of every choice is in one of them
 }
 
 
+joint_or_not = pytest.mark.parametrize("tau_attn", [None, 1.0], ids=["scores", "joint"])
+
+
 def test_the_configs_cover_every_choice():
     for name, values in CHOICES.items():
         default = getattr(rfclip.RefocusConfig(()), name)
@@ -49,9 +57,9 @@ def features(model, images, config, backend, read=rfclip.dense_features):
         enter = forward._enter
 
         def watched(*arguments):
-            x, y, mask = enter(*arguments)
+            x, y, qkv, mask = enter(*arguments)
             masks.append(torch.zeros_like(x[:, 1:, 0], dtype=torch.bool) if mask is None else mask)
-            return x, y, mask
+            return x, y, qkv, mask
 
         forward._enter = watched
         return read(model, images), masks
@@ -84,16 +92,56 @@ def test_other_methods(method):
     assert relative_error(*found) <= 1e-5
 
 
-def test_hugging_faces_tower():
+@joint_or_not
+def test_hugging_faces_tower(tau_attn):
     """It projects query, key and value separately, so that they have another memory layout."""
-    config, images = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0), pictures(count=2)
-    got, _ = features(to_hugging_face(small_clip(dtype=torch.float32)), images.float(), config, "triton")
-    want, _ = features(small_clip(), images, config, "reference")
+    config, images = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0, tau_attn=tau_attn), pictures(count=2)
+    got, masks = features(to_hugging_face(small_clip(dtype=torch.float32)), images.float(), config, "triton")
+    want, want_masks = features(small_clip(), images, config, "reference")
+    assert torch.equal(torch.stack(masks), torch.stack(want_masks))
     assert relative_error(got, want) <= 1e-5
 
 
-def test_the_cls_embedding():
-    config, images = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0), pictures(count=2)
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
+def test_layers_that_do_more_are_projected_twice(hooked, monkeypatch):
+    """A hook on a linear layer of transformers' changes what it returns, which its weights do not tell."""
+    model, images = to_hugging_face(small_clip(dtype=torch.float32)), pictures(count=2)
+    twin = copy.deepcopy(model).double()
+    if hooked:
+        for each in (model, twin):
+            layer = each.vision_model.encoder.layers[1].self_attn.k_proj
+            layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    calls = []
+    repaired = rfclip_kernels.launchers()["project_tokens"]
+    monkeypatch.setitem(
+        dispatch.backend("triton")._run, "project_tokens", lambda *given: calls.append(repaired(*given))
+    )
+    config = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0, tau_attn=1.0)
+    got, _ = features(model, images.float(), config, "triton")
+    want, _ = features(twin, images, config, "reference")
+    assert relative_error(got, want) <= 1e-5
+    assert len(calls) == 3 * (3 if hooked else 4)
+
+
+@pytest.mark.parametrize("proxy", ["kk-mean", "qk", "none"])
+def test_the_joint_criterion_of_a_batch(proxy):
+    """An image without candidates beside another, each like alone, and all uses of the last block's projections."""
+    config = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0, tau_attn=1.0, proxy=proxy)
+    images = torch.cat([pictures(count=1, height=24, bright=bright) for bright in (0, 0.5)])
+    model = small_clip(dtype=torch.float32)
+    got, masks = features(model, images.float(), config, "triton")
+    want, want_masks = features(small_clip(), images, config, "reference")
+    empty, found = torch.stack(masks).float().mean(dim=(0, 2))
+    assert empty == 0 < found < 1
+    assert torch.equal(torch.stack(masks), torch.stack(want_masks))
+    assert relative_error(got, want) <= 1e-5
+    alone, _ = features(model, images[1:].float(), config, "triton")
+    torch.testing.assert_close(alone, got[1:], rtol=1e-4, atol=1e-5)  # PyTorch's products depend on the batch
+
+
+@joint_or_not
+def test_the_cls_embedding(tau_attn):
+    config, images = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0, tau_attn=tau_attn), pictures(count=2)
     got, want = (
         features(small_clip(dtype=dtype), images.to(dtype), config, backend, lambda model, x: model.encode_image(x))[0]
         for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference"))
@@ -102,10 +150,11 @@ def test_the_cls_embedding():
     assert relative_error(small_clip().encode_image(images).to(DEVICE), want) > 0.01
 
 
+@joint_or_not
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_half_precision(dtype):
+def test_half_precision(dtype, tau_attn):
     """In half precision, the tower on the kernels is about as close to float64 as on the reference."""
-    config, images = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0), pictures(count=2)
+    config, images = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0, tau_attn=tau_attn), pictures(count=2)
     want, _ = features(small_clip(), images, config, "reference")
     triton, reference = (
         features(small_clip(dtype=dtype), images.to(dtype), config, name)[0] for name in ("triton", "reference")
@@ -114,19 +163,24 @@ def test_half_precision(dtype):
     assert relative_error(triton, want) <= 1.5 * relative_error(reference, want)
 
 
-def test_a_block_of_vit_b_16():
-    """Width 768, 12 heads and the 196 patches of a picture; the second block makes the effect of the first visible."""
+@pytest.mark.parametrize(
+    ("name", "width", "patch", "side"), [("ViT-B-16", 768, 16, 224), ("ViT-L-14", 1024, 14, 126)], ids=["B/16", "L/14"]
+)
+def test_a_block_of_a_vit(name, width, patch, side):
+    """Its width and heads and the patches of a picture; the second block makes the effect of the first visible."""
     torch.manual_seed(0)
-    visual = VisionTransformer(224, 16, 768, 2, 12, 4.0, output_dim=64).eval()
+    config = rfclip.RefocusConfig.preset(name, "openai")
+    visual = VisionTransformer(side, patch, width, 2, width // 64, 4.0, output_dim=64).eval()
     with torch.no_grad():
-        visual.positional_embedding[1::7, 4] += 15
+        visual.positional_embedding[1::7, config.distraction_dims[0]] += 15
     model = torch.nn.Module()
     model.visual = visual
-    config = rfclip.RefocusConfig.preset("ViT-B-16", "openai")
+    config = replace(config, tau_attn=config.tau_attn and 1.0)  # random weights attend to all patches about alike
     picture = TF.to_dtype(TF.pil_to_tensor(to_rgb(tiny_folder() / "scene.png")), torch.float32, scale=True)
-    images = 4 * TF.resize(picture[None], [224, 224]) - 2
+    images = 4 * TF.resize(picture[None], [side, side]) - 2
     got, masks = features(model, images, config, "triton")
-    assert 0 < masks[0].float().mean() < 1
+    planted = len(visual.positional_embedding[1::7])
+    assert 0 < masks[0].sum() < (masks[0].numel() if config.tau_attn is None else planted)
     want, want_masks = features(model.double(), images.double(), config, "reference")
     assert torch.equal(masks[0], want_masks[0])
     assert relative_error(got, want) <= 1e-5

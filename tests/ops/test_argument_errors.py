@@ -11,6 +11,15 @@ M = torch.zeros(2, 6, dtype=torch.bool)
 S = torch.ones(2, 6, 6)
 C = torch.zeros(2, dtype=torch.int64)  # a class for each of X's two planes
 
+Y = torch.ones(2, 7, 8)  # all tokens
+
+
+def joint(f, **changes):
+    """`joint_repair` with sound arguments, but for the changes."""
+    sound = {"x": Y, "y": Y, "before": X[..., :2], "candidates": M, "q": Q, "k": Q, "weight": Y[0, 0], "bias": Y[0, 0]}
+    return f.joint_repair(**sound | {"dims": [1, 3], "threshold": 0.1, "grid": (2, 3)} | changes)
+
+
 ERRORS = {
     # tensors: rank, size, dtype, emptiness, type
     "scores-rank": (lambda f: f.distraction_scores(X[0], [1]), "x must be", "[B>=0, N>=1, d>=1]", "float32", "[6, 8]"),
@@ -22,6 +31,29 @@ ERRORS = {
     "received-k-shape": (lambda f: f.received_attention(Q, Q[:, :, 1:]), "k must be", "T=7", "[2, 3, 6, 4]"),
     "received-k-dtype": (lambda f: f.received_attention(Q, Q.half()), "k must be a float32", "float16"),
     "received-cls-only": (lambda f: f.received_attention(Q[:, :, :1], Q[:, :, :1]), "T>=2", "[2, 3, 1, 4]"),
+    "joint-y": (lambda f: joint(f, y=Y[:, 1:]), "y must be a float32", "T=7", "[2, 6, 8]"),
+    "joint-before": (lambda f: joint(f, before=X), "before must be a float32 tensor [B=2, N=6, J=2]", "[2, 6, 8]"),
+    "joint-candidates": (lambda f: joint(f, candidates=M.int()), "candidates must be a bool", "[B=2, N=6]", "int32"),
+    "joint-q": (lambda f: joint(f, q=Q[:1], k=Q[:1]), "x must be", "B=1", "[2, 7, 8]"),
+    "joint-weight": (lambda f: joint(f, weight=C), "weight must be a floating-point tensor [d=8]", "int64"),
+    "joint-dims": (lambda f: joint(f, dims=[]), "dims must have at least one dimension"),
+    "joint-threshold": (lambda f: joint(f, threshold=math.nan), "threshold must be a number", "nan"),
+    "joint-grid": (lambda f: joint(f, grid=(2, 4)), "grid", "gh * gw = N = 6", "(2, 4)"),
+    "joint-size": (lambda f: joint(f, size=4), "size must be an odd", "got 4"),
+    "candidate-dims": (
+        lambda f: f.candidate_layer_norm(Y, None, Y[0, 0], Y[0, 0], [], 0.5),
+        "dims must have at least one dimension",
+    ),
+    "candidate-branch": (
+        lambda f: f.candidate_layer_norm(Y, X, Y[0, 0], Y[0, 0], [1], 0.5),
+        "branch must be",
+        "T=7",
+        "[2, 6, 8]",
+    ),
+    "project-mask": (lambda f: f.project_tokens(Y, M[:, 1:], X[0], X[0, :, 0], X), "mask must be", "N=6", "[2, 5]"),
+    "project-weight": (lambda f: f.project_tokens(Y, M, S[0], S[0, 0], Y), "weight must be", "d=8", "[6, 6]"),
+    "project-bias": (lambda f: f.project_tokens(Y, M, X[0], X[0, 0], Y), "bias must be", "[e=6]", "[8]"),
+    "project-out": (lambda f: f.project_tokens(Y, M, X[0], None, Y), "out must be", "e=6", "[2, 7, 8]"),
     "redistribute-x": (lambda f: f.redistribute_embeddings(X[0], M, [1], (2, 3)), "x must be", "[6, 8]"),
     "redistribute-mask-dtype": (
         lambda f: f.redistribute_embeddings(X, M.int(), [1], (2, 3)),

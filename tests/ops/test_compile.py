@@ -28,12 +28,14 @@ from rfclip.plugin import installed
 GATHERED = {"rfclip.key_normalizers", "rfclip.proxy_attention"}
 PAPER = {"rfclip.layer_norm", "rfclip.refocused_attention"} | GATHERED
 CUT = PAPER | {"rfclip.key_similarity_", "rfclip.defocused_tokens"}
-LOCATED, REPAIRED = {"rfclip.distraction_scores"}, {"rfclip.redistribute_embeddings_"}  # where they are not in a norm
+LOCATED = {"rfclip.distraction_scores"}  # where that is not in a norm
+JOINT = {"rfclip.received_attention", "rfclip.joint_repair_", "rfclip.project_tokens_"}
 ORDERED = {"rfclip.order_patches"}  # where that is not in the cut
 OTHER_CUT = {"rfclip.key_similarity_", "rfclip.fiedler_vector", "rfclip.defocus_mask"}
 CONFIGS = {
     "paper": ({}, CUT),
-    "received": ({"tau_attn": 1.0}, CUT | LOCATED | REPAIRED | {"rfclip.received_attention"}),
+    "received": ({"tau_attn": 1.0}, CUT | JOINT),
+    "received, mean": ({"tau_attn": 1.0, "embedding": "mean"}, CUT | LOCATED | {"rfclip.received_attention"}),
     "otsu": ({"cut_threshold": "otsu", "similarity": "vv", "layers": (2,)}, PAPER | OTHER_CUT | ORDERED),
     "clamp": ({"embedding": "clamp"}, CUT | LOCATED),
     "rest": ({"target": "rest"}, PAPER | ORDERED),
