@@ -113,11 +113,15 @@ class Sizes:
         return torch.arange(self.N, device=self.device) < math.ceil(self.N / 3)
 
     def near_cut(self) -> Tensor:
-        """Vectors [B, 3, N] of which the first is near the one that parts the groups."""
+        """Vectors [B, 3, N] near those that the cut of `affinity` looks for."""
         start = self.scores(self.B, 3, self.N)
-        if self.seed is not None:
-            start[:, 0] = start[:, 0] / 200 + 2 * self.group() - 0.5
-        return start
+        if self.seed is None:
+            return start
+        S = self.similarity().double()
+        root = (S + S.mT).sum(dim=-1, keepdim=True).sqrt()
+        _, u = torch.linalg.eigh((S + S.mT) / root / root.mT)
+        exact = (u / root)[:, :, -4:-1].flip(-1).mT
+        return (exact + start.double() * exact.std() / 10000).to(start.dtype)
 
     def affinity(self) -> Tensor:
         """W [B, N, N] of the same groups, symmetric, with rows that are aligned."""
@@ -163,10 +167,11 @@ class Products:
 class Sweep:
     """An operation that multiplies matrices, compared with `count` plain flash attentions of `rows` queries.
 
-    The least work per head is a product of [rows, D] with [D, T] and, if `products` is 2, one of [rows, N] with [N, D].
+    The least work per head is a product of [rows, D] with [D, T] and, for what `products` is more than 1, of [rows, N]
+    with [N, D].
     """
 
-    products: int
+    products: Callable[[Sizes], float]
     count: Callable[[Sizes], int] = lambda s: 1
     rows: Callable[[Sizes], int] = lambda s: s.N
     goal: bool = False  # held to the goals of the report
@@ -336,7 +341,15 @@ def _some_rows(a: dict) -> list[float]:
     return [-(-n // BM) / -(-N // BM) * -(-a["d"] // a["BD"]) for n in range(N + 1)]
 
 
-_ATTENTION = Sweep(products=2, rows=lambda s: s.T, goal=True)
+def _one(s: Sizes) -> float:
+    return 1
+
+
+def _two(s: Sizes) -> float:
+    return 2
+
+
+_ATTENTION = Sweep(_two, rows=lambda s: s.T, goal=True)
 _REFOCUSED = {"refocused_attention_kernel": Products(_two_runs, lambda a: a["PREFIX"])}
 _SWEPT = {
     "self_attention_kernel": Products(
@@ -365,16 +378,16 @@ EXAMPLES = (
         "received_attention",
         lambda s: dict(zip("qk", s.heads()[:2], strict=True)) | {"prefix": s.prefix},
         module="joint",
-        sweep=Sweep(products=1),
+        sweep=Sweep(_one),
         kernels=_RECEIVED,
     ),
-    Example("joint_repair", _joint, module="joint", sweep=Sweep(products=1), kernels=_JOINT),
+    Example("joint_repair", _joint, module="joint", sweep=Sweep(_one), kernels=_JOINT),
     Example(
         "joint_repair",
         lambda s: _joint(s) | {"inplace": True, "size": 5},
         "in place",
         module="joint",
-        sweep=Sweep(products=1, head_dims=False),
+        sweep=Sweep(_one, head_dims=False),
         kernels=_JOINT,
     ),
     Example("project_tokens", _projected, module="joint", kernels=_PROJECTED),
@@ -403,7 +416,7 @@ EXAMPLES = (
         _keys,
         "first block",
         module="similarity",
-        sweep=Sweep(products=1),
+        sweep=Sweep(_one),
         kernels=_SIMILARITY,
     ),
     Example(
@@ -411,14 +424,14 @@ EXAMPLES = (
         lambda s: {"k": s.heads()[1], "running": s.similarity(), "count": 1, "prefix": s.prefix, "inplace": True},
         "later block",
         module="similarity",
-        sweep=Sweep(products=1, head_dims=False),
+        sweep=Sweep(_one, head_dims=False),
         kernels=_SIMILARITY,
     ),
     Example(
         "key_normalizers",
         lambda s: _keys(s) | {"copy": s.tensor(s.B, s.H, s.T, s.D)},
         module="similarity",
-        sweep=Sweep(products=1),
+        sweep=Sweep(_one),
         kernels=_SIMILARITY,
     ),
     Example(
@@ -426,7 +439,7 @@ EXAMPLES = (
         _affine,
         "first block",
         module="similarity",
-        sweep=Sweep(products=1),
+        sweep=Sweep(_one),
         kernels=_SIMILARITY,
     ),
     Example(
@@ -434,7 +447,7 @@ EXAMPLES = (
         lambda s: _affine(s) | {"running": s.affinity(), "count": 1, "inplace": True},
         "later block",
         module="similarity",
-        sweep=Sweep(products=1, head_dims=False),
+        sweep=Sweep(_one, head_dims=False),
         kernels=_SIMILARITY,
     ),
     Example("fiedler_vector", lambda s: {"similarity": s.similarity(), "start": s.scores(s.B, s.N)}, module="cut"),
@@ -456,7 +469,7 @@ EXAMPLES = (
         "proxy_attention",
         _proxy,
         module="attention",
-        sweep=Sweep(products=2, count=lambda s: s.L, goal=True),
+        sweep=Sweep(_two, count=lambda s: s.L, goal=True),
         kernels=_SWEPT,
     ),
     Example(
@@ -464,7 +477,7 @@ EXAMPLES = (
         _known,
         "known normalizers",
         module="attention",
-        sweep=Sweep(products=2, count=lambda s: s.L, goal=True),
+        sweep=Sweep(lambda s: 1 + 1 / s.L - s.prefix / s.N, count=lambda s: s.L, goal=True),
         kernels=_SUMMED,
     ),
     Example(

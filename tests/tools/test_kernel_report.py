@@ -245,6 +245,7 @@ def test_faults_end_in_exit_code_1(monkeypatch, capsys):
     bad |= line("failing", "received_attention", torch.float16, 32, BM=48)
     monkeypatch.setattr(report, "OPS", [])
     monkeypatch.setattr(report, "FORWARDS", [])
+    monkeypatch.setattr(report, "in_its_own_process", list)
     monkeypatch.setattr(report, "jobs", lambda: sound | uncounted | bad)
     assert report.main([]) == 1
     out, err = capsys.readouterr()

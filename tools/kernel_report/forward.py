@@ -122,7 +122,7 @@ class Forward:
 
 MOST_PASSES = 8  # over the similarity of a block
 WHOLE, STEPS = 150, 5  # launches of a forward of at most 256 patches; above, these more in each of the refocused blocks
-B16, L14 = WHOLE + 11 * STEPS, {True: 504, False: 700}  # of ViT-L/14, today's
+B16, L14 = WHOLE + 11 * STEPS, {True: 337, False: 464}  # of ViT-L/14, today's
 FORWARDS = [
     Goal(Shape("ViT-B/16", (224, 224)), 1, WHOLE, 1.05),
     Goal(Shape("ViT-B/16", (224, 224)), 32, WHOLE, 1.05),

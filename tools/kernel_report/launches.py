@@ -212,6 +212,6 @@ def cost(op: Example, shape: Shape) -> Cost:
     sizes, sweep, a = shape.sizes, op.sweep, matrix[0].arguments
     rows, heads = sweep.rows(sizes), sweep.count(sizes) * sizes.H
     flash = heads * 2 * cdiv(rows, a["BM"]) * cdiv(sizes.T, a["BN"]) * 2 * a["BM"] * a["BN"] * a["BD"]
-    least = heads * 2 * rows * (sizes.T + (sweep.products - 1) * sizes.N) * sizes.D  # the prefix starts the sum
+    least = heads * 2 * rows * (sizes.T + (sweep.products(sizes) - 1) * sizes.N) * sizes.D  # the prefix starts the sum
     operations = reduce(np.add, (launch.operations for launch in matrix))
     return Cost(moved, operations.mean() / flash, operations.max() / flash, operations.mean() / least)
