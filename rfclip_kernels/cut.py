@@ -39,7 +39,7 @@ TOWER_ROUNDS, TOWER_FROM_START = 3, 1  # that resolve the mask of the defocused 
 RESTART = 3  # squarings of the projected matrix before the next round's start is taken from it
 SQUARINGS = 12  # that its leading eigenvector takes
 NEW = 1e-2  # the squared length of what a vector adds to the basis, over its own, is more than this
-ROUNDING = tl.constexpr(1e-8)  # the squared length of R0 over that of Y, if it is more than rounding
+ROUNDING = tl.constexpr(1e-11)  # the squared length of R0 over that of Y, if it is more than rounding
 WHOLE = 256  # patches that one program takes
 BLOCK_ROWS, BLOCK_COLUMNS = 16, 256  # of W that a program multiplies at a time
 WHOLE_COLUMNS = 128  # if it takes all rows in turn, which needs registers for more than that
@@ -293,12 +293,16 @@ def ritz_coefficients(
     o_p, o_r = tl.arange(0, 4), tl.arange(0, 16)
     o_basis, o_image = tl.where(o_r <= WIDTH, o_r, o_r + WIDTH), products_lanes(WIDTH)
     b_gram = sum_grams(p_gram, o_basis, o_basis, tiles, 32, 16)
-    # Of an R0 that is nothing but rounding, R1 is not the product: programs round it differently. It is left out.
+    # Programs round a small R0 differently, so that R1 is not quite its product: their inner products with others are
+    # taken from the products of those, and an R0 that is nothing but rounding is left out.
+    m_first = (o_r > WIDTH) & (o_r <= 2 * WIDTH)
+    b_images = sum_grams(p_gram, o_image, o_basis, tiles, 32, 16)
+    b_images = tl.where(m_first[:, None] & (m_first[None, :] == 0), tl.trans(b_images), b_images)
     b_length = diagonal(b_gram)
     b_before = tl.sum(tl.where(o_r[None, :] + WIDTH == o_r[:, None], b_length[None, :], 0.0), axis=1)
-    m_sound = (o_r <= WIDTH) | (o_r > 2 * WIDTH) | (b_length > ROUNDING * b_before)
+    m_sound = (m_first == 0) | (b_length > ROUNDING * b_before)
     b_t = orthonormal(tl.where(m_sound[:, None] & m_sound[None, :], b_gram, 0.0), NEW)
-    b_projected = inner(inner(b_t, sum_grams(p_gram, o_image, o_basis, tiles, 32, 16)), b_t)
+    b_projected = inner(inner(b_t, b_images), b_t)
     # Without 1, and without vectors that were left out. 1 is added, so that no eigenvalue is negative.
     on = (o_r > 0) & (diagonal(b_t) > 0)
     b_power = tl.where(on[:, None] & on[None, :], (b_projected + tl.trans(b_projected)) / 2, 0.0)

@@ -50,16 +50,17 @@ def mean_of_neighbours(b_near, m_near):
 
 
 @triton.jit
-def list_marked(p_mask, p_list, N, BLOCK: tl.constexpr):
-    """List the marked patches of an image [N] in memory, in ascending order; returns their number.
+def list_marked(p_mask, p_list, first, most, N, BLOCK: tl.constexpr):
+    """List `most` of the marked patches of an image [N] in memory, in ascending order, from the one numbered `first`.
 
-    All programs of an image may write the same list: each writes all of it before it reads.
+    The memory belongs to the program alone. Returns the number of all marked patches.
     """
     n_marked = 0
     for start in range(0, N, BLOCK):
         o_n = start + tl.arange(0, BLOCK)
         b_marked = (tl.load(p_mask + o_n, mask=o_n < N, other=0) != 0).to(tl.int32)
-        tl.store(p_list + n_marked + tl.cumsum(b_marked, 0) - 1, o_n, mask=b_marked > 0)
+        o_place = n_marked + tl.cumsum(b_marked, 0) - 1 - first
+        tl.store(p_list + o_place, o_n, mask=(b_marked > 0) & (o_place >= 0) & (o_place < most))
         n_marked += tl.sum(b_marked, axis=0)
     tl.debug_barrier()  # other threads wrote what is read next
     return n_marked

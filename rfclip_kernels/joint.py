@@ -32,7 +32,7 @@ def received_attention_kernel(
     q_ptr,  # [B, H, T, D]
     k_ptr,  # [B, H, T, D]
     candidates_ptr,  # [B, N] bool contiguous, read where CHOOSE
-    list_ptr,  # [B, N] int32, its list, written where CHOOSE
+    list_ptr,  # [B, H * blocks of rows, N] int32, a list of them for each program, written where CHOOSE
     sums_ptr,  # [B, H * blocks of rows, N] fp32, written for candidates
     H,
     T,
@@ -56,10 +56,10 @@ def received_attention_kernel(
 ):
     N = T - PREFIX
     i_b, i_h, i_m = image_head_rows(H, N, BM)
-    p_list = list_ptr + i_b * N
+    p_list = list_ptr + tl.program_id(0).to(tl.int64) * N
     n_columns = N
     if CHOOSE:
-        n_columns = list_marked(candidates_ptr + i_b * N, p_list, N, BLOCK)
+        n_columns = list_marked(candidates_ptr + i_b * N, p_list, 0, N, N, BLOCK)
         if n_columns == 0:
             return
     o_m = i_m * BM + tl.arange(0, BM)
@@ -145,7 +145,7 @@ def project_tokens_kernel(
     mask_ptr,  # [B, N] bool contiguous
     weight_ptr,  # [e, d]
     bias_ptr,  # [e], read where BIAS
-    list_ptr,  # [B, N] int32, the list of the mask
+    list_ptr,  # [programs, BM] int32, the tokens of each program
     out_ptr,  # [B, T, e], updated
     T,
     d,
@@ -171,14 +171,14 @@ def project_tokens_kernel(
     N, columns = T - PREFIX, tl.cdiv(e, BN)
     i_group, i_e = tl.program_id(0) // columns, tl.program_id(0) % columns
     i_b, i_m = (i_group // tl.cdiv(N, BM)).to(tl.int64), i_group % tl.cdiv(N, BM)
-    p_list = list_ptr + i_b * N
-    n_tokens = list_marked(mask_ptr + i_b * N, p_list, N, BLOCK)
+    p_list = list_ptr + tl.program_id(0).to(tl.int64) * BM
+    n_tokens = list_marked(mask_ptr + i_b * N, p_list, i_m * BM, BM, N, BLOCK)
     if i_m * BM >= n_tokens:
         return
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     o_m, o_e, o_d = i_m * BM + tl.arange(0, BM), i_e * BN + tl.arange(0, BN), tl.arange(0, BD)
     m_m, m_e = o_m < n_tokens, o_e < e
-    i_t = PREFIX + tl.load(p_list + o_m, mask=m_m, other=0)
+    i_t = PREFIX + tl.load(p_list + tl.arange(0, BM), mask=m_m, other=0)
     p_y = y_ptr + i_b * stride_yb + i_t[:, None] * stride_yt
     p_weight = weight_ptr + o_e[None, :] * stride_we
     b_out = tl.zeros([BM, BN], tl.float32)
@@ -201,7 +201,7 @@ def _received_attention(q: Tensor, k: Tensor, candidates: Tensor | None, scale: 
     N, options = T - prefix, constants(D, q.dtype) | {"BN": 32}  # the registers of a list
     blocks = triton.cdiv(N, options["BM"])
     sums = q.new_empty((B, H * blocks, N), dtype=torch.float32)
-    listed = q.new_empty((B, 0 if candidates is None else N), dtype=torch.int32)
+    listed = q.new_empty((0,) if candidates is None else sums.shape, dtype=torch.int32)
     if B:
         with on_device(q):
             wrap_triton(received_attention_kernel)[(blocks * B * H,)](
@@ -276,7 +276,7 @@ def _joint_repair_(
     return mask
 
 
-def projection_options(dtype: torch.dtype, hip: bool) -> dict[str, object]:
+def projection_options(dtype: torch.dtype, hip: bool) -> dict[str, int]:
     """Tile sizes, warps and stages of `project_tokens_kernel`; `make report` checks that none of them spills."""
     rows, depth = (32, 32) if dtype == torch.float32 else (64, 64)
     return {"BM": rows, "BN": 64, "BD": depth, "num_warps": 4, "num_stages": 1 if hip else 4}
@@ -286,16 +286,18 @@ def projection_options(dtype: torch.dtype, hip: bool) -> dict[str, object]:
 def _project_tokens_(y: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, prefix: int) -> None:
     B, T, e = out.shape
     hip = attention.on_hip()
-    N, options = T - prefix, projection_options(out.dtype, hip)
+    options = projection_options(out.dtype, hip)
+    rows, columns = options["BM"], options["BN"]
+    programs = triton.cdiv(e, columns) * triton.cdiv(T - prefix, rows) * B
     if B:
         given = weight if bias is None else bias
         with on_device(y):
-            wrap_triton(project_tokens_kernel)[(triton.cdiv(e, options["BN"]) * triton.cdiv(N, options["BM"]) * B,)](
+            wrap_triton(project_tokens_kernel)[(programs,)](
                 y_ptr=y,
                 mask_ptr=mask,
                 weight_ptr=weight,
                 bias_ptr=given,
-                list_ptr=y.new_empty((B, N), dtype=torch.int32),
+                list_ptr=y.new_empty((programs, rows), dtype=torch.int32),
                 out_ptr=out,
                 T=T,
                 d=y.shape[2],

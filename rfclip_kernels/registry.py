@@ -112,16 +112,15 @@ class Sizes:
         """Whether a patch is in the first of the two groups, bool [N]."""
         return torch.arange(self.N, device=self.device) < math.ceil(self.N / 3)
 
-    def near_cut(self) -> Tensor:
-        """Vectors [B, 3, N] near those that the cut of `affinity` looks for."""
+    def near_cut(self, affinity: Tensor) -> Tensor:
+        """Vectors [B, 3, N] near those that the cut of W [B, N, N] looks for."""
         start = self.scores(self.B, 3, self.N)
         if self.seed is None:
             return start
-        S = self.similarity().double()
-        root = (S + S.mT).sum(dim=-1, keepdim=True).sqrt()
-        _, u = torch.linalg.eigh((S + S.mT) / root / root.mT)
+        root = affinity.double().sum(dim=-1, keepdim=True).sqrt()
+        _, u = torch.linalg.eigh(affinity / root / root.mT)
         exact = (u / root)[:, :, -4:-1].flip(-1).mT
-        return (exact + start.double() * exact.std() / 10000).to(start.dtype)
+        return (exact + start.double() * exact.std() / 1000).to(start.dtype)
 
     def affinity(self) -> Tensor:
         """W [B, N, N] of the same groups, symmetric, with rows that are aligned."""
@@ -272,6 +271,11 @@ def _known(s: Sizes) -> Inputs:
 
 def _tokens(s: Sizes) -> Inputs:
     return {"affinity": s.affinity(), "distraction": s.mask(10)}
+
+
+def _later_tokens(s: Sizes) -> Inputs:
+    affinity = s.affinity()
+    return {"affinity": affinity, "distraction": s.mask(10), "start": s.near_cut(affinity)}
 
 
 def _cut(s: Sizes) -> Inputs:
@@ -454,7 +458,7 @@ EXAMPLES = (
     Example("defocus_mask", _cut, module="defocus"),
     Example("defocus_mask", lambda s: _cut(s) | {"threshold": "otsu"}, "Otsu", module="defocus"),
     Example("defocused_tokens", _tokens, "first block", module="cut"),
-    Example("defocused_tokens", lambda s: _tokens(s) | {"start": s.near_cut()}, "later block", module="cut"),
+    Example("defocused_tokens", _later_tokens, "later block", module="cut"),
     Example("refocused_attention", _refocused, module="attention", sweep=_ATTENTION, kernels=_REFOCUSED),
     Example("self_attention", _self, module="attention", sweep=_ATTENTION, kernels=_SWEPT),
     Example(

@@ -226,7 +226,7 @@ def test_only_the_first_axis_of_a_grid_is_long():
 def test_goals(op, shape):
     found = cost(op, shape)
     assert not found.missed()
-    assert min(found.flash_worst / found.flash, found.least, found.moved) >= 1
+    assert min(found.flash_worst / found.flash, found.least, found.moved) >= 1 - 1e-9
 
 
 def test_faults_end_in_exit_code_1(monkeypatch, capsys):
