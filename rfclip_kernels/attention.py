@@ -17,12 +17,15 @@ accumulator: (1 / L) sum over l of softmax(k_l k_l^T) v for the rows of patches,
 Where the log-sum-exp of every row is known, the layers' probabilities are added first, and multiplied with v once.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
+from rfclip_kernels import tiles
 from rfclip_kernels.launch import check_launch, interpreted, on_device, strides, wrap_triton
 
 BLOCK_PATCHES = 512
@@ -351,36 +354,18 @@ def proxy_attention_kernel(
     tl.store(p_out, (b_acc / unit).to(out_ptr.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
 
 
-def launch_options(D: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
-    """Tile sizes, warps and stages for a head dimension; `make report` checks that none of them spills."""
-    if dtype == torch.float32:
-        rows, columns, warps = (32 if D <= 64 else 16), (64 if 32 < D <= 64 and not hip else 32), 8
-    else:
-        rows, columns, warps = 64, 32, (4 if D <= 32 else 8)
-    return {
-        "BM": rows,
-        "BN": columns,
-        "BD": max(16, triton.next_power_of_2(D)),
-        "num_warps": warps,
-        "num_stages": 1 if hip else 2,
-    }
-
-
-def precision(hip: bool) -> str:
+def precision(x: Tensor) -> str:
     """How fp32 tiles are multiplied: three tf32 products on NVIDIA's tensor cores, whose error is that of fp32."""
     if interpreted():
         return "interpreter"
-    return "ieee" if hip else "tf32x3"
+    return "ieee" if tiles.architecture(x.device).startswith("gfx") else "tf32x3"
 
 
-def on_hip() -> bool:
-    """Whether PyTorch was built for ROCm."""
-    return torch.version.hip is not None
-
-
-def constants(D: int, dtype: torch.dtype) -> dict[str, object]:
-    """Compile-time arguments and launch options of the kernels that multiply tiles [., D], D at most 128."""
-    return launch_options(D, dtype, on_hip()) | {"D": D, "PRECISION": precision(on_hip())}
+def constants(kernel: str, x: Tensor, prefix: int) -> dict[str, Any]:
+    """Compile-time arguments and launch options of one of `tiles.KERNELS` for x [.., B, H, T, D], D at most 128."""
+    B, _, T, D = x.shape[-4:]
+    chosen = tiles.choose(kernel, x, B, T - prefix, D)
+    return chosen.options | {"D": D, "BD": max(16, triton.next_power_of_2(D)), "PRECISION": precision(x)}
 
 
 @triton_op("rfclip::order_patches", mutates_args={})
@@ -408,7 +393,7 @@ def _refocused_attention(
 ) -> Tensor:
     B, H, T, D = q.shape
     out = q.new_empty((B, T, H, D))
-    options = constants(D, q.dtype) | {"BN": 32}  # the registers of two accumulators
+    options = constants("refocused_attention", q, prefix)
     if B:
         with on_device(q):
             wrap_triton(refocused_attention_kernel)[(triton.cdiv(T, options["BM"]) * B * H,)](
@@ -439,7 +424,7 @@ def _self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, pre
     gh, gw = (1, 1) if bias is None else ((side + 1) // 2 for side in bias.shape)
     rows = T - prefix if drop else T
     out = v.new_empty((B, rows, H, D))
-    options = constants(D, v.dtype)
+    options = constants("self_attention", v, prefix)
     if B:
         with on_device(v):
             wrap_triton(self_attention_kernel)[(triton.cdiv(rows, options["BM"]) * B * H,)](
@@ -467,7 +452,7 @@ def _self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, pre
 def _proxy_attention(keys: Tensor, v: Tensor, normalizers: Tensor, scale: float, prefix: int) -> Tensor:
     L, B, H, T, D = keys.shape
     out = v.new_empty((B, T - prefix, H, D))
-    options = constants(D, v.dtype)
+    options = constants("proxy_attention", v, prefix)
     if B:
         with on_device(v):
             wrap_triton(proxy_attention_kernel)[(triton.cdiv(T - prefix, options["BM"]) * B * H,)](
