@@ -8,7 +8,6 @@ puts it first.
 
 import json
 import math
-import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -206,22 +205,24 @@ def choose(kernel: str, x: Tensor, images: int, patches: int, dims: int | None =
 
 @cache
 def _chosen(kernel: str, dtype: str, dims: int | None, patches: int | None, architecture: str) -> Tiles:
-    """Those of the entry with the lowest limits that hold, that of the patches first."""
+    """Those of the entry that holds and has the lowest limits, that of the patches first."""
 
-    def limits(dims: int | None, patches: int | None) -> tuple[float, float]:
-        return math.inf if patches is None else patches, math.inf if dims is None else dims
-
-    def entries(table: Sequence[Entry], architecture: str) -> list[Entry]:
+    def holding(table: Sequence[Entry], architecture: str) -> list[Entry]:
         return [
             each
             for each in table
             if (each.kernel, each.dtype) == (kernel, dtype)
             and architecture in each.architectures
-            and all(map(operator.le, limits(dims, patches), limits(each.dims, each.patches)))
+            and _within(dims, each.dims)
+            and _within(patches, each.patches)
         ]
 
-    found = entries(_used, architecture) or entries(shipped(), nearest(architecture))
-    return min(found, key=lambda each: limits(each.dims, each.patches)).tiles
+    found = holding(_used, architecture) or holding(shipped(), nearest(architecture))
+    return min(found, key=lambda each: (each.patches or math.inf, each.dims or math.inf)).tiles
+
+
+def _within(value: int | None, most: int | None) -> bool:
+    return most is None or (value is not None and value <= most)
 
 
 @cache
