@@ -229,6 +229,9 @@ def test_prefetch_is_the_least_of_all_loops_of_products():
     )
     ahead = loop.format("\n    ".join([wait, product, product, copy, copy]))
     assert report.prefetch(ahead) == 2
+    registers = ["%x = amdg.buffer_load %p", product, "%y = amdg.buffer_load %p", "ttg.local_store %x, %s"]
+    assert report.prefetch(loop.format("\n    ".join(registers))) == 1
+    assert report.prefetch(loop.format("\n    ".join(registers).replace("local_store %x", "local_store %z"))) == 0
     assert report.prefetch(ahead + loop.format("\n    ".join([wait.replace("2", "0"), product, copy]))) == 0
     assert report.prefetch(ahead + loop.format(product)) == 0
     assert report.prefetch(loop.format(copy)) is None

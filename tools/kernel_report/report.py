@@ -41,11 +41,12 @@ HEAD_DIMS = (32, 64, 80, 96, 128)
 SIZES = ((224, 224), (336, 448), (672, 896), (1024, 2048))  # of images; each has more patches than a limit of the tiles
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
-# In Triton's GPU code: a loop, a wait for all but the last groups of copies, a load into registers, and where a product
-# ends (a tcgen05.mma at a barrier).
+# In Triton's GPU code: a loop, a wait for all but the last groups of copies, a load into registers, a store of these in
+# shared memory, and where a product ends (a tcgen05.mma at a barrier).
 LOOP = re.compile(r"^(?=( *)\S[^\n]*scf\.for [^\n]*\n(.*?)^\1})", re.MULTILINE | re.DOTALL)
 WAIT = re.compile(r"async_wait .*num = (\d+)")
-LOAD = re.compile(r"tt\.load |amdg\.buffer_load ")
+LOAD = re.compile(r"(%\w+) = (?:tt\.load|amdg\.buffer_load) ")
+STORE = re.compile(r"local_store (%\w+)")
 PRODUCT = re.compile(r"tt\.dot |ttng\.warp_group_dot |ttng\.wait_barrier ")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -211,16 +212,16 @@ def prefetch(code: str) -> int | None:
     for _indent, body in LOOP.findall(code):
         if "scf.for " in body or not PRODUCT.search(body):
             continue
-        products, copied, loaded, found = 0, [], None, []  # when each group of copies, and the last load, began
+        products, copied, loaded, found = 0, [], {}, []  # when each group of copies, and each load, began
         for line in 8 * body.splitlines():  # no load is so many iterations ahead
             if PRODUCT.search(line):
                 products += 1
             elif "async_commit_group" in line:
                 copied.append(products)
-            elif LOAD.search(line):
-                loaded = products
-            elif "local_store" in line and loaded is not None:
-                found.append(products - loaded)
+            elif load := LOAD.search(line):
+                loaded[load[1]] = products
+            elif (store := STORE.search(line)) and loaded:  # of a value with another name: the last load's
+                found.append(products - loaded.get(store[1], max(loaded.values())))
             elif wait := WAIT.search(line):
                 done = max(0, len(copied) - int(wait[1]))
                 found += [products - start for start in copied[:done]]
