@@ -320,6 +320,7 @@ def proxy_attention_kernel(
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    BK: tl.constexpr,  # dimensions that are multiplied at a time
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -339,12 +340,16 @@ def proxy_attention_kernel(
         b_p = tl.zeros([BM, BN], tl.float32)  # the sum over layers
         p_layer, p_sums = p_k, p_lse + o_m * stride_st
         for _layer in range(0, L):
-            p_q = p_layer + o_m[:, None] * stride_kt + o_d[None, :] * stride_kd
-            b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)  # [BM, BD]
-            p_other = p_layer + o_n[None, :] * stride_kt + o_d[:, None] * stride_kd
-            b_k = tl.load(p_other, mask=m_d[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
+            b_s = tl.zeros([BM, BN], tl.float32)
+            for first in tl.static_range(0, BD, BK):
+                o_k = first + tl.arange(0, BK)
+                p_q = p_layer + o_m[:, None] * stride_kt + o_k[None, :] * stride_kd
+                b_q = tl.load(p_q, mask=m_m[:, None] & (o_k < D)[None, :], other=0.0)  # [BM, BK]
+                p_other = p_layer + o_n[None, :] * stride_kt + o_k[:, None] * stride_kd
+                b_k = tl.load(p_other, mask=(o_k < D)[:, None] & m_n[None, :], other=0.0)  # [BK, BN]
+                b_s += dot(b_q, b_k, PRECISION) * scale
             b_lse = tl.load(p_sums, mask=m_m, other=0.0)
-            b_p += tl.exp2(dot(b_q, b_k, PRECISION) * scale - b_lse[:, None] * LOG2E)
+            b_p += tl.exp2(b_s - b_lse[:, None] * LOG2E)
             p_layer += stride_kl
             p_sums += stride_sl
         m_v = m_n[:, None] & m_d[None, :]
@@ -468,6 +473,7 @@ def _proxy_attention(keys: Tensor, v: Tensor, normalizers: Tensor, scale: float,
                 **strides("v", v, "bhtd"),
                 **strides("s", normalizers, "lbht"),
                 PREFIX=prefix,
+                BK=32 if v.dtype == torch.float32 else options["BD"],
                 **options,
             )
     return out
