@@ -2,7 +2,7 @@
 
 Every function here is a method of `rfclip_kernels.operations.Operations`, whose docstring is its contract, run by a
 kernel: `rfclip_kernels.refocused_attention(q, k, v, distraction, target, beta)`. Kernels are imported on first use, so
-that this package also imports where Triton is missing.
+that this package also imports where Triton is missing. `use_tiles` is the one name here that is no operation.
 """
 
 from functools import cache
@@ -11,6 +11,7 @@ from typing import Any
 
 from rfclip_kernels.operations import Operations
 from rfclip_kernels.registry import KERNELS
+from rfclip_kernels.tiles import use_tiles as use_tiles
 
 __all__ = list(KERNELS)
 
@@ -34,4 +35,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "use_tiles"])

@@ -17,12 +17,15 @@ accumulator: (1 / L) sum over l of softmax(k_l k_l^T) v for the rows of patches,
 Where the log-sum-exp of every row is known, the layers' probabilities are added first, and multiplied with v once.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
+from rfclip_kernels import tiles
 from rfclip_kernels.launch import check_launch, interpreted, on_device, strides, wrap_triton
 
 BLOCK_PATCHES = 512
@@ -317,6 +320,7 @@ def proxy_attention_kernel(
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    BK: tl.constexpr,  # dimensions that are multiplied at a time
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -336,12 +340,16 @@ def proxy_attention_kernel(
         b_p = tl.zeros([BM, BN], tl.float32)  # the sum over layers
         p_layer, p_sums = p_k, p_lse + o_m * stride_st
         for _layer in range(0, L):
-            p_q = p_layer + o_m[:, None] * stride_kt + o_d[None, :] * stride_kd
-            b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)  # [BM, BD]
-            p_other = p_layer + o_n[None, :] * stride_kt + o_d[:, None] * stride_kd
-            b_k = tl.load(p_other, mask=m_d[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
+            b_s = tl.zeros([BM, BN], tl.float32)
+            for first in tl.static_range(0, BD, BK):
+                o_k = first + tl.arange(0, BK)
+                p_q = p_layer + o_m[:, None] * stride_kt + o_k[None, :] * stride_kd
+                b_q = tl.load(p_q, mask=m_m[:, None] & (o_k < D)[None, :], other=0.0)  # [BM, BK]
+                p_other = p_layer + o_n[None, :] * stride_kt + o_k[:, None] * stride_kd
+                b_k = tl.load(p_other, mask=(o_k < D)[:, None] & m_n[None, :], other=0.0)  # [BK, BN]
+                b_s += dot(b_q, b_k, PRECISION) * scale
             b_lse = tl.load(p_sums, mask=m_m, other=0.0)
-            b_p += tl.exp2(dot(b_q, b_k, PRECISION) * scale - b_lse[:, None] * LOG2E)
+            b_p += tl.exp2(b_s - b_lse[:, None] * LOG2E)
             p_layer += stride_kl
             p_sums += stride_sl
         m_v = m_n[:, None] & m_d[None, :]
@@ -351,36 +359,18 @@ def proxy_attention_kernel(
     tl.store(p_out, (b_acc / unit).to(out_ptr.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
 
 
-def launch_options(D: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
-    """Tile sizes, warps and stages for a head dimension; `make report` checks that none of them spills."""
-    if dtype == torch.float32:
-        rows, columns, warps = (32 if D <= 64 else 16), (64 if 32 < D <= 64 and not hip else 32), 8
-    else:
-        rows, columns, warps = 64, 32, (4 if D <= 32 else 8)
-    return {
-        "BM": rows,
-        "BN": columns,
-        "BD": max(16, triton.next_power_of_2(D)),
-        "num_warps": warps,
-        "num_stages": 1 if hip else 2,
-    }
-
-
-def precision(hip: bool) -> str:
+def precision(x: Tensor) -> str:
     """How fp32 tiles are multiplied: three tf32 products on NVIDIA's tensor cores, whose error is that of fp32."""
     if interpreted():
         return "interpreter"
-    return "ieee" if hip else "tf32x3"
+    return "ieee" if tiles.architecture(x.device).startswith("gfx") else "tf32x3"
 
 
-def on_hip() -> bool:
-    """Whether PyTorch was built for ROCm."""
-    return torch.version.hip is not None
-
-
-def constants(D: int, dtype: torch.dtype) -> dict[str, object]:
-    """Compile-time arguments and launch options of the kernels that multiply tiles [., D], D at most 128."""
-    return launch_options(D, dtype, on_hip()) | {"D": D, "PRECISION": precision(on_hip())}
+def constants(kernel: str, x: Tensor, prefix: int) -> dict[str, Any]:
+    """Compile-time arguments and launch options of one of `tiles.KERNELS` for x [.., B, H, T, D], D at most 128."""
+    B, _, T, D = x.shape[-4:]
+    chosen = tiles.choose(kernel, x, B, T - prefix, D)
+    return chosen.options | {"D": D, "BD": max(16, triton.next_power_of_2(D)), "PRECISION": precision(x)}
 
 
 @triton_op("rfclip::order_patches", mutates_args={})
@@ -408,7 +398,7 @@ def _refocused_attention(
 ) -> Tensor:
     B, H, T, D = q.shape
     out = q.new_empty((B, T, H, D))
-    options = constants(D, q.dtype) | {"BN": 32}  # the registers of two accumulators
+    options = constants("refocused_attention", q, prefix)
     if B:
         with on_device(q):
             wrap_triton(refocused_attention_kernel)[(triton.cdiv(T, options["BM"]) * B * H,)](
@@ -439,7 +429,7 @@ def _self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, pre
     gh, gw = (1, 1) if bias is None else ((side + 1) // 2 for side in bias.shape)
     rows = T - prefix if drop else T
     out = v.new_empty((B, rows, H, D))
-    options = constants(D, v.dtype)
+    options = constants("self_attention", v, prefix)
     if B:
         with on_device(v):
             wrap_triton(self_attention_kernel)[(triton.cdiv(rows, options["BM"]) * B * H,)](
@@ -467,7 +457,7 @@ def _self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, pre
 def _proxy_attention(keys: Tensor, v: Tensor, normalizers: Tensor, scale: float, prefix: int) -> Tensor:
     L, B, H, T, D = keys.shape
     out = v.new_empty((B, T - prefix, H, D))
-    options = constants(D, v.dtype)
+    options = constants("proxy_attention", v, prefix)
     if B:
         with on_device(v):
             wrap_triton(proxy_attention_kernel)[(triton.cdiv(T - prefix, options["BM"]) * B * H,)](
@@ -483,6 +473,7 @@ def _proxy_attention(keys: Tensor, v: Tensor, normalizers: Tensor, scale: float,
                 **strides("v", v, "bhtd"),
                 **strides("s", normalizers, "lbht"),
                 PREFIX=prefix,
+                BK=32 if v.dtype == torch.float32 else options["BD"],
                 **options,
             )
     return out

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels import attention
-from rfclip_kernels.attention import BLOCK_PATCHES, LOG2E, constants, dot, image_head_rows
+from rfclip_kernels import tiles
+from rfclip_kernels.attention import BLOCK_PATCHES, LOG2E, constants, dot, image_head_rows, precision
 from rfclip_kernels.distraction import dimensions, list_marked, mean_of_neighbours, neighbours
 from rfclip_kernels.launch import check_launch, interpreted, on_device, strides, wrap_triton
 from rfclip_kernels.similarity import row_logsumexp
@@ -198,7 +198,7 @@ def project_tokens_kernel(
 def _received_attention(q: Tensor, k: Tensor, candidates: Tensor | None, scale: float, prefix: int) -> Tensor:
     """Sums over blocks of rows, [B, heads and blocks, N]; all of them together are H N a."""
     B, H, T, D = q.shape
-    N, options = T - prefix, constants(D, q.dtype) | {"BN": 32}  # the registers of a list
+    N, options = T - prefix, constants("received_attention", q, prefix)
     blocks = triton.cdiv(N, options["BM"])
     sums = q.new_empty((B, H * blocks, N), dtype=torch.float32)
     listed = q.new_empty((0,) if candidates is None else sums.shape, dtype=torch.int32)
@@ -276,17 +276,17 @@ def _joint_repair_(
     return mask
 
 
-def projection_options(dtype: torch.dtype, hip: bool) -> dict[str, int]:
+def projection_options(out: Tensor) -> dict[str, int]:
     """Tile sizes, warps and stages of `project_tokens_kernel`; `make report` checks that none of them spills."""
-    rows, depth = (32, 32) if dtype == torch.float32 else (64, 64)
-    return {"BM": rows, "BN": 64, "BD": depth, "num_warps": 4, "num_stages": 1 if hip else 4}
+    rows, depth = (32, 32) if out.dtype == torch.float32 else (64, 64)
+    stages = 1 if tiles.architecture(out.device).startswith("gfx") else 4
+    return {"BM": rows, "BN": 64, "BD": depth, "num_warps": 4, "num_stages": stages}
 
 
 @triton_op("rfclip::project_tokens_", mutates_args={"out"})
 def _project_tokens_(y: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, prefix: int) -> None:
     B, T, e = out.shape
-    hip = attention.on_hip()
-    options = projection_options(out.dtype, hip)
+    options = projection_options(out)
     rows, columns = options["BM"], options["BN"]
     programs = triton.cdiv(e, columns) * triton.cdiv(T - prefix, rows) * B
     if B:
@@ -310,7 +310,7 @@ def _project_tokens_(y: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | Non
                 PREFIX=prefix,
                 BLOCK=BLOCK_PATCHES,
                 INTERPRETED=interpreted(),
-                PRECISION=attention.precision(hip),
+                PRECISION=precision(out),
                 **options,
             )
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels import attention
+from rfclip_kernels import tiles
 from rfclip_kernels.attention import dot, precision
 from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
 
@@ -105,19 +105,6 @@ def cosine_aggregation_kernel(
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
 
 
-def launch_options(e: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
-    """Tile sizes, warps and stages; `make report` checks that none of them spills."""
-    side = 32 if dtype == torch.float32 else 64
-    return {
-        "BM": side,
-        "BN": side,
-        "BD": side,
-        "BC": min(BLOCK_WIDTH, max(side, triton.next_power_of_2(e))),
-        "num_warps": 8,
-        "num_stages": 1 if hip else 3,
-    }
-
-
 @triton_op("rfclip::blend_embeddings_", mutates_args={"x"})
 def _blend_embeddings_(x: Tensor, mask: Tensor, gh: int, gw: int) -> None:
     B, N, d = x.shape
@@ -141,11 +128,11 @@ def _cosine_aggregation(guide: Tensor, x: Tensor, cut: float) -> Tensor:
     B, N, d = guide.shape
     e = x.shape[2]
     out = x.new_empty((B, N, e))
-    hip = attention.on_hip()
-    options = launch_options(e, x.dtype, hip)
+    chosen = tiles.choose("cosine_aggregation", x, B, N)
+    BC = min(BLOCK_WIDTH, max(chosen.columns, triton.next_power_of_2(e)))
     if B:
         with on_device(x):
-            wrap_triton(cosine_aggregation_kernel)[(B * triton.cdiv(N, options["BM"]), triton.cdiv(e, options["BC"]))](
+            wrap_triton(cosine_aggregation_kernel)[(B * triton.cdiv(N, chosen.rows), triton.cdiv(e, BC))](
                 g_ptr=guide,
                 norm_ptr=torch.linalg.vector_norm(guide, dim=-1, dtype=torch.float32).contiguous(),
                 x_ptr=x,
@@ -156,8 +143,10 @@ def _cosine_aggregation(guide: Tensor, x: Tensor, cut: float) -> Tensor:
                 cut=cut,
                 **strides("g", guide, "bnd"),
                 **strides("x", x, "bne"),
-                PRECISION=precision(hip),
-                **options,
+                BD=chosen.columns,
+                BC=BC,
+                PRECISION=precision(x),
+                **chosen.options,
             )
     return out
 

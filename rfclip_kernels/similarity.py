@@ -102,20 +102,22 @@ def key_similarity_kernel(
     PREFIX: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
-    BN: tl.constexpr,  # the same
+    BN: tl.constexpr,  # divides BM
     BK: tl.constexpr,  # dimensions that are multiplied at a time
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     N = T - PREFIX
     G = tl.cdiv(N, BM)
-    i_b, i_tile = (tl.program_id(0) // (G * (G + 1) // 2)).to(tl.int64), tl.program_id(0) % (G * (G + 1) // 2)
-    # Tiles (m, n) with m <= n are counted by columns: n (n + 1) / 2 + m.
-    i_n = ((tl.sqrt(8.0 * i_tile.to(tl.float32) + 1.0) - 1.0) / 2).to(tl.int32)
-    i_n = tl.where(i_n * (i_n + 1) // 2 > i_tile, i_n - 1, i_n)
-    i_n = tl.where((i_n + 1) * (i_n + 2) // 2 <= i_tile, i_n + 1, i_n)
-    i_m = i_tile - i_n * (i_n + 1) // 2
-    o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
+    squares = G * (G + 1) // 2  # of BM patches a side, each of which BM // BN programs share
+    i_b, i_part = (tl.program_id(0) // (squares * (BM // BN))).to(tl.int64), tl.program_id(0) % (BM // BN)
+    i_square = tl.program_id(0) // (BM // BN) % squares
+    # Squares (m, n) with m <= n are counted by columns: n (n + 1) / 2 + m.
+    i_n = ((tl.sqrt(8.0 * i_square.to(tl.float32) + 1.0) - 1.0) / 2).to(tl.int32)
+    i_n = tl.where(i_n * (i_n + 1) // 2 > i_square, i_n - 1, i_n)
+    i_n = tl.where((i_n + 1) * (i_n + 2) // 2 <= i_square, i_n + 1, i_n)
+    i_m = i_square - i_n * (i_n + 1) // 2
+    o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BM + i_part * BN + tl.arange(0, BN)
     m_m, m_n = o_m < N, o_n < N
     p_k = k_ptr + i_b * stride_kb + PREFIX * stride_kt
     p_lse = lse_ptr + i_b * H * T + PREFIX
@@ -132,8 +134,13 @@ def key_similarity_kernel(
             b_s += dot(b_q, b_k, PRECISION) * scale
         b_lse_m = tl.load(p_lse + o_m, mask=m_m, other=0.0)
         b_lse_n = tl.load(p_lse + o_n, mask=m_n, other=0.0)
-        b_mean += tl.exp2(b_s - b_lse_m[:, None] * LOG2E)
-        b_across += tl.exp2(b_s - b_lse_n[None, :] * LOG2E)
+        b_row = tl.exp2(b_s - b_lse_m[:, None] * LOG2E)
+        b_column = tl.exp2(b_s - b_lse_n[None, :] * LOG2E)
+        if SYMMETRIC:  # one sum, which costs fewer registers
+            b_mean += b_row + b_column
+        else:
+            b_mean += b_row
+            b_across += b_column
         p_k += stride_kh
         p_lse += T
     mask = m_m[:, None] & m_n[None, :]
@@ -142,7 +149,7 @@ def key_similarity_kernel(
     p_across = running_ptr + i_b * stride_sb + o_n[None, :] * stride_sm + o_m[:, None] * stride_sn
     b_before = tl.load(p_out, mask=m_before, other=0.0).to(tl.float32)
     if SYMMETRIC:
-        b_mean = (b_before * count + (b_mean + b_across) * (affinity_unit(N) / (2 * H))) / (count + 1)
+        b_mean = (b_before * count + b_mean * (affinity_unit(N) / (2 * H))) / (count + 1)
         b_across = b_mean
     else:
         b_before_across = tl.load(p_across, mask=m_before, other=0.0)
@@ -158,18 +165,11 @@ def empty_affinity(like: Tensor, N: int, dtype: torch.dtype) -> Tensor:
     return like.new_empty((like.shape[0], N, triton.cdiv(N, 16) * 16), dtype=dtype)[:, :, :N]
 
 
-def tile_side(N: int, dtype: torch.dtype) -> int:
-    """The side of a tile of S: small ones for few patches, so that there are enough of them."""
-    if dtype == torch.float32:
-        return 16
-    return 32 if N <= 256 else 64
-
-
 @triton_op("rfclip::key_normalizers", mutates_args={"kept"})
 def _key_normalizers(k: Tensor, kept: Tensor | None, scale: float, prefix: int) -> Tensor:
     B, H, T, D = k.shape
     out = k.new_empty((B, H, T), dtype=torch.float32)
-    options = constants(D, k.dtype)
+    options = constants("row_logsumexp", k, prefix)
     copy = k if kept is None else kept
     if B:
         with on_device(k):
@@ -193,12 +193,13 @@ def _key_normalizers(k: Tensor, kept: Tensor | None, scale: float, prefix: int) 
 def _key_similarity_(
     k: Tensor, normalizers: Tensor, running: Tensor, count: int, scale: float, prefix: int, symmetric: bool
 ) -> None:
-    B, H, T, D = k.shape
-    side = tile_side(T - prefix, k.dtype)
-    tiles, options = triton.cdiv(T - prefix, side), constants(D, k.dtype)
+    B, H, T, _ = k.shape
+    options = constants("key_affinity" if symmetric else "key_similarity", k, prefix)
+    squares = triton.cdiv(T - prefix, options["BM"])
+    programs = squares * (squares + 1) // 2 * (options["BM"] // options["BN"])
     if B:
         with on_device(k):
-            wrap_triton(key_similarity_kernel)[(tiles * (tiles + 1) // 2 * B,)](
+            wrap_triton(key_similarity_kernel)[(programs * B,)](
                 k_ptr=k,
                 lse_ptr=normalizers,
                 running_ptr=running,
@@ -211,7 +212,7 @@ def _key_similarity_(
                 SYMMETRIC=symmetric,
                 PREFIX=prefix,
                 BK=32 if k.dtype == torch.float32 else options["BD"],
-                **options | {"BM": side, "BN": side, "num_warps": 8 if side == 64 else 4},
+                **options,
             )
 
 

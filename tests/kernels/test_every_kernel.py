@@ -6,6 +6,7 @@ from kernel_cases import DEVICE, TOLERANCE, check, dtypes, inside_nan
 
 import rfclip_kernels
 from rfclip import reference
+from rfclip_kernels import autotune, tiles
 from rfclip_kernels.registry import EXAMPLES, KERNELS, Sizes
 
 SIZES = {"B": 2, "H": 2, "L": 2, "grid": (3, 7), "names": 7, "patch": 3, "iterations": 2, "device": DEVICE}
@@ -13,6 +14,9 @@ HEADS = [example for example in EXAMPLES if example.sweep]
 every_example = pytest.mark.parametrize(
     "example", [example for example in EXAMPLES if example.module], ids=lambda example: example.name
 )
+
+
+LISTED = sorted({(each.kernel, each.dtype, each.tiles.rows, each.tiles.columns) for each in tiles.shipped()})
 
 
 def compare(example, sizes, dtype):
@@ -78,6 +82,48 @@ def test_targets_in_the_prefix(prefix, chosen):
         check(rfclip_kernels.refocused_attention(**inputs), want, torch.float32)
 
 
+@pytest.mark.parametrize("listed", LISTED, ids=lambda listed: "{}-{}-{}x{}".format(*listed))
+def test_tiles_of_the_table(listed):
+    """Of any GPU, over more patches than a tile has, whose number is odd."""
+    kernel, kind, rows, columns = listed
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    chosen = tiles.Tiles(rows, columns, warps=4, stages=1)
+    architecture = tiles.architecture(torch.empty(0, device=DEVICE).device)
+    with autotune.using([tiles.Entry(kernel, kind, None, None, (architecture,), chosen)]):
+        for example in EXAMPLES:
+            if example.name in autotune.TIMED[kernel]:
+                compare(example, Sizes(D=24, dtype=dtype, **SIZES | {"B": 1, "grid": (9, 17)}), dtype)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a measurement takes minutes")
+def test_a_dry_run_of_the_measurement(tmp_path, capsys):
+    out = tmp_path / "new" / "tiles.json"
+    assert autotune.main(["--device", "cpu", "--out", str(out)]) == 0
+    try:
+        found = rfclip_kernels.use_tiles(out)
+    finally:
+        tiles.use([])
+    names = [f"{kernel} half D<=64 patches<=256" for kernel in tiles.KERNELS if kernel != "cosine_aggregation"]
+    assert found == {"sm_80": [*names, "cosine_aggregation half patches<=256"]}
+    heads, *lines = (line.split(" | ") for line in capsys.readouterr().out.splitlines())
+    assert heads == ["entry", "default", "fastest", "speedup"]
+    assert [name for name, *_ in lines] == found["sm_80"]
+    assert all(float(speedup) >= 1 for *_, speedup in lines)
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_what_fails_or_is_wrong_does_not_count(monkeypatch, capsys):
+    entry = tiles.Entry("key_affinity", "half", 64, 256, ("sm_80",), tiles.Tiles(32, 32, 4, 1))
+    wide, wrong = tiles.Tiles(32, 128, 4, 1), tiles.Tiles(64, 64, 4, 1)
+    agree = autotune.agree
+    monkeypatch.setattr(autotune, "agree", lambda got, want: tiles._used[0].tiles != wrong and agree(got, want))
+    monkeypatch.setattr(autotune, "seconds", lambda function, device: 1.0)
+    examples = autotune.TIMED[entry.kernel]
+    found = autotune.times(entry, examples, Sizes(H=1, grid=(3, 5), device=DEVICE), [wide, wrong, entry.tiles])
+    assert found == {entry.tiles: 1.0}
+
+
 def test_every_kernel_has_an_example():
     assert set(KERNELS) == set(rfclip_kernels.__all__) == set(rfclip_kernels.launchers())
+    assert set(autotune.TIMED) == set(tiles.KERNELS)
     assert set(TOLERANCE) == {torch.float32, torch.float16, torch.bfloat16}

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import rfclip_kernels
-from rfclip_kernels import attention
+from rfclip_kernels import attention, tiles
 from rfclip_kernels.registry import Example
 from rfclip_kernels.upsample import launch_average_windows
 from tools.kernel_report import report
@@ -80,15 +80,44 @@ def test_occupancy(target, registers, shared, warps, tensor_memory, expected):
     assert report.TARGETS[target].occupancy(registers, shared, warps, tensor_memory) == expected
 
 
-@pytest.mark.parametrize("hip", [False, True])
-def test_the_recorded_launch_is_the_one_that_runs(hip):
-    _, launch = record(OP["refocused_attention"], Shape("ViT-B/16"), hip).launches
-    options = attention.launch_options(64, torch.float16, hip)
+@pytest.mark.parametrize(("target", "precision"), [("sm_80", "tf32x3"), ("gfx950", "ieee")])
+def test_the_recorded_launch_is_the_one_that_runs(target, precision, monkeypatch):
+    _, launch = record(OP["refocused_attention"], Shape("ViT-B/16"), target).launches
+    monkeypatch.setattr(tiles, "architecture", lambda device: target)
+    options = tiles.choose("refocused_attention", torch.empty(0, dtype=torch.float16), 1, 196, 64).options
     assert launch.kernel is attention.refocused_attention_kernel
     assert launch.grid == (-(-197 // options["BM"]) * 12,)
-    expected = {"H": 12, "T": 197, "beta": 0.7, "D": 64, "stride_qt": 3 * 768, "PRECISION": attention.precision(hip)}
+    expected = {"H": 12, "T": 197, "beta": 0.7, "D": 64, "stride_qt": 3 * 768, "PRECISION": precision}
     assert {name: launch.arguments[name] for name in expected | options} == expected | options
     assert launch.arguments["order_ptr"].dtype == torch.int32
+
+
+def test_every_target_is_compiled_with_its_own_tiles(monkeypatch):
+    """Whatever is in the table: here tiles that no kernel has, which tell the targets apart."""
+    own = {name: tiles.Tiles(16, 16, 2, 1 + place % 6) for place, name in enumerate(report.TARGETS)}
+    own["sm_90"] = replace(own["sm_90"], rows=256)
+    entries = [tiles.Entry("self_attention", "half", None, None, (name,), one) for name, one in own.items()]
+    monkeypatch.setattr(report, "OPS", [OP["self_attention"]])
+    tiles.use(entries)
+    try:
+        found = report.jobs()
+    finally:
+        tiles.use([])
+    place = attention.self_attention_kernel.arg_names.index
+    for line, jobs in found.items():
+        for job in jobs if line.dtype != "fp32" else []:
+            sides = [job.constants[(place(side),)] for side in ("BM", "BN")]
+            assert tiles.Tiles(*sides, *(job.options[name] for name in ("num_warps", "num_stages"))) == own[line.target]
+    assert {line.target for line in found} == set(own)
+
+
+def test_every_entry_of_the_table_is_compiled():
+    """What the report compiles has every head dimension, number of patches, dtype and architecture that tiles can."""
+    patches = {Shape("ViT-B/16", size).sizes.N for size in report.SIZES}
+    assert {tiles.limit("self_attention", 1, N) for N in patches} == {*tiles.PATCHES, None}
+    assert {min(most for most in tiles.DIMS if most >= D) for D in report.HEAD_DIMS} == set(tiles.DIMS)
+    assert report.DTYPES.keys() == tiles.DTYPES.keys()
+    assert {name for entry in tiles.shipped() for name in entry.architectures} == set(report.TARGETS)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -133,7 +162,7 @@ def test_operations_are_those_of_the_interpreter():
     assert done.returncode == 0, done.stderr
     for name, counted in json.loads(done.stdout).items():
         op, *target = name.split() if name.startswith("refocused") else [name]
-        recorded = record(OP[op], Shape("ViT-B/16", (96, 96), D=32)).launches
+        recorded = record(OP[op], Shape("ViT-B/16", (96, 96), D=32), "sm_80").launches  # the interpreter's
         launches = [launch for launch in recorded if launch.products.tiles is not None]
         expected = sum(launch.operations for launch in launches)
         vectors = sum(  # products with the key of CLS, which are not tl.dot
@@ -174,7 +203,7 @@ def test_operators_of_pytorch_count_and_views_do_not():
     ],
 )
 def test_tensor_cores_and_prefetch(target, stages, kind, overlap):
-    (launch,) = record(OP["self_attention"], Shape("ViT-B/16"), hip=target.startswith("gfx")).launches
+    (launch,) = record(OP["self_attention"], Shape("ViT-B/16"), target).launches
     options = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": stages}
     outcome = report.compile_job(report.specialize(replace(launch, arguments=launch.arguments | options), target))
     assert not outcome.faults and set(outcome.tensor_cores) == {kind}
@@ -196,6 +225,9 @@ def test_prefetch_is_the_least_of_all_loops_of_products():
     )
     ahead = loop.format("\n    ".join([wait, product, product, copy, copy]))
     assert report.prefetch(ahead) == 2
+    registers = ["%x = amdg.buffer_load %p", product, "%y = amdg.buffer_load %p", "ttg.local_store %x, %s"]
+    assert report.prefetch(loop.format("\n    ".join(registers))) == 1
+    assert report.prefetch(loop.format("\n    ".join(registers).replace("local_store %x", "local_store %z"))) == 0
     assert report.prefetch(ahead + loop.format("\n    ".join([wait.replace("2", "0"), product, copy]))) == 0
     assert report.prefetch(ahead + loop.format(product)) == 0
     assert report.prefetch(loop.format(copy)) is None

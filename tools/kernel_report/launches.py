@@ -23,7 +23,7 @@ from triton import cdiv
 from triton.runtime.jit import JITFunction, MockTensor
 
 import rfclip_kernels
-from rfclip_kernels import attention
+from rfclip_kernels import tiles
 from rfclip_kernels.registry import EXAMPLES, Example, Products, Sizes
 
 SIMILARITY = {"similarity_ptr", "affinity_ptr", "running_ptr"}  # arguments that are [B, N, N]
@@ -133,8 +133,8 @@ class CountingMode(FakeTensorMode):
 
 
 @contextlib.contextmanager
-def recording(hip: bool = False) -> Iterator[Recording]:
-    """Record what is launched, on tensors without data, as on a CUDA or a ROCm device."""
+def recording(architecture: str = "sm_90") -> Iterator[Recording]:
+    """Record what is launched, on tensors without data, as on a GPU of an architecture."""
     found = Recording()
 
     def run(kernel: JITFunction, *, grid: tuple[int, ...], warmup: bool, **arguments: Any) -> None:
@@ -155,15 +155,15 @@ def recording(hip: bool = False) -> Iterator[Recording]:
         CountingMode(found),
         set_wrap_triton_enabled(False),
         patch.object(JITFunction, "run", run),
-        patch.object(attention, "on_hip", lambda: hip),
+        patch.object(tiles, "architecture", lambda device: architecture),
     ):
         yield found
 
 
-def record(op: Example, shape: Shape, hip: bool = False, function: Callable | None = None) -> Recording:
+def record(op: Example, shape: Shape, architecture: str = "sm_90", function: Callable | None = None) -> Recording:
     """Call an operation, or another function of its inputs."""
     function = function or getattr(rfclip_kernels, op.operation)
-    with recording(hip) as found:
+    with recording(architecture) as found:
         inputs = op.inputs(shape.sizes)
         found.steps.clear()
         outputs = function(**inputs)

@@ -38,13 +38,15 @@ from tools.kernel_report.inductor import in_its_own_process
 from tools.kernel_report.launches import OPS, SHAPES, Cost, Launch, Shape, cost, record
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
+SIZES = ((224, 224), (336, 448), (672, 896), (1024, 2048))  # of images; each has more patches than a limit of the tiles
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
-# In Triton's GPU code: a loop, a wait for all but the last groups of copies, a load into registers, and where a product
-# ends (a tcgen05.mma at a barrier).
+# In Triton's GPU code: a loop, a wait for all but the last groups of copies, a load into registers, a store of these in
+# shared memory, and where a product ends (a tcgen05.mma at a barrier).
 LOOP = re.compile(r"^(?=( *)\S[^\n]*scf\.for [^\n]*\n(.*?)^\1})", re.MULTILINE | re.DOTALL)
 WAIT = re.compile(r"async_wait .*num = (\d+)")
-LOAD = re.compile(r"tt\.load |amdg\.buffer_load ")
+LOAD = re.compile(r"(%\w+) = (?:tt\.load|amdg\.buffer_load) ")
+STORE = re.compile(r"local_store (%\w+)")
 PRODUCT = re.compile(r"tt\.dot |ttng\.warp_group_dot |ttng\.wait_barrier ")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -210,16 +212,16 @@ def prefetch(code: str) -> int | None:
     for _indent, body in LOOP.findall(code):
         if "scf.for " in body or not PRODUCT.search(body):
             continue
-        products, copied, loaded, found = 0, [], None, []  # when each group of copies, and the last load, began
+        products, copied, loaded, found = 0, [], {}, []  # when each group of copies, and each load, began
         for line in 8 * body.splitlines():  # no load is so many iterations ahead
             if PRODUCT.search(line):
                 products += 1
             elif "async_commit_group" in line:
                 copied.append(products)
-            elif LOAD.search(line):
-                loaded = products
-            elif "local_store" in line and loaded is not None:
-                found.append(products - loaded)
+            elif load := LOAD.search(line):
+                loaded[load[1]] = products
+            elif (store := STORE.search(line)) and loaded:  # of a value with another name: the last load's
+                found.append(products - loaded.get(store[1], max(loaded.values())))
             elif wait := WAIT.search(line):
                 done = max(0, len(copied) - int(wait[1]))
                 found += [products - start for start in copied[:done]]
@@ -242,16 +244,14 @@ class Line:
 
 
 def jobs() -> dict[Line, list[Job]]:
-    """Every distinct compilation: of all head dimensions and dtypes at one shape, and of all shapes in fp16."""
+    """Every distinct compilation, with each target's tiles: of all head dimensions, dtypes and sizes."""
     lines: dict[Line, dict[str, Job]] = defaultdict(dict)
-    widths = [Shape("ViT-B/16", dtype=dtype, D=D) for dtype in DTYPES for D in HEAD_DIMS]
+    widths = [Shape("ViT-B/16", size, dtype, D) for size in SIZES for dtype in DTYPES for D in HEAD_DIMS]
     calls = [
         (op, shape) for op in OPS for shape in SHAPES + widths if shape.D == 64 or (op.sweep and op.sweep.head_dims)
     ]
-    backends = {target.gpu.backend for target in TARGETS.values()}
-    recorded = {name: [record(*call, hip=name == "hip").launches for call in calls] for name in backends}
-    for name, target in TARGETS.items():
-        for launch in chain(*recorded[target.gpu.backend]):
+    for name in TARGETS:
+        for launch in chain.from_iterable(record(*call, name).launches for call in calls):
             first = next(value for value in launch.arguments.values() if isinstance(value, MockTensor))
             D = "-" if launch.products.tiles is None else launch.arguments.get("D", "-")
             job = specialize(launch, name)
