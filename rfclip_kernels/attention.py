@@ -44,6 +44,12 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def fp16_unit(N):
+    """`operations.affinity_unit`: what fp16 holds probabilities over N patches times, whose mean is then about 1."""
+    return tl.minimum(N, 32768).to(tl.float32)
+
+
+@triton.jit
 def softmax_step(b_s, b_max, b_sum):
     """One step of the online softmax, in base 2: b_s [BM, BN] logits; -1e30 is the maximum over nothing.
 
@@ -332,7 +338,7 @@ def proxy_attention_kernel(
     p_k = k_ptr + i_b * stride_kb + i_h * stride_kh + PREFIX * stride_kt
     p_v = v_ptr + i_b * stride_vb + i_h * stride_vh + PREFIX * stride_vt
     p_lse = lse_ptr + i_b * stride_sb + i_h * stride_sh + PREFIX * stride_st
-    unit = tl.minimum(N, 32768).to(tl.float32)  # so that fp16 can hold the probabilities
+    unit = fp16_unit(N)
     b_acc = tl.zeros([BM, BD], tl.float32)
     for start in range(0, N, BN):
         o_n = start + tl.arange(0, BN)

@@ -27,10 +27,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels.attention import order_patches, ordered_patches
+from rfclip_kernels.attention import fp16_unit, order_patches, ordered_patches
 from rfclip_kernels.defocus import launch_defocus_mask
 from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
-from rfclip_kernels.similarity import affinity_unit, empty_affinity
+from rfclip_kernels.similarity import empty_affinity
 
 WIDTH, DEPTH = 3, 5  # vectors that are multiplied at once, and how often in a round
 BASIS = 16  # 1 and WIDTH * DEPTH others
@@ -65,7 +65,7 @@ def affinity_kernel(
     p_row = p_similarity + o_m[:, None] * stride_sm + o_n[None, :] * stride_sn
     p_column = p_similarity + o_n[None, :] * stride_sm + o_m[:, None] * stride_sn
     b_sum = tl.load(p_row, mask=mask, other=0.0).to(tl.float32) + tl.load(p_column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(affinity_ptr + (i_b * N + o_m[:, None]) * SW + o_n[None, :], b_sum * (affinity_unit(N) / 2), mask=mask)
+    tl.store(affinity_ptr + (i_b * N + o_m[:, None]) * SW + o_n[None, :], b_sum * (fp16_unit(N) / 2), mask=mask)
 
 
 @triton.jit
@@ -361,7 +361,7 @@ def finish(
         b_top, b_bottom = tl.maximum(b_top, b_y), tl.minimum(b_bottom, b_y)
         b_sum += b_y
         b_length += b_degree * b_y * b_y
-    length = tl.sqrt(tl.sum(b_length, axis=0) / affinity_unit(N))
+    length = tl.sqrt(tl.sum(b_length, axis=0) / fp16_unit(N))
     scale = tl.where(length > 0, 1.0 / tl.where(length > 0, length, 1.0), 0.0)
     scale = tl.where(tl.max(b_top, axis=0) >= -tl.min(b_bottom, axis=0), scale, -scale)
     mean = scale * tl.sum(b_sum, axis=0) / N

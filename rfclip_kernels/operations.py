@@ -30,6 +30,11 @@ def affinity_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float16 if tensor.itemsize == 2 else tensor.dtype
 
 
+def affinity_unit(N: int) -> int:
+    """What W is multiplied by in `Operations.key_affinity`: its mean is then about 1, and float16 can hold it."""
+    return min(N, 1 << 15)
+
+
 class Operations:
     """The operations of RF-CLIP and of its peers on one backend.
 
@@ -505,7 +510,7 @@ class Operations:
     ) -> Tensor:
         """W of equation 8 as `defocused_tokens` reads it: `key_similarity` in half the memory [P 7].
 
-        W = u (S + S^T) / 2  with  u = min(N, 2^15) [D], so that its mean is about 1 and float16 can hold it.
+        W = u (S + S^T) / 2  with  u = min(N, 2^15), the `affinity_unit` [D].
 
         Args:
             k, count, scale, prefix, inplace: as in `key_similarity`.

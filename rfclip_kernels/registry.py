@@ -152,13 +152,13 @@ class Products:
         tiles: products of [BM, BD] with [BD, BN] in one program, one number for each possible count of target keys, or
             of marked patches, if it depends on that; None if the kernel multiplies no matrices.
         vectors: products of [BM, BD] with a single key [BD].
-        updated: tensors that are read and written.
+        updated: the names of tensors that a launch reads and writes.
         sparse: tensors of which only a few places are touched, which count as nothing.
     """
 
     tiles: Callable[[dict], Iterable[float]] | None = None
     vectors: Callable[[dict], int] = lambda a: 0
-    updated: tuple[str, ...] = ()
+    updated: Callable[[dict], tuple[str, ...]] = lambda a: ()
     sparse: tuple[str, ...] = ()
 
 
@@ -362,7 +362,9 @@ _SWEPT = {
 }
 _SUMMED = {"proxy_attention_kernel": Products(lambda a: [(a["L"] + 1) * -(-_patches(a) // a["BN"])])}
 _LOGSUMEXP = {"row_logsumexp_kernel": Products(lambda a: [-(-_patches(a) // a["BN"])], lambda a: a["PREFIX"])}
-_SIMILARITY = _LOGSUMEXP | {"key_similarity_kernel": Products(lambda a: [a["H"]], updated=("running_ptr",))}
+_SIMILARITY = _LOGSUMEXP | {
+    "key_similarity_kernel": Products(lambda a: [a["H"]], updated=lambda a: ("running_ptr",) if a["count"] else ())
+}
 _RECEIVED = {"received_attention_kernel": Products(_columns, lambda a: a["PREFIX"], sparse=("sums_ptr",))}
 _JOINT = _RECEIVED | {"joint_repair_kernel": Products(sparse=("sums_ptr", "before_ptr", "x_ptr", "y_ptr"))}
 _PROJECTED = {"project_tokens_kernel": Products(_some_rows, sparse=("y_ptr", "out_ptr"))}

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels.attention import LOG2E, constants, dot, image_head_rows, key_logits, softmax_step
+from rfclip_kernels.attention import LOG2E, constants, dot, fp16_unit, image_head_rows, key_logits, softmax_step
 from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
 from rfclip_kernels.operations import affinity_dtype
 
@@ -74,12 +74,6 @@ def row_logsumexp_kernel(
         tl.store(p_kept, b_q, mask=m_q)
     b_lse = row_logsumexp(b_q, p_k, m_d, T, scale, stride_kt, PREFIX, BN, PRECISION)
     tl.store(out_ptr + (i_b * H + i_h) * T + o_m, b_lse / LOG2E, mask=o_m < T)
-
-
-@triton.jit
-def affinity_unit(N):
-    """What W is multiplied by, at most half of what fp16 can hold."""
-    return tl.minimum(N, 32768).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["H", "T", "count"])
@@ -149,7 +143,7 @@ def key_similarity_kernel(
     p_across = running_ptr + i_b * stride_sb + o_n[None, :] * stride_sm + o_m[:, None] * stride_sn
     b_before = tl.load(p_out, mask=m_before, other=0.0).to(tl.float32)
     if SYMMETRIC:
-        b_mean = (b_before * count + b_mean * (affinity_unit(N) / (2 * H))) / (count + 1)
+        b_mean = (b_before * count + b_mean * (fp16_unit(N) / (2 * H))) / (count + 1)
         b_across = b_mean
     else:
         b_before_across = tl.load(p_across, mask=m_before, other=0.0)

@@ -237,11 +237,11 @@ def refocused_attention(
     beta: float,
     scale: float,
     prefix: int,
-    order: Tensor | None = None,
+    order: Tensor | None,
 ) -> Tensor:
     """Group by group."""
     if torch.compiler.is_compiling():
-        return reference.refocused_attention(q, k, v, distraction, target, beta, scale, prefix)
+        return reference.refocused_attention(q, k, v, distraction, target, beta, scale, prefix, order)
     dis, tgt = attention_sets(distraction, target, prefix)
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)  # a log-sum-exp has no gradient
     out = torch.empty_like(v.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
@@ -262,7 +262,7 @@ def self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, pref
     return F.scaled_dot_product_attention(u, u, v, attn_mask=mask, scale=scale)
 
 
-def proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int, normalizers: Tensor | None = None) -> Tensor:
+def proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int, normalizers: Tensor | None) -> Tensor:
     """A flash attention per layer, or else one product with the values for all layers."""
     differentiated = torch.is_grad_enabled() and (keys.requires_grad or v.requires_grad)
     at_once = len(keys) >= SUMMED_LAYERS and v.device.type == "cpu" and not differentiated

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfclip.ops.numerics import computing_dtype, matmul
-from rfclip_kernels.operations import affinity_dtype
+from rfclip_kernels.operations import affinity_dtype, affinity_unit
 
 BAND = 1 << 22  # upsampled logits that `upsample_argmax` holds at a time
 
@@ -51,7 +51,7 @@ def redistribute_embeddings(x: Tensor, mask: Tensor, dims: list[int], gh: int, g
 
 
 def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x = (x + branch).contiguous()
+    x = _joined(x, branch)
     return x, _layer_norm(x, weight, bias, eps)
 
 
@@ -69,7 +69,7 @@ def repaired_layer_norm(
     size: int,
     prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = x.clone(memory_format=torch.contiguous_format) if branch is None else (x + branch).contiguous()
+    x = _joined(x, branch)
     patches = x[:, prefix:]
     mask = distraction_mask(patches, dims, threshold, shifted)
     redistribute_embeddings(patches, mask, dims, gh, gw, size)
@@ -87,7 +87,7 @@ def candidate_layer_norm(
     shifted: bool,
     prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x = x.clone(memory_format=torch.contiguous_format) if branch is None else (x + branch).contiguous()
+    x = _joined(x, branch)
     patches = x[:, prefix:]
     candidates = distraction_mask(patches, dims, threshold, shifted)
     return x, _layer_norm(x, weight, bias, eps), candidates, _columns(patches, dims).mT.contiguous()
@@ -167,7 +167,7 @@ def blend_embeddings(x: Tensor, mask: Tensor, gh: int, gw: int) -> None:
 
 def key_similarity(k: Tensor, running: Tensor, count: int, scale: float, prefix: int) -> None:
     """In place in `running`, whose values count only if `count` does."""
-    new = _attention(k, k, scale)[:, :, prefix:, prefix:].mean(dim=1)
+    new = _layer_similarity(k, scale, prefix)
     running.copy_((running * count + new) / (count + 1) if count else new)
 
 
@@ -181,8 +181,8 @@ def key_affinity(
     k: Tensor, normalizers: Tensor, running: Tensor | None, count: int, scale: float, prefix: int
 ) -> Tensor:
     """In place after the first layer."""
-    new = (matmul(k, k.mT) * scale - normalizers[..., None]).exp()[:, :, prefix:, prefix:].mean(dim=1)
-    new = (new + new.mT) * (min(new.shape[-1], 1 << 15) / 2)
+    new = _layer_similarity(k, scale, prefix)
+    new = (new + new.mT) * (affinity_unit(new.shape[-1]) / 2)
     if running is None:
         return new.to(affinity_dtype(k))
     return running.copy_((running.to(new.dtype) * count + new) / (count + 1))
@@ -217,8 +217,7 @@ def defocus_mask(fiedler: Tensor, distraction: Tensor | None, threshold: str) ->
 def defocused_tokens(
     affinity: Tensor, distraction: Tensor, start: Tensor | None, threshold: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    N = affinity.shape[1]
-    y = fiedler_vector(affinity.to(computing_dtype(affinity)) / min(N, 1 << 15), None)
+    y = fiedler_vector(affinity.to(computing_dtype(affinity)) / affinity_unit(affinity.shape[1]), None)
     target = defocus_mask(y, distraction, threshold)
     patches = torch.argsort(~target, dim=-1, stable=True)
     order = torch.where(distraction.gather(-1, patches), -1 - patches, patches)
@@ -237,7 +236,7 @@ def refocused_attention(
     beta: float,
     scale: float,
     prefix: int,
-    order: Tensor | None = None,
+    order: Tensor | None,
 ) -> Tensor:
     dis, tgt = attention_sets(distraction, target, prefix)
     A = move_attention(_attention(q, k, scale), dis, tgt, beta, prefix)
@@ -250,7 +249,7 @@ def self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, pref
     return matmul(A, v).to(v.dtype)
 
 
-def proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int, normalizers: Tensor | None = None) -> Tensor:
+def proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int, normalizers: Tensor | None) -> Tensor:
     matrices = (_attention(k, k, scale)[:, :, prefix:, prefix:] for k in keys)  # one layer's at a time
     total = reduce(torch.add, matrices)
     return matmul(total / len(keys), v[:, :, prefix:]).to(v.dtype)
@@ -388,6 +387,16 @@ def _otsu_threshold(y: Tensor) -> Tensor:
     low_sum = centred.cumsum(dim=-1)[:, :-1]
     variance = low * high * (low_sum / low - (centred.sum(dim=-1, keepdim=True) - low_sum) / high) ** 2
     return ordered.gather(-1, variance.argmax(dim=-1, keepdim=True))
+
+
+def _joined(x: Tensor, branch: Tensor | None) -> Tensor:
+    """A stream and its branch, if there is one, as a new tensor."""
+    return x.clone(memory_format=torch.contiguous_format) if branch is None else (x + branch).contiguous()
+
+
+def _layer_similarity(k: Tensor, scale: float, prefix: int) -> Tensor:
+    """One layer's part of equation 7 [B, N, N]."""
+    return _attention(k, k, scale)[:, :, prefix:, prefix:].mean(dim=1)
 
 
 def _attention(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
