@@ -48,8 +48,7 @@ def project() -> Iterator[Projection]:
     for shape in SHAPES:
         counted = {op.name: count(op, shape) for op in OPS}
         rows = {name: [work] for name, work in counted.items()}
-        towers = forward.count(shape, 1)
-        for name, steps in (("plain tower", towers.plain), ("RF-CLIP tower", towers.refocused)):
+        for name, steps in zip(("plain tower", "RF-CLIP tower"), forward.count(shape, 1), strict=True):
             rows[name] = [Work(step.operations, step.moved) for step in steps]
         for name, works in rows.items():
             seconds = {gpu: sum(work.seconds(peak) for work in works) for gpu, peak in GPUS.items()}

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from tools.kernel_report import report
-from tools.kernel_report.forward import FORWARDS, GPUS, Assumptions, Forward, Goal, count
+from tools.kernel_report.forward import FORWARDS, GPUS, Assumptions, Forward, Goal, compare
 from tools.kernel_report.launches import Shape, Step, record, recording, tensor_bytes
 
 T, d, L = 197, 768, 12
@@ -21,7 +21,7 @@ T, d, L = 197, 768, 12
 
 @pytest.fixture(scope="module")
 def forward():
-    return count(Goal(Shape("ViT-B/16"), 2, launches=150), [1, 2])
+    return compare(Goal(Shape("ViT-B/16"), 2, launches=150), [1, 2])
 
 
 def test_plain_clip(forward):
@@ -74,7 +74,7 @@ def test_passes_over_the_similarity(forward):
     assert [step.similarity for step in forward.refocused if step.name == "cut_kernel"] == [W] * (L - 1)
     assert forward.passes == 1.5
     (large,) = (goal for goal in FORWARDS if goal.shape.size == (672, 896))
-    assert count(large, []).passes == 0.5 + 15 / 2  # the first block, which takes fifteen products; the others, five
+    assert compare(large, []).passes == 0.5 + 15 / 2  # the first block, which takes fifteen products; the others, five
 
 
 def test_torch_compile_keeps_the_libraries(forward):

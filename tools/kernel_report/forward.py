@@ -142,9 +142,16 @@ def plain_model(shape: Shape, batch: int) -> tuple[CLIP, Tensor]:
     return _halved(model), torch.empty(batch, 3, height, width, dtype=torch.float16)
 
 
-def count(goal: Goal, kernels: list[int]) -> Forward:
-    """Record both forwards; `kernels` are the bytes of what Inductor generates of the plain one."""
-    name = goal.shape.model.replace("/", "-")
+def compare(goal: Goal, kernels: list[int]) -> Forward:
+    """Count both forwards; `kernels` are the bytes of what Inductor generates of the plain one."""
+    plain, refocused = count(goal.shape, goal.batch)
+    libraries = [step for step in plain if step.operations]
+    return Forward(goal, plain, libraries + [Step("generated", True, 0, moved) for moved in kernels], refocused)
+
+
+def count(shape: Shape, batch: int) -> tuple[list[Step], list[Step]]:
+    """The steps of both forwards, plain and refocused."""
+    name = shape.model.replace("/", "-")
     with (
         recording() as found,
         patch.object(F, "scaled_dot_product_attention", partial(_fused_attention, found)),
@@ -152,16 +159,14 @@ def count(goal: Goal, kernels: list[int]) -> Forward:
         torch.device("cuda"),
         torch.no_grad(),  # in inference mode, operators would be recorded before they are taken apart
     ):
-        model, images = plain_model(goal.shape, goal.batch)
+        model, images = plain_model(shape, batch)
         found.steps.clear()
         model.encode_image(images)
         plain = list(found.steps)
         with rfclip.refocus(model, rfclip.RefocusConfig.preset(name, "openai"), backend="triton"):
             found.steps.clear()
             rfclip.dense_features(model, images)
-    libraries = [step for step in plain if step.operations]
-    compiled = libraries + [Step("generated", True, 0, moved) for moved in kernels]
-    return Forward(goal, plain, compiled, found.steps)
+    return plain, found.steps
 
 
 def _fused_attention(found: Recording, q: Tensor, k: Tensor, v: Tensor, *given: Any, **named: Any) -> Tensor:

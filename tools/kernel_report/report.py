@@ -32,7 +32,7 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import MockTensor, create_function_from_signature
 
 from rfclip_kernels.registry import Example
-from tools.kernel_report.forward import FORWARDS, GPUS, Assumptions, Forward, count
+from tools.kernel_report.forward import FORWARDS, GPUS, Assumptions, Forward, compare
 from tools.kernel_report.inductor import in_its_own_process
 from tools.kernel_report.launches import OPS, SHAPES, Cost, Launch, Shape, cost, record
 
@@ -373,7 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
     compiled = compile_all(jobs())
     costs = {(op, shape): cost(op, shape) for op in OPS for shape in SHAPES}
     print(table(KERNELS_TITLE, KERNELS_HEADS, kernel_rows(compiled)))
-    forwards = [count(*each) for each in zip(FORWARDS, in_its_own_process(), strict=True)]
+    forwards = [compare(*each) for each in zip(FORWARDS, in_its_own_process(), strict=True)]
     if not summary:
         print(table(LINES_TITLE, LINES_HEADS, line_rows(compiled)))
         print(table(COSTS_TITLE, COSTS_HEADS, cost_rows(costs)))
