@@ -130,7 +130,7 @@ class Recorder:
 
 def tests(lines: Path, until: float) -> None:
     """The tests of `tests/kernels` on the device, on several processes since most of their time is the compiler's."""
-    processes = min(8, os.cpu_count() or 1) if ON_GPU else 0
+    processes = min(16, os.cpu_count() or 1) if ON_GPU else 0
     only = [] if ON_GPU else ["-k", "guards"]  # `make test` runs all of them in the interpreter
     options = ["-q", "-W", "default::UserWarning", "-p", "no:cacheprovider", "--numprocesses", str(processes)]
     code = pytest.main([str(ROOT / "tests/kernels"), *options, *only], plugins=[Recorder(lines, until)])
