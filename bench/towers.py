@@ -176,15 +176,16 @@ def pictures(case: Case) -> Tensor:
 def plain_tower(model: nn.Module, images: Tensor) -> Tensor:
     """`encode_image` at any size: open_clip's own blocks on tokens with resized positions, as `rfclip` embeds them."""
     tower = read_tower(model)
-    return tower.pool(model.visual.transformer(tower.embed(tower.patches(images))))
+    return tower.pool(model.visual.transformer(tower.embed(tower.patches(images), operations("eager"))))
 
 
 def sdpa_tower(model: nn.Module, images: Tensor) -> Tensor:
     """The plain tower, with `scaled_dot_product_attention` instead of open_clip's attention modules."""
     tower = read_tower(model)
-    x = tower.embed(tower.patches(images))
+    ops = operations("eager")
+    x = tower.embed(tower.patches(images), ops)
     for block in tower.blocks:
-        x = torch.add(*block.finish(x, F.scaled_dot_product_attention(*block.query_key_value(x)), operations("eager")))
+        x = torch.add(*block.finish(x, F.scaled_dot_product_attention(*block.query_key_value(x)), ops))
     return tower.pool(x)
 
 

@@ -67,7 +67,7 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor]) -> Calibratio
     total, tokens = torch.zeros(tower.width, dtype=torch.float64), 0
     several = isinstance(images, Iterable) and not isinstance(images, Tensor)
     for batch in cast(Iterable[Tensor], images if several else [images]):
-        x = tower.embed(tower.patches(batch))
+        x = tower.embed(tower.patches(batch), ops)
         for block in tower.blocks:
             weights = ops.dimension_weights(x[:, tower.prefix :])
             total += weights.sum(dim=(0, 1), dtype=torch.float64).cpu()

@@ -105,7 +105,8 @@ class Method:
 
     def inputs(self, patches: Tensor) -> Iterator[tuple[Block, Tensor, QKV]]:
         """Each block with its input in the plain tower, and its q, k and v."""
-        ops, x, branch = self.ops, self.tower.embed(patches), None
+        ops, branch = self.ops, None
+        x = self.tower.embed(patches, ops)
         for number, block in enumerate(self.tower.blocks, 1):
             x, y = ops.add_norm(block.ln_1, x, branch)
             qkv = block.heads_of(y)

@@ -46,7 +46,7 @@ class Released(Method):
     def _run(self, patches: Tensor, earlier: KeyAverage | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """F[L], F[L-1], and the mean of F[1..L]; the keys of all blocks but the last are added to `earlier`."""
         grid, blocks = (patches.shape[2], patches.shape[3]), self.tower.blocks
-        x = self.tower.embed(patches)
+        x = self.tower.embed(patches, self.ops)
         total = torch.zeros_like(x)
         for number, block in enumerate(blocks, 1):
             before = x

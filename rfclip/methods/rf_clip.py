@@ -73,7 +73,7 @@ class RFCLIP(Method):
         """
         config, ops, blocks, prefix = self.config, self.ops, self.tower.blocks, self.tower.prefix
         grid = patches.shape[2], patches.shape[3]
-        x, branch = self.tower.embed(patches), None
+        x, branch = self.tower.embed(patches, ops), None
         refocused = range(1, len(blocks) + 1) if config.layers is None else config.layers
         refocused = refocused if config.distraction_dims else ()
         cut = config.beta > 0 and config.target == "defocused"

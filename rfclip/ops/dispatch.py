@@ -72,7 +72,9 @@ class Backend(Operations):
 
 def hooked(module: nn.Module) -> bool:
     """Whether a module does more than its class's `forward`."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    backwards = module._backward_pre_hooks or module._backward_hooks
+    return bool(before or after or backwards or "forward" in module.__dict__)
 
 
 @cache

@@ -265,7 +265,8 @@ class Segmenter:
         for start in range(0, len(corners), batch):
             part = slice(start, start + batch)
             images = windows.cut(x, corners[part]) if method.card.sees_images else None
-            features = F.normalize(method.dense(torch.stack(patches[part]), images).float(), dim=1)
+            tokens = torch.stack([window.movedim(0, -1) for window in patches[part]])  # as they lie in memory
+            features = F.normalize(method.dense(tokens.movedim(-1, 1), images).float(), dim=1)
             logits.append((text @ features.flatten(2)).unflatten(-1, features.shape[2:]))
         cosines = torch.cat(logits)
         if not cosines.isfinite().all():

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from rfclip.ops.dispatch import hooked
+from rfclip.towers.embedding import embed_patches, resize_positions
 
 if TYPE_CHECKING:
     from rfclip.ops import Backend
@@ -239,11 +241,18 @@ class Tower:
         return height // patch_height, width // patch_width
 
     def patches(self, images: Tensor) -> Tensor:
-        """The patch convolution [B, d, gh, gw] of images [B, 3, height, width]; ValueError as `grid`."""
-        self.grid(images)
-        return self.conv(images.to(self.weight.dtype))
+        """The patch convolution [B, d, gh, gw] of images [B, 3, height, width]; ValueError as `grid`.
 
-    def embed(self, patches: Tensor) -> Tensor:
+        It is a matrix product unless the convolution does more than the library's.
+        """
+        self.grid(images)
+        conv = self.conv
+        usual = (conv.stride, conv.padding, conv.dilation, conv.groups) == (conv.kernel_size, (0, 0), (1, 1), 1)
+        if usual and type(conv) is nn.Conv2d and not hooked(conv) and is_plain(conv.weight):
+            return embed_patches(images, conv.weight, conv.bias)
+        return conv(images.to(self.weight.dtype))
+
+    def embed(self, patches: Tensor, ops: Backend) -> Tensor:
         """The residual stream that enters the first block, [B, prefix + N, d], of convolved patches [B, d, gh, gw].
 
         On any grid but the trained one, position embeddings are resized bicubically (this project's choice).
@@ -253,12 +262,10 @@ class Tower:
         prefix, position = self._embeddings()
         # A size that an exporter leaves open may be the trained one: resizing to that changes no bit.
         if any(isinstance(side, torch.SymInt) for side in (height, width)) or (height, width) != self.grid_size:
-            trained = position[self.prefix :].unflatten(0, self.grid_size).permute(2, 0, 1)[None]
-            trained = trained.to(torch.promote_types(position.dtype, torch.float32))
-            resized = F.interpolate(trained, size=(height, width), mode="bicubic", align_corners=False)
-            position = torch.cat([position[: self.prefix], resized[0].flatten(1).T.to(position.dtype)])
-        prefix = prefix.to(x.dtype).expand(x.shape[0], -1, -1)
-        return self.ln_pre(torch.cat([prefix, x], dim=1) + position.to(x.dtype))
+            resized = resize_positions(position[self.prefix :].unflatten(0, self.grid_size), (height, width))
+            position = torch.cat([position[: self.prefix], resized.flatten(0, 1).to(position.dtype)])
+        tokens = torch.cat([prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
+        return ops.add_norm(self.ln_pre, tokens, position.to(x.dtype).expand_as(tokens))[1]
 
     def _embeddings(self) -> tuple[Tensor, Tensor]:
         """The embeddings of the prefix [prefix, d], and the position embeddings [prefix + N, d] of the trained grid."""

@@ -8,6 +8,7 @@ from small_models import DIMS, small_clip, to_hugging_face
 import rfclip
 from rfclip import RefocusConfig
 from rfclip.explanation import explain, explanation
+from rfclip.ops import operations
 from rfclip.towers import read_tower
 from rfclip.towers.loading import load_model, tiny_folder
 
@@ -18,7 +19,7 @@ def plain_blocks(model, picture):
     """Input and head-averaged attention of every plain block, from open_clip's own modules."""
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].double() / 255
     visual, found = model.visual, []
-    x = read_tower(model).embed(visual.conv1((x - 0.5) / 0.25))
+    x = read_tower(model).embed(visual.conv1((x - 0.5) / 0.25), operations("reference"))
     for block in visual.transformer.resblocks:
         y = block.ln_1(x)
         found.append((x[0], block.attn(y, y, y, average_attn_weights=True)[1][0]))

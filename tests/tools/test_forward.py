@@ -38,7 +38,7 @@ def test_plain_clip(forward):
 def test_rf_clip(forward):
     names = Counter(step.name for step in forward.refocused if step.triton)
     assert names == {
-        "layer_norm_kernel": 2 * L - 1,
+        "layer_norm_kernel": 2 * L,  # of the blocks and in front of them, but for the last one's second
         "quick_gelu_kernel": L - 1,
         "row_logsumexp_kernel": L,
         "key_similarity_kernel": L - 1,

@@ -1,0 +1,47 @@
+"""What enters a tower, as matrix products: patches in place of a convolution, and position embeddings on any grid."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._guards import detect_fake_mode
+
+from rfclip.ops.numerics import computing_dtype, matmul
+
+
+def embed_patches(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution of images [B, 3, gh * h, gw * w] with kernels [d, 3, h, w] that lie side by side.
+
+    Returns:
+        [B, d, gh, gw] in the dtype of the kernels, a view of [B, gh, gw, d].
+    """
+    height, width = weight.shape[2:]
+    parts = images.unflatten(2, (-1, height)).unflatten(4, (-1, width)).permute(0, 2, 4, 1, 3, 5)
+    parts = parts.to(weight.dtype, memory_format=torch.contiguous_format).flatten(3)  # one copy, [B, gh, gw, 3 * h * w]
+    return F.linear(parts, weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+def resize_positions(trained: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Position embeddings [h, w, d] resized bicubically, [gh, gw, d] in float32, or in float64 for float64.
+
+    PyTorch's own kernel is slow at so many channels. Compilers have another, and exporters know the operator.
+    """
+    dtype, (height, width) = computing_dtype(trained), grid
+    if torch.compiler.is_compiling() or detect_fake_mode(trained) is not None:
+        planes = trained.to(dtype).permute(2, 0, 1)[None]
+        return F.interpolate(planes, size=grid, mode="bicubic", align_corners=False)[0].permute(1, 2, 0)
+    rows = resizing(trained.shape[0], height, dtype, trained.device)
+    columns = resizing(trained.shape[1], width, dtype, trained.device)
+    return matmul(columns, matmul(rows, trained.flatten(1)).unflatten(1, trained.shape[1:]))
+
+
+@cache  # for good: each is small, and CUDA graphs read them
+@torch.inference_mode(False)  # for use in every mode
+def resizing(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The matrix [new, old] that resizes an axis bicubically. Its upload cannot be captured: a call has to be first."""
+    basis = torch.eye(old, dtype=torch.float64, device="cpu")[None, :, :, None]
+    resized = F.interpolate(basis, size=(new, 1), mode="bicubic", align_corners=False)
+    return resized[0, :, :, 0].T.contiguous().to(dtype).to(device)
