@@ -86,7 +86,6 @@ class Method:
             patches: the tower's [B, d, gh, gw], of images, or of windows that were cut out after the convolution.
             images: those windows [B, 3, height, width], normalized as the model expects, if the card's `sees_images`.
         """
-        self.tower.check_ready()
         if self.graphs is None or torch.compiler.is_compiling() or not self.capturable:
             return self._dense(patches)
         return self.graphs(self._dense, patches, self.tower)
@@ -97,6 +96,7 @@ class Method:
         return self.ops.name == "triton" and (self.config is None or self.config.tokens != "random")
 
     def _dense(self, patches: Tensor) -> Tensor:
+        self.tower.check_ready()  # a graph is checked for more than that
         return self.tower.readout(self.tokens(patches)).mT.unflatten(-1, patches.shape[2:])
 
     def tokens(self, patches: Tensor) -> Tensor:
