@@ -154,12 +154,14 @@ class Products:
         vectors: products of [BM, BD] with a single key [BD].
         updated: the names of tensors that a launch reads and writes.
         sparse: tensors of which only a few places are touched, which count as nothing.
+        few: whether it multiplies a few vectors only, which counts as nothing and is no fault in fp32.
     """
 
     tiles: Callable[[dict], Iterable[float]] | None = None
     vectors: Callable[[dict], int] = lambda a: 0
     updated: Callable[[dict], tuple[str, ...]] = lambda a: ()
     sparse: tuple[str, ...] = ()
+    few: bool = False
 
 
 @dataclass(frozen=True)
@@ -368,6 +370,7 @@ _SIMILARITY = _LOGSUMEXP | {
 _RECEIVED = {"received_attention_kernel": Products(_columns, lambda a: a["PREFIX"], sparse=("sums_ptr",))}
 _JOINT = _RECEIVED | {"joint_repair_kernel": Products(sparse=("sums_ptr", "before_ptr", "x_ptr", "y_ptr"))}
 _PROJECTED = {"project_tokens_kernel": Products(_some_rows, sparse=("y_ptr", "out_ptr"))}
+_CUT = {f"cut{step}_kernel": Products(few=True) for step in ("", "_first", "_next", "_round")}
 _REPAIRED = {"redistribute_kernel": Products(sparse=("x_ptr",))}
 
 EXAMPLES = (
@@ -456,11 +459,16 @@ EXAMPLES = (
         sweep=Sweep(_one, head_dims=False),
         kernels=_SIMILARITY,
     ),
-    Example("fiedler_vector", lambda s: {"similarity": s.similarity(), "start": s.scores(s.B, s.N)}, module="cut"),
+    Example(
+        "fiedler_vector",
+        lambda s: {"similarity": s.similarity(), "start": s.scores(s.B, s.N)},
+        module="cut",
+        kernels=_CUT,
+    ),
     Example("defocus_mask", _cut, module="defocus"),
     Example("defocus_mask", lambda s: _cut(s) | {"threshold": "otsu"}, "Otsu", module="defocus"),
-    Example("defocused_tokens", _tokens, "first block", module="cut"),
-    Example("defocused_tokens", _later_tokens, "later block", module="cut"),
+    Example("defocused_tokens", _tokens, "first block", module="cut", kernels=_CUT),
+    Example("defocused_tokens", _later_tokens, "later block", module="cut", kernels=_CUT),
     Example("refocused_attention", _refocused, module="attention", sweep=_ATTENTION, kernels=_REFOCUSED),
     Example("self_attention", _self, module="attention", sweep=_ATTENTION, kernels=_SWEPT),
     Example(

@@ -270,7 +270,7 @@ def test_faults_end_in_exit_code_1(monkeypatch, capsys):
 
     sound = line("sound", "received_attention", torch.float16, 32)
     uncounted = {
-        report.Line("uncounted", "-", 32, "sm_80"): [replace(job, counted=False) for job in [*sound.values()][0]]
+        report.Line("uncounted", "-", 32, "sm_80"): [replace(job, products="unknown") for job in [*sound.values()][0]]
     }
     bad = line("stripped", "received_attention", torch.float32, 32, PRECISION="ieee", BM=16, BN=16)
     bad |= line("spilling", "refocused_attention", torch.float16, 128, num_warps=1)

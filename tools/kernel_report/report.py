@@ -129,7 +129,7 @@ class Job:
     target: str
     module: str
     name: str
-    counted: bool  # whether the registry knows its matrix products
+    products: str  # "counted" by the registry, "few", or "unknown"
     signature: dict[str, str]
     constants: dict[tuple[int, ...], object]
     attributes: dict[tuple[int, ...], list]
@@ -142,8 +142,8 @@ def specialize(launch: Launch, target: str) -> Job:
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(**launch.arguments)
     _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
-    counted = launch.products.tiles is not None
-    return Job(target, kernel.__module__, kernel.__name__, counted, signature, constants, attributes, options)
+    known = "few" if launch.products.few else "unknown" if launch.products.tiles is None else "counted"
+    return Job(target, kernel.__module__, kernel.__name__, known, signature, constants, attributes, options)
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def compile_job(job: Job) -> Outcome:
 
 def _inspect(compiled: CompiledKernel, job: Job) -> Outcome:
     """Read registers, spills and instructions out of the code."""
-    meta, multiplies = compiled.metadata, job.counted or "tt.dot" in compiled.asm["ttir"]
+    meta, multiplies = compiled.metadata, job.products == "counted" or "tt.dot" in compiled.asm["ttir"]
     if "amdgcn" in compiled.asm:
         code = compiled.asm["amdgcn"]
         found = [int(re.findall(rf"\.{key}:\s*(\d+)", code)[0]) for key in ("vgpr_count", "vgpr_spill_count")]
@@ -192,8 +192,8 @@ def _inspect(compiled: CompiledKernel, job: Job) -> Outcome:
     occupancy = TARGETS[job.target].occupancy(registers, meta.shared, meta.num_warps, tensor_memory)
     faults = {
         f"spills {spilled} bytes": spilled > 0,
-        "no tensor cores": multiplies and not tensor_cores,
-        "its operations are not counted": multiplies and not job.counted,
+        "no tensor cores": multiplies and not tensor_cores and job.products != "few",
+        "its operations are not counted": multiplies and job.products == "unknown",
         "does not fit": occupancy == 0,
     }
     named = tuple(name for name, found in faults.items() if found)
