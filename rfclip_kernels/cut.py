@@ -3,23 +3,23 @@
 (Deg - W) y = lambda Deg y,  W = (S + S^T) / 2,  Deg = diag(W 1);  so y is the second eigenvector of M = Deg^-1 W, the
 first being 1, and M is symmetric in the inner product <a, b> = a^T Deg b.
 
-A round takes five vectors Y and makes y of the space that they and three products span:
+A round takes seven vectors Y, orthogonal to 1, and filters them by a Chebyshev polynomial of degree three, which leaves
+of eigenvalues from -b to b the least, and makes y of what it leaves:
 
-    Z = M Y,  R0 = 256 (Z - Y theta),  R1 = M R0,  R2 = M R1,  theta the Rayleigh quotient of each vector;
-    basis K = (1, Y, R0, R1), sixteen vectors, whose products with M are known: M K = (1, Y theta + R0 / 256, R1, R2)
+    Z = M Y,  P = (4 M^3 - 3 b^2 M) Y = 2 M (2 M Z - b^2 Y) - b^2 Z,  Q = M P;  K = (1, P),  M K = (1, Q)
 
-Nothing is orthogonalized on the way: the inner products of all vectors are taken at once, and Cholesky's factor of
-those of K makes it orthonormal, T K, without what is next to nothing new. In it M is a matrix [16, 16]. Squaring that
+b is the smallest of Y's Rayleigh quotients, but not less than a fifth of the largest. Cholesky's factor of the inner
+products of K makes K orthonormal, T K, without what is next to nothing new. In it M is a matrix [8, 8]. Squaring that
 leaves its leading eigenvector, t, and y = t T M K, which is one product nearer than t T K. The next round starts from y
-and from four more rows of a lower power. There are five rounds, or three from a vector near y. In a tower three are
-enough for the first block, and one for every other, from the five vectors that the block before ended with.
+and the other six rows of T M K. There are five rounds, or three from a vector near y. In a tower three are enough for
+the first block, and one for every other, from the seven vectors that the block before ended with.
 
 W in fp16 is multiplied by tensor cores: a vector is the sum of two in fp16, the second 2^11 times too large, so that
-their products add up to those of fp32. Vectors are multiplied by N, which makes their entries about 1.
+their products add up to those of fp32.
 
-Up to 256 patches one launch does it all, one program an image, and an image without distraction ends at once. Above,
-every product is a launch, whose programs take some rows of W each, and so are the start, R0 and the end of a round.
-Degrees come out of a round's first product, which multiplies 1 as well. Nothing waits for the host.
+Up to 256 patches one launch does it all, one program an image, which reads W once, and an image without distraction
+ends at once. Above, every product is a launch, whose programs take some rows of W each, and so are the start and the
+end of a round. Degrees come out of a round's first product, which multiplies 1 as well. Nothing waits for the host.
 """
 
 from functools import partial
@@ -36,17 +36,15 @@ from rfclip_kernels.defocus import launch_defocus_mask
 from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
 from rfclip_kernels.similarity import empty_affinity
 
-WIDTH = 5  # vectors that are multiplied at once
+WIDTH = 7  # vectors that are multiplied at once; with 1, eight
 ROUNDS, FROM_START = 5, 3  # that resolve y, and those that a start leaves
 TOWER_ROUNDS, TOWER_FROM_START = 3, 1  # that resolve the mask of the defocused tokens
-RESTART = 3  # squarings of the projected matrix before the next round's start is taken from it
-SQUARINGS = 12  # that its leading eigenvector takes
-NEW = 1e-3  # the squared length of what a vector adds to the basis, over its own, is more than this
-LIFT = tl.constexpr(256.0)  # R0 over what Z differs by: fp16 holds no small numbers
-ROUNDING = tl.constexpr(1e-11)  # the squared length of Z - Y theta over that of Y, if it is more than rounding
-SUMS, GRAM = tl.constexpr(2 * 8), tl.constexpr(32 * 32)  # what the programs of the first and the last product sum up
+SQUARINGS = 12  # of the projected matrix, which leave its leading eigenvector
+NEW = 1e-4  # the squared length of what a vector adds to the basis, over its own, is more than this
+SHARE, LEAST, FIRST = tl.constexpr(0.2), tl.constexpr(0.02), tl.constexpr(0.1)  # of the largest quotient, b is at least
+SUMS, GRAM = tl.constexpr(4 * 8), tl.constexpr(16 * 16)  # what the programs of the first and the last product sum up
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 128  # of W in fp16 that a program multiplies at a time; in fp32 a quarter
-BLOCK_VECTORS = 64  # patches whose vectors a program makes
+BLOCK_VECTORS = 64  # patches whose start a program makes
 SQUARE = 64  # the side of a tile of W that is made of S
 
 
@@ -105,23 +103,23 @@ def quotient(b_x, b_y):
 
 
 @triton.jit
-def orthonormal(b_gram, NEW: tl.constexpr, COUNT: tl.constexpr):
-    """T with T gram T^T = 1 for the first COUNT vectors: Cholesky's factor, inverted. Vectors with nothing new give 0.
+def orthonormal(b_gram, NEW: tl.constexpr):
+    """T with T gram T^T = 1: Cholesky's factor, inverted. Vectors with nothing new give 0.
 
     They fade out between 2 NEW and NEW, so that what one thread rounds differently than another changes nothing much.
+    Every other row and column of gram is 0, and of T.
     """
     R: tl.constexpr = b_gram.shape[0]
     o_r, o_c = tl.arange(0, R), tl.arange(0, 2 * R)
-    b_length = diagonal(b_gram)
-    b_unit = quotient(1.0, tl.sqrt(b_length))
+    b_unit = quotient(1.0, tl.sqrt(diagonal(b_gram)))
     b_one = tl.where(o_r[:, None] == o_r[None, :], 1.0, 0.0)
     # Both are eliminated at once: columns of gram alternate with those of T.
     b_both = tl.reshape(tl.join(b_gram * b_unit[:, None] * b_unit[None, :], b_one), [R, 2 * R])
     b_pivots = tl.sum(tl.where(o_c[None, :] == 2 * o_r[:, None], b_both, 0.0), axis=0)
     b_factor = tl.zeros([R], tl.float32)
-    for i in range(COUNT):
+    for i in range(0, R, 2):
         pivot = tl.sum(tl.where(o_c == 2 * i, b_pivots, 0.0), axis=0)
-        over = tl.minimum(tl.maximum(pivot / NEW - 1.0, 0.0), 1.0) / tl.maximum(pivot, NEW)
+        over = tl.minimum(tl.maximum(pivot * (1.0 / NEW) - 1.0, 0.0), 1.0) / tl.maximum(pivot, NEW)
         b_row, b_column = row_of(b_both, i), column_of(b_both, 2 * i)
         b_pivots -= over * b_row * b_row
         b_both -= tl.where(o_r > i, over * b_column, 0.0)[:, None] * b_row[None, :]
@@ -130,13 +128,8 @@ def orthonormal(b_gram, NEW: tl.constexpr, COUNT: tl.constexpr):
     return b_factor[:, None] * b_t * b_unit[None, :]
 
 
-# Vectors lie in groups of eight columns: 1 or 0, WIDTH vectors, zeros. There are four, Y, R0, R1 and R2, whose columns
-# alternate where all are taken at once: lane l is column l // 4.
-
-
-@triton.jit
-def lane_group(o_lane):
-    return (o_lane % 4) // 2 + (o_lane % 2) * 2
+# Vectors lie in groups of eight columns, 1 and WIDTH vectors: Y and Z, and then P and Q in their place. Columns of both
+# alternate where both are taken at once: lane l is column l // 2 of group l % 2.
 
 
 @triton.jit
@@ -152,29 +145,32 @@ def store_group(p_vectors, group, b_x, o_n, N):
 
 
 @triton.jit
-def load_lanes(p_vectors, o_n, N):
-    """All groups at some patches, [BM, 32]."""
-    o_lane = tl.arange(0, 32)
-    p_lane = p_vectors + lane_group(o_lane)[None, :] * N * 8 + (o_lane // 4)[None, :]
-    return tl.load(p_lane + o_n[:, None] * 8, mask=(o_n < N)[:, None], other=0.0)
+def both_groups(b_left, b_right):
+    return tl.reshape(tl.join(b_left, b_right), [b_left.shape[0], 16])
 
 
 @triton.jit
-def start_group(p_start, stride_tw, stride_tn, o_n, N, GIVEN: tl.constexpr, WIDTH: tl.constexpr):
+def with_one(b_x, m_n):
+    """1 in place of a group's first column."""
+    return tl.where((tl.arange(0, 8) == 0)[None, :] & m_n[:, None], 1.0, b_x)
+
+
+@triton.jit
+def start_group(p_start, stride_tw, stride_tn, o_n, N, GIVEN: tl.constexpr):
     """1 and the first Y, [BM, 8]: what is given, and vectors that no eigenvector is orthogonal to."""
     o_p = tl.arange(0, 8)
-    # What follows the point in multiples of the roots of 5, 2, 3, 7 and 11, as integers: every program finds the same.
-    b_root = tl.where(o_p == 1, 0x3C6EF372, tl.where(o_p == 2, 0x6A09E667, 0xBB67AE85))
-    b_root = tl.where(o_p == 4, 0xA54FF53A, tl.where(o_p == 5, 0x510E527F, b_root)).to(tl.uint32)
-    b_turn = (o_n + 1).to(tl.uint32)[:, None] * b_root[None, :]
+    # What follows the point in multiples of roots of primes, as integers: every program finds the same bits.
+    b_root = tl.where(o_p == 1, 0x3C6EF372, tl.where(o_p == 2, 0x6A09E667, tl.where(o_p == 3, 0xBB67AE85, 0xA54FF53A)))
+    b_root = tl.where(o_p == 5, 0x510E527F, tl.where(o_p == 6, 0x9B05688C, tl.where(o_p == 7, 0x1F83D9AB, b_root)))
+    b_turn = (o_n + 1).to(tl.uint32)[:, None] * b_root.to(tl.uint32)[None, :]
     b_y = (b_turn >> 8).to(tl.float32) * (1 / (1 << 24)) - 0.5
     if GIVEN > 0:
         m_given = (o_p > 0) & (o_p <= GIVEN)
         p_given = p_start + (o_p - 1)[None, :] * stride_tw + o_n[:, None] * stride_tn
-        b_given = N * tl.load(p_given, mask=m_given[None, :] & (o_n < N)[:, None], other=0.0).to(tl.float32)
-        b_y = tl.where(m_given[None, :], b_given + 1e-5 * b_y, b_y)  # of a start of zeros, this is left
-    b_y = tl.where((o_p == 0)[None, :], 1.0, tl.where((o_p <= WIDTH)[None, :], b_y, 0.0))
-    return tl.where((o_n < N)[:, None], b_y, 0.0)
+        b_given = tl.load(p_given, mask=m_given[None, :] & (o_n < N)[:, None], other=0.0).to(tl.float32)
+        b_given = b_given * tl.sqrt(N.to(tl.float32)) + 1e-5 * b_y  # of a start of zeros, this is left
+        b_y = tl.where(m_given[None, :], b_given, b_y)
+    return with_one(tl.where((o_n < N)[:, None], b_y, 0.0), o_n < N)
 
 
 @triton.jit
@@ -196,8 +192,28 @@ def sum_halves(b_both):
 
 
 @triton.jit
+def moments(b_y, b_z, b_degree):
+    """The inner products of Y with Z, with itself and with 1, over some rows: [8] each, the first of 1."""
+    b_weighted = b_y * b_degree[:, None]
+    return tl.sum(b_weighted * b_z, axis=0), tl.sum(b_weighted * b_y, axis=0), tl.sum(b_weighted, axis=0)
+
+
+@triton.jit
+def bounds(b_products, b_lengths, b_sums, least):
+    """The means of Y [8], and b squared."""
+    o_p = tl.arange(0, 8)
+    total = tl.sum(tl.where(o_p == 0, b_sums, 0.0), axis=0)
+    b_mean = quotient(b_sums, total)
+    b_quotient = quotient(b_products - b_sums * b_mean, b_lengths - b_sums * b_mean)
+    smallest = tl.min(tl.where(o_p > 0, b_quotient, 1.0), axis=0)
+    largest = tl.max(tl.where(o_p > 0, b_quotient, 0.0), axis=0)
+    bound = tl.maximum(tl.maximum(smallest, SHARE * largest), least)
+    return b_mean, bound * bound
+
+
+@triton.jit
 def inner_products(b_lanes, b_degree, dtype: tl.constexpr):
-    """Those of all lanes with all lanes, over the rows of a tile: [32, 32]."""
+    """Those of all lanes with all lanes, over the rows of a tile: [16, 16]."""
     b_weighted = b_lanes * b_degree[:, None]
     if dtype == tl.float32:
         b_gram = multiply(tl.trans(b_weighted), b_lanes)
@@ -208,78 +224,34 @@ def inner_products(b_lanes, b_degree, dtype: tl.constexpr):
 
 
 @triton.jit
-def lanes_of_basis(p_theta, IMAGES: tl.constexpr, WIDTH: tl.constexpr):
-    """What makes K of the lanes, or M K: [16, 32]."""
-    o_r, o_lane = tl.arange(0, 16), tl.arange(0, 32)
-    o_group, o_column = (o_r - 1) // WIDTH, tl.where(o_r > 0, (o_r - 1) % WIDTH + 1, 0)
-    m_column = o_column[:, None] == (o_lane // 4)[None, :]
-    m_own = m_column & (tl.where(o_r > 0, o_group, 0)[:, None] == lane_group(o_lane)[None, :])
-    b_own = tl.where(m_own, 1.0, 0.0)
-    if IMAGES:
-        b_theta = tl.load(p_theta + o_column)
-        b_own *= tl.where(o_r == 0, 1.0, tl.where(o_r <= WIDTH, b_theta, 0.0))[:, None]
-        m_next = (
-            m_column & ((o_r > 0) & (o_r <= 3 * WIDTH))[:, None] & (o_group[:, None] + 1 == lane_group(o_lane)[None, :])
-        )
-        b_own += tl.where(m_next, tl.where(o_r <= WIDTH, 1.0 / LIFT, 1.0)[:, None], 0.0)
-    return b_own
-
-
-@triton.jit
-def squared(b_power, times: tl.constexpr):
-    """A symmetric matrix squared up to four times, its largest entry having been made 1."""
-    b_power = b_power / tl.maximum(tl.max(tl.max(tl.abs(b_power), axis=1), axis=0), 1e-30)
-    for _squaring in tl.static_range(times):
-        b_power = multiply(b_power, b_power)
-    return b_power
-
-
-@triton.jit
-def ritz_coefficients(
-    b_gram,  # [32, 32], of all lanes
-    p_theta,
-    WIDTH: tl.constexpr,
-    RESTART: tl.constexpr,
-    SQUARINGS: tl.constexpr,
-    NEW: tl.constexpr,
-):
-    """What makes the next Y of the lanes, y in column 2, the others in 4 and so on: [32, 16]."""
+def ritz_coefficients(b_gram, SQUARINGS: tl.constexpr, NEW: tl.constexpr):
+    """What makes the next Y of the lanes, in every other column, y in column 2: [16, 16]."""
     o_r = tl.arange(0, 16)
-    b_basis, b_images = lanes_of_basis(p_theta, False, WIDTH), lanes_of_basis(p_theta, True, WIDTH)
-    b_right = multiply(b_gram, tl.trans(b_basis))
-    b_gram = multiply(b_basis, b_right)
-    # An R0 that is nothing but rounding is left out.
-    b_length = diagonal(b_gram)
-    b_before = tl.sum(tl.where(o_r[None, :] + WIDTH == o_r[:, None], b_length[None, :], 0.0), axis=1)
-    m_sound = (o_r <= WIDTH) | (o_r > 2 * WIDTH) | (b_length > ROUNDING * LIFT * LIFT * b_before)
-    b_t = orthonormal(tl.where(m_sound[:, None] & m_sound[None, :], b_gram, 0.0), NEW, 16)
-    b_projected = multiply(multiply(b_t, multiply(b_images, b_right)), tl.trans(b_t))
+    m_even = o_r % 2 == 0
+    m_both = m_even[:, None] & m_even[None, :]
+    b_shift = tl.where(m_even[:, None] & (o_r[:, None] + 1 == o_r[None, :]), 1.0, 0.0)  # from P to Q
+    b_t = orthonormal(tl.where(m_both, b_gram, 0.0), NEW)
+    b_projected = multiply(multiply(b_t, tl.where(m_both, multiply(b_shift, b_gram), 0.0)), tl.trans(b_t))
     # Without 1, and without vectors that were left out. 1 is added, so that no eigenvalue is negative.
     on = (o_r > 0) & (diagonal(b_t) > 0)
     b_power = tl.where(on[:, None] & on[None, :], (b_projected + tl.trans(b_projected)) / 2, 0.0)
     b_power += tl.where(on[:, None] & (o_r[:, None] == o_r[None, :]), 1.0, 0.0)
-    b_power = squared(b_power, RESTART)
-    b_lower = b_power
-    for _four in tl.static_range((SQUARINGS - RESTART) // 4):
-        b_power = squared(b_power, 4)
-    b_power = squared(b_power, (SQUARINGS - RESTART) % 4)
+    for _four in tl.static_range(SQUARINGS // 4):
+        b_power = b_power / tl.maximum(tl.max(tl.max(tl.abs(b_power), axis=1), axis=0), 1e-30)
+        for _squaring in tl.static_range(4):
+            b_power = multiply(b_power, b_power)
     b_ritz = row_of(b_power, tl.argmax(diagonal(b_power), axis=0))
-    # y, and what is left of the other vectors of Y.
-    b_next = tl.where((o_r == 1)[:, None], b_ritz[None, :], b_lower)
-    b_next = tl.where(((o_r > 0) & (o_r <= WIDTH))[:, None], b_next, 0.0)
-    b_own = orthonormal(multiply(b_next, tl.trans(b_next)), 1e-6, WIDTH + 1)
-    b_apart = tl.where(o_r[:, None] == 2 * o_r[None, :], 1.0, 0.0)
-    return tl.trans(multiply(multiply(multiply(multiply(b_apart, b_own), b_next), b_t), b_images))
+    b_ritz = b_ritz / tl.maximum(tl.max(tl.abs(b_ritz), axis=0), 1e-30)
+    b_next = tl.where((o_r > 2)[:, None] & (o_r[:, None] == o_r[None, :]), 1.0, 0.0)
+    b_next = tl.where((o_r == 2)[:, None], b_ritz[None, :], b_next)
+    return tl.trans(multiply(multiply(b_next, b_t), b_shift))
 
 
 @triton.jit
-def tail(b_y, b_degree, m_n, N):
-    """What y is multiplied with to be of length 1 and positive at its largest entry, and its mean then."""
-    length = tl.sqrt(tl.sum(b_degree * b_y * b_y, axis=0) / fp16_unit(N))
-    scale = quotient(1.0, length)
-    top, bottom = tl.max(tl.where(m_n, b_y, 0.0), axis=0), tl.min(tl.where(m_n, b_y, 0.0), axis=0)
-    scale = tl.where(top >= -bottom, scale, -scale)
-    return scale, scale * tl.sum(b_y, axis=0) / N
+def next_group(b_lanes, b_ritz, N):
+    """The next Y, [BM, 8], with entries of about 1, after a column of zeros."""
+    b_next, _empty = tl.split(tl.reshape(multiply(b_lanes, b_ritz), [b_lanes.shape[0], 8, 2]))
+    return b_next * tl.sqrt(N.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["N", "stride_tb", "stride_tw", "stride_db"])
@@ -287,7 +259,6 @@ def cut_kernel(
     affinity_ptr,  # [B, N, SW] fp16, W
     start_ptr,  # [B, GIVEN, N]
     distraction_ptr,  # [B, N] bool
-    theta_ptr,  # [B, 8] fp32
     out_ptr,  # [B, WIDTH, N] fp32, y and the others
     target_ptr,  # [B, N] bool
     order_ptr,  # [B, N + 1] int32
@@ -299,61 +270,68 @@ def cut_kernel(
     stride_tn,
     stride_db,
     stride_dn,
+    PADDED: tl.constexpr,  # whether W's rows go on to a multiple of 16
     GIVEN: tl.constexpr,
     ROUNDS: tl.constexpr,
     COLD: tl.constexpr,  # rounds of an image whose start is zero
     WIDTH: tl.constexpr,
-    RESTART: tl.constexpr,
     SQUARINGS: tl.constexpr,
     NEW: tl.constexpr,
     WHOLE: tl.constexpr,  # at least N
 ):
     i_b, o_n, o_p = tl.program_id(0).to(tl.int64), tl.arange(0, WHOLE), tl.arange(0, 8)
-    m_n, m_p = o_n < N, (o_p > 0) & (o_p <= WIDTH)
-    p_theta, p_out, p_target = theta_ptr + i_b * 8, out_ptr + i_b * WIDTH * N, target_ptr + i_b * N
+    dtype: tl.constexpr = affinity_ptr.dtype.element_ty
+    m_n = o_n < N
+    p_out, p_target = out_ptr + i_b * WIDTH * N, target_ptr + i_b * N
     p_distraction = distraction_ptr + i_b * stride_db
     m_taken = tl.load(p_distraction + o_n * stride_dn, mask=m_n, other=0) != 0
-    b_y = start_group(start_ptr + i_b * stride_tb, stride_tw, stride_tn, o_n, N, GIVEN, WIDTH)
-    rounds = ROUNDS
+    b_x = start_group(start_ptr + i_b * stride_tb, stride_tw, stride_tn, o_n, N, GIVEN)
+    cold = GIVEN == 0
     if GIVEN > 0:
-        rounds = tl.where(tl.max(tl.max(tl.where(m_p[None, :], tl.abs(b_y), 0.0), axis=1), axis=0) > 1e-5, ROUNDS, COLD)
-    rounds = tl.where(tl.max(m_taken.to(tl.int32), axis=0) > 0, rounds, 0)
+        cold = tl.max(tl.max(tl.where((o_p > 0)[None, :], tl.abs(b_x), 0.0), axis=1), axis=0) <= 1e-5
+    rounds = tl.where(tl.max(m_taken.to(tl.int32), axis=0) > 0, tl.where(cold, COLD, ROUNDS), 0)
+    rows = tl.where(rounds > 0, N, 0)
+    o_read = o_n // 16 * 16 if PADDED else o_n  # 16 at once
     p_affinity = affinity_ptr + i_b * stride_ab + o_n[:, None] * SW + o_n[None, :]
-    m_read = o_n < tl.where(rounds > 0, N, 0)
-    b_affinity = tl.load(p_affinity, mask=m_read[:, None] & m_read[None, :], other=0.0)
-    b_x, b_r0, b_r1, b_degree = b_y, b_y, b_y, tl.zeros([WHOLE], tl.float32)
-    for i in range(3 * rounds):
-        b_z = sum_halves(tl.dot(b_affinity, halves(b_x, affinity_ptr.dtype.element_ty)))
-        if i % 3 == 0:
+    b_affinity = tl.load(p_affinity, mask=(o_n < rows)[:, None] & (o_read < rows)[None, :], other=0.0)
+    b_affinity = tl.where(m_n[None, :], b_affinity, 0.0).to(dtype)
+    b_first, b_second, b_degree, square = b_x, b_x, tl.zeros([WHOLE], tl.float32), 0.0
+    for i in range(4 * rounds):
+        b_z = sum_halves(tl.dot(b_affinity, halves(b_x, dtype)))
+        if i % 4 == 0:
             b_degree = column_of(b_z, 0)
-        b_z = tl.where(m_p[None, :], quotient(b_z, b_degree[:, None]), 0.0)
-        if i % 3 == 0:
-            b_weighted = b_y * b_degree[:, None]
-            b_theta = quotient(tl.sum(b_weighted * b_z, axis=0), tl.sum(b_weighted * b_y, axis=0))
-            tl.store(p_theta + o_p, b_theta)
-            b_r0 = LIFT * (b_z - b_theta[None, :] * tl.where(m_p[None, :], b_y, 0.0))
-            b_x = b_r0
-        elif i % 3 == 1:
-            b_r1 = b_z
-            b_x = b_r1
+        b_z = quotient(b_z, b_degree[:, None])
+        if i % 4 == 0:
+            b_products, b_lengths, b_sums = moments(b_x, b_z, b_degree)
+            b_mean, square = bounds(b_products, b_lengths, b_sums, tl.where(cold & (i == 0), FIRST, LEAST))
+            b_first, b_second = b_x - b_mean[None, :], b_z - b_mean[None, :]
+            b_x = b_second
+        elif i % 4 == 1:
+            b_x = 2.0 * b_z - square * b_first
+        elif i % 4 == 2:
+            b_first = with_one(2.0 * b_z - square * b_second, m_n)
+            b_x = b_first
         else:
-            tl.debug_barrier()
-            b_lanes = tl.reshape(tl.join(tl.join(b_y, b_r0), tl.join(b_r1, b_z)), [WHOLE, 32])
-            b_gram = inner_products(b_lanes, b_degree / N, affinity_ptr.dtype.element_ty)
-            b_ritz = ritz_coefficients(b_gram, p_theta, WIDTH, RESTART, SQUARINGS, NEW)
-            b_first, b_last = tl.split(tl.permute(tl.reshape(b_ritz, [16, 2, 16]), (0, 2, 1)))
-            b_next = multiply(tl.reshape(tl.join(b_y, b_r0), [WHOLE, 16]), b_first)
-            b_next += multiply(tl.reshape(tl.join(b_r1, b_z), [WHOLE, 16]), b_last)
-            b_next, _empty = tl.split(tl.reshape(b_next, [WHOLE, 8, 2]))
-            b_y = tl.where((o_p == 0)[None, :] & m_n[:, None], 1.0, b_next)
-            b_x = b_y
-    b_y = tl.where(m_p[None, :] & (b_degree > 0)[:, None], b_y, 0.0)
-    scale, mean = tail(column_of(b_y, 1), b_degree, m_n, N)
+            b_lanes = both_groups(b_first, b_z)
+            b_gram = inner_products(b_lanes, b_degree / N, dtype)
+            b_first = next_group(b_lanes, ritz_coefficients(b_gram, SQUARINGS, NEW), N)
+            b_x = with_one(b_first, m_n)
+    b_y = tl.where((o_p > 0)[None, :] & (b_degree > 0)[:, None], b_first, 0.0)
+    b_first_y = column_of(b_y, 1)
+    scale = scale_of(b_first_y, b_first_y, tl.sum(b_degree * b_first_y * b_first_y, axis=0), N)
     b_y *= scale
-    tl.store(p_out + (o_p - 1)[None, :] * N + o_n[:, None], b_y, mask=m_p[None, :] & m_n[:, None])
-    tl.store(p_target + o_n, (m_taken == 0) & (column_of(b_y, 1) > mean), mask=m_n)
+    tl.store(p_out + (o_p - 1)[None, :] * N + o_n[:, None], b_y, mask=(o_p > 0)[None, :] & m_n[:, None])
+    mean = scale * tl.sum(b_first_y, axis=0) / N
+    tl.store(p_target + o_n, (m_taken == 0) & (scale * b_first_y > mean), mask=m_n)
     tl.debug_barrier()
     order_patches(p_distraction, stride_dn, p_target, 1, order_ptr + i_b * (N + 1), N, WHOLE)
+
+
+@triton.jit
+def scale_of(b_top, b_bottom, length, N):
+    """What makes y of length 1, and positive at its largest entry."""
+    scale = quotient(1.0, tl.sqrt(length / fp16_unit(N)))
+    return tl.where(tl.max(b_top, axis=0) >= -tl.min(b_bottom, axis=0), scale, -scale)
 
 
 @triton.jit
@@ -376,13 +354,18 @@ def store_halves(p_halves, b_x, o_n, N):
 @triton.jit
 def row_products(p_affinity, p_halves, o_m, N, SW, BN: tl.constexpr):
     """The rows o_m of W times a group, [BM, 8]."""
+    o_c, m_m = tl.arange(0, 16), (o_m < N)[:, None]
     b_out = tl.zeros([o_m.shape[0], 16], tl.float32)
-    for start in range(0, N, BN):
+    last = N // BN * BN
+    for start in range(0, last, BN):  # without a mask along rows, which would be read value by value
         o_n = start + tl.arange(0, BN)
-        mask = (o_m < N)[:, None] & (o_n < N)[None, :]
-        b_affinity = tl.load(p_affinity + o_m[:, None] * SW + o_n[None, :], mask=mask, other=0.0)
-        p_both = p_halves + o_n[:, None] * 16 + tl.arange(0, 16)[None, :]
-        b_x = tl.load(p_both, mask=(o_n < N)[:, None], other=0.0)
+        b_affinity = tl.load(p_affinity + o_m[:, None] * SW + o_n[None, :], mask=m_m, other=0.0)
+        b_x = tl.load(p_halves + o_n[:, None] * 16 + o_c[None, :])
+        b_out = tl.dot(b_affinity, b_x, b_out, input_precision="ieee")
+    if last < N:
+        o_n = last + tl.arange(0, BN)
+        b_affinity = tl.load(p_affinity + o_m[:, None] * SW + o_n[None, :], mask=m_m & (o_n < N)[None, :], other=0.0)
+        b_x = tl.load(p_halves + o_n[:, None] * 16 + o_c[None, :], mask=(o_n < N)[:, None], other=0.0)
         b_out = tl.dot(b_affinity, b_x, b_out, input_precision="ieee")
     return sum_halves(b_out)
 
@@ -390,21 +373,20 @@ def row_products(p_affinity, p_halves, o_m, N, SW, BN: tl.constexpr):
 @triton.jit(do_not_specialize=["N", "stride_tb", "stride_tw"])
 def cut_start_kernel(
     start_ptr,  # [B, GIVEN, N]
-    vectors_ptr,  # [B, 4, N, 8] fp32
-    halves_ptr,  # [B, 2, N, 16], of W's dtype: those of the vectors that the next product, or the one after it, takes
+    vectors_ptr,  # [B, 2, N, 8] fp32
+    halves_ptr,  # [B, 2, N, 16], of W's dtype: those of what the next product takes, or the one after it
     N,
     stride_tb,
     stride_tw,
     stride_tn,
     GIVEN: tl.constexpr,
-    WIDTH: tl.constexpr,
     BV: tl.constexpr,
 ):
     """Some patches of 1 and the first Y."""
     blocks = tl.cdiv(N, BV)
     i_b, o_n = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BV + tl.arange(0, BV)
-    b_y = start_group(start_ptr + i_b * stride_tb, stride_tw, stride_tn, o_n, N, GIVEN, WIDTH)
-    store_group(vectors_ptr + i_b * 4 * N * 8, 0, b_y, o_n, N)
+    b_y = start_group(start_ptr + i_b * stride_tb, stride_tw, stride_tn, o_n, N, GIVEN)
+    store_group(vectors_ptr + i_b * 2 * N * 8, 0, b_y, o_n, N)
     store_halves(halves_ptr + i_b * 2 * N * 16, b_y, o_n, N)
 
 
@@ -418,49 +400,26 @@ def cut_first_kernel(
     N,
     SW,
     stride_ab,
-    WIDTH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Some rows of Deg and Z, and what theta is made of."""
+    """Some rows of Deg and Z, and what b is made of."""
     tiles, o_p = tl.cdiv(N, BM), tl.arange(0, 8)
     i_b, i_m = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    p_vectors, o_m = vectors_ptr + i_b * 4 * N * 8, i_m * BM + tl.arange(0, BM)
-    b_z = row_products(affinity_ptr + i_b * stride_ab, halves_ptr + i_b * 2 * N * 16, o_m, N, SW, BN)
+    p_vectors, p_halves = vectors_ptr + i_b * 2 * N * 8, halves_ptr + i_b * 2 * N * 16
+    o_m = i_m * BM + tl.arange(0, BM)
+    b_z = row_products(affinity_ptr + i_b * stride_ab, p_halves, o_m, N, SW, BN)
     b_degree = column_of(b_z, 0)
-    b_z = tl.where(((o_p > 0) & (o_p <= WIDTH))[None, :], quotient(b_z, b_degree[:, None]), 0.0)
+    b_z = quotient(b_z, b_degree[:, None])
     tl.store(degree_ptr + i_b * N + o_m, b_degree, mask=o_m < N)
     store_group(p_vectors, 1, b_z, o_m, N)
-    b_y = load_group(p_vectors, 0, o_m, N)
-    b_weighted = b_y * b_degree[:, None]
-    p_sums = sums_ptr + (i_b * tiles + i_m) * SUMS + 2 * o_p
-    tl.store(p_sums, tl.sum(b_weighted * b_z, axis=0))
-    tl.store(p_sums + 1, tl.sum(b_weighted * b_y, axis=0))
-
-
-@triton.jit(do_not_specialize=["N"])
-def cut_residual_kernel(
-    vectors_ptr,
-    halves_ptr,
-    sums_ptr,
-    theta_ptr,  # [B, 8] fp32
-    N,
-    BM: tl.constexpr,
-    BV: tl.constexpr,
-):
-    """Some patches of R0, in place of Z, and theta."""
-    tiles, blocks, o_p = tl.cdiv(N, BM), tl.cdiv(N, BV), tl.arange(0, 8)
-    i_b, o_n = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BV + tl.arange(0, BV)
-    p_vectors = vectors_ptr + i_b * 4 * N * 8
-    b_sums = sum_tiles(sums_ptr + i_b * tiles * SUMS, tiles, 64, SUMS)
-    b_products, b_lengths = tl.split(tl.reshape(b_sums, [8, 2]))
-    b_theta = quotient(b_products, b_lengths)
-    if tl.program_id(0) % blocks == 0:
-        tl.store(theta_ptr + i_b * 8 + o_p, b_theta)
-    b_y = tl.where((o_p > 0)[None, :], load_group(p_vectors, 0, o_n, N), 0.0)
-    b_r0 = LIFT * (load_group(p_vectors, 1, o_n, N) - b_theta[None, :] * b_y)
-    store_group(p_vectors, 1, b_r0, o_n, N)
-    store_halves(halves_ptr + (i_b * 2 + 1) * N * 16, b_r0, o_n, N)
+    store_halves(p_halves + N * 16, b_z, o_m, N)
+    b_products, b_lengths, b_sums = moments(load_group(p_vectors, 0, o_m, N), b_z, b_degree)
+    p_sums = sums_ptr + (i_b * tiles + i_m) * SUMS + 4 * o_p
+    tl.store(p_sums, b_products)
+    tl.store(p_sums + 1, b_lengths)
+    tl.store(p_sums + 2, b_sums)
+    tl.store(p_sums + 3, tl.zeros([8], tl.float32))
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -469,31 +428,42 @@ def cut_next_kernel(
     vectors_ptr,
     halves_ptr,
     degree_ptr,
+    sums_ptr,
     gram_ptr,  # [B, tiles, GRAM] fp32
     N,
     SW,
     stride_ab,
-    LAST: tl.constexpr,
+    STEP: tl.constexpr,
+    COLD: tl.constexpr,  # whether Y is no start that was given
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Some rows of R1, or of R2, and all inner products over them."""
-    tiles = tl.cdiv(N, BM)
+    """Some rows of 2 M Z - b^2 Y in step 1, of P in step 2, and of Q in step 3, and the inner products over them."""
+    tiles, o_lane = tl.cdiv(N, BM), tl.arange(0, 16)
     i_b, i_m = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    p_vectors, o_m = vectors_ptr + i_b * 4 * N * 8, i_m * BM + tl.arange(0, BM)
-    p_new, p_old = halves_ptr + i_b * 2 * N * 16, halves_ptr + (i_b * 2 + 1) * N * 16
+    p_vectors, p_halves = vectors_ptr + i_b * 2 * N * 8, halves_ptr + i_b * 2 * N * 16
+    o_m = i_m * BM + tl.arange(0, BM)
     b_degree = tl.load(degree_ptr + i_b * N + o_m, mask=o_m < N, other=0.0)
-    b_x = row_products(affinity_ptr + i_b * stride_ab, p_new if LAST else p_old, o_m, N, SW, BN)
+    b_x = row_products(affinity_ptr + i_b * stride_ab, p_halves + STEP % 2 * N * 16, o_m, N, SW, BN)
     b_x = quotient(b_x, b_degree[:, None])
-    store_group(p_vectors, 3 if LAST else 2, b_x, o_m, N)
-    if LAST:
-        tl.debug_barrier()
-        o_lane = tl.arange(0, 32)
-        p_gram = gram_ptr + (i_b * tiles + i_m) * GRAM + o_lane[:, None] * 32 + o_lane[None, :]
-        b_lanes = load_lanes(p_vectors, o_m, N)
-        tl.store(p_gram, inner_products(b_lanes, b_degree / N, tl.float32))
+    if STEP < 3:
+        b_sums = tl.reshape(sum_tiles(sums_ptr + i_b * tiles * SUMS, tiles, 64, SUMS), [8, 2, 2])
+        b_even, b_odd = tl.split(b_sums)  # products and sums, lengths and zeros
+        b_products, b_means = tl.split(b_even)
+        b_lengths, _empty = tl.split(b_odd)
+        b_mean, square = bounds(b_products, b_lengths, b_means, FIRST if COLD else LEAST)
+        b_before = load_group(p_vectors, STEP - 1, o_m, N) - b_mean[None, :]
+        if STEP == 1:
+            b_x = 2.0 * (b_x - b_mean[None, :]) - square * b_before
+        else:
+            b_x = with_one(2.0 * b_x - square * b_before, o_m < N)
+            store_group(p_vectors, 0, b_x, o_m, N)
+        store_halves(p_halves + (STEP + 1) % 2 * N * 16, b_x, o_m, N)
     else:
-        store_halves(p_new, b_x, o_m, N)
+        store_group(p_vectors, 1, b_x, o_m, N)
+        b_lanes = both_groups(load_group(p_vectors, 0, o_m, N), b_x)
+        p_gram = gram_ptr + (i_b * tiles + i_m) * GRAM + o_lane[:, None] * 16 + o_lane[None, :]
+        tl.store(p_gram, inner_products(b_lanes, b_degree / N, tl.float32))
 
 
 @triton.jit(do_not_specialize=["N", "stride_db"])
@@ -503,7 +473,6 @@ def cut_round_kernel(
     halves_ptr,
     degree_ptr,
     gram_ptr,
-    theta_ptr,
     out_ptr,  # [B, WIDTH, N] fp32, y and the others
     target_ptr,  # [B, N] bool
     order_ptr,  # [B, N + 1] int32
@@ -513,7 +482,6 @@ def cut_round_kernel(
     LAST: tl.constexpr,
     TARGET: tl.constexpr,
     WIDTH: tl.constexpr,
-    RESTART: tl.constexpr,
     SQUARINGS: tl.constexpr,
     NEW: tl.constexpr,
     BM: tl.constexpr,
@@ -522,37 +490,37 @@ def cut_round_kernel(
 ):
     """The end of a round: the next Y, or y and the defocused tokens."""
     i_b, tiles, o_p = tl.program_id(0).to(tl.int64), tl.cdiv(N, BM), tl.arange(0, 8)
-    p_vectors, p_halves, p_degree = vectors_ptr + i_b * 4 * N * 8, halves_ptr + i_b * 2 * N * 16, degree_ptr + i_b * N
-    p_out, m_p = out_ptr + i_b * WIDTH * N, (o_p > 0) & (o_p <= WIDTH)
-    b_gram = tl.reshape(sum_tiles(gram_ptr + i_b * tiles * GRAM, tiles, 16, GRAM), [32, 32])
-    b_ritz = ritz_coefficients(b_gram, theta_ptr + i_b * 8, WIDTH, RESTART, SQUARINGS, NEW)
+    p_vectors, p_halves, p_degree = vectors_ptr + i_b * 2 * N * 8, halves_ptr + i_b * 2 * N * 16, degree_ptr + i_b * N
+    p_out = out_ptr + i_b * WIDTH * N
+    b_gram = tl.reshape(sum_tiles(gram_ptr + i_b * tiles * GRAM, tiles, 32, GRAM), [16, 16])
+    b_ritz = ritz_coefficients(b_gram, SQUARINGS, NEW)
     b_top, b_bottom = tl.zeros([BV], tl.float32), tl.zeros([BV], tl.float32)
     b_sum, b_length = tl.zeros([BV], tl.float32), tl.zeros([BV], tl.float32)
     for start in range(0, N, BV):
         o_n = start + tl.arange(0, BV)
-        b_degree = tl.load(p_degree + o_n, mask=o_n < N, other=0.0)
-        b_next, _empty = tl.split(tl.reshape(multiply(load_lanes(p_vectors, o_n, N), b_ritz), [BV, 8, 2]))
+        b_lanes = both_groups(load_group(p_vectors, 0, o_n, N), load_group(p_vectors, 1, o_n, N))
+        b_next = next_group(b_lanes, b_ritz, N)
         if LAST:
+            b_degree = tl.load(p_degree + o_n, mask=o_n < N, other=0.0)
             b_next = tl.where((b_degree > 0)[:, None], b_next, 0.0)
             p_next = p_out + (o_p - 1)[None, :] * N + o_n[:, None]
-            tl.store(p_next, b_next, mask=m_p[None, :] & (o_n < N)[:, None])
+            tl.store(p_next, b_next, mask=(o_p > 0)[None, :] & (o_n < N)[:, None])
             b_y = column_of(b_next, 1)
             b_top, b_bottom = tl.maximum(b_top, b_y), tl.minimum(b_bottom, b_y)
             b_sum += b_y
             b_length += b_degree * b_y * b_y
         else:
-            b_next = tl.where((o_p == 0)[None, :] & (o_n < N)[:, None], 1.0, b_next)
+            b_next = with_one(b_next, o_n < N)
             store_group(p_vectors, 0, b_next, o_n, N)
             store_halves(p_halves, b_next, o_n, N)
     if LAST:
         p_distraction, p_target = distraction_ptr + i_b * stride_db, target_ptr + i_b * N
-        scale = quotient(1.0, tl.sqrt(tl.sum(b_length, axis=0) / fp16_unit(N)))
-        scale = tl.where(tl.max(b_top, axis=0) >= -tl.min(b_bottom, axis=0), scale, -scale)
+        scale = scale_of(b_top, b_bottom, tl.sum(b_length, axis=0), N)
         mean = scale * tl.sum(b_sum, axis=0) / N
         tl.debug_barrier()
         for start in range(0, N, BP):
             o_n = start + tl.arange(0, BP)
-            p_next, mask = p_out + (o_p - 1)[:, None] * N + o_n[None, :], m_p[:, None] & (o_n < N)[None, :]
+            p_next, mask = p_out + (o_p - 1)[:, None] * N + o_n[None, :], (o_p > 0)[:, None] & (o_n < N)[None, :]
             b_next = scale * tl.load(p_next, mask=mask, other=0.0)
             tl.store(p_next, b_next, mask=mask)
             if TARGET:
@@ -570,42 +538,71 @@ def whole(affinity: Tensor) -> int:
     return 256 if tables.architecture(affinity.device) in ("sm_80", "sm_90", "sm_100") else 128
 
 
+def _padded(affinity: Tensor) -> tuple[Tensor, bool]:
+    """W with what its rows are padded with, [B, N, SW], if they are and may be read 16 values at once."""
+    B, N, _ = affinity.shape
+    width, strides = triton.cdiv(N, 16) * 16, affinity.stride()
+    end = affinity.storage_offset() + (B - 1) * strides[0] + (N - 1) * strides[1] + width
+    held = affinity.untyped_storage().nbytes() // affinity.itemsize
+    if strides[1] % 16 or strides[1] < width or end > held:
+        return affinity, False
+    return affinity.as_strided((B, N, width), strides), True
+
+
 def _cut(
     affinity: Tensor, start: Tensor | None, distraction: Tensor | None, cold: int, warm: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y and four other vectors [B, 5, N]; the defocused tokens [B, N] and the patches in order, if there are masks."""
+    """y and six other vectors [B, 7, N]; the defocused tokens [B, N] and the patches in order, if there are masks."""
     B, N, _ = affinity.shape
     empty = partial(affinity.new_empty, dtype=torch.float32)
-    out, theta = empty((B, WIDTH, N)), empty((B, 8))
-    target, order = empty((B, N), dtype=torch.bool), empty((B, N + 1), dtype=torch.int32)
-    matrix = {"affinity_ptr": affinity, "SW": affinity.stride(1), "stride_ab": affinity.stride(0)}
+    out, target = empty((B, WIDTH, N)), empty((B, N), dtype=torch.bool)
+    order = empty((B, N + 1), dtype=torch.int32)
+    given = 0 if start is None else start.shape[1]
     begun = out if start is None else start
-    beginning = {"start_ptr": begun, **strides("t", begun, "bwn"), "GIVEN": 0 if start is None else start.shape[1]}
+    beginning = {"start_ptr": begun, **strides("t", begun, "bwn"), "GIVEN": given}
     rounds = cold if start is None else warm
     taken = target if distraction is None else distraction
-    ended = {"distraction_ptr": taken, **strides("d", taken, "bn"), "theta_ptr": theta}
-    ended |= {"out_ptr": out, "target_ptr": target, "order_ptr": order}
-    ended |= {"WIDTH": WIDTH, "RESTART": RESTART, "SQUARINGS": SQUARINGS, "NEW": NEW}
+    ended = {"distraction_ptr": taken, **strides("d", taken, "bn"), "WIDTH": WIDTH}
+    ended |= {"out_ptr": out, "target_ptr": target, "order_ptr": order, "SQUARINGS": SQUARINGS, "NEW": NEW}
     if distraction is not None and whole(affinity) >= N:
-        one = {"N": N, "ROUNDS": rounds, "COLD": cold, "WHOLE": max(64, triton.next_power_of_2(N))}
-        wrap_triton(cut_kernel)[(B,)](**matrix, **beginning, **ended, **one, num_warps=8)
+        affinity, padded = _padded(affinity)
+        wrap_triton(cut_kernel)[(B,)](
+            affinity_ptr=affinity,
+            N=N,
+            SW=affinity.stride(1),
+            stride_ab=affinity.stride(0),
+            **beginning,
+            **ended,
+            PADDED=padded,
+            ROUNDS=rounds,
+            COLD=cold,
+            WHOLE=max(64, triton.next_power_of_2(N)),
+            num_warps=8,
+        )
         return out, target, order
     tiles, blocks = triton.cdiv(N, BLOCK_ROWS), (B * triton.cdiv(N, BLOCK_VECTORS),)
-    vectors = {"N": N, "vectors_ptr": empty((B, 4, N, 8)), "halves_ptr": affinity.new_empty((B, 2, N, 16))}
-    products = matrix | vectors | {"degree_ptr": empty((B, N)), "BM": BLOCK_ROWS, "num_warps": 4}
-    products["BN"] = BLOCK_COLUMNS if affinity.dtype != torch.float32 else BLOCK_COLUMNS // 4
-    sums, gram = empty((B, tiles, SUMS.value)), empty((B, tiles, GRAM.value))
-    some = {"BV": BLOCK_VECTORS, "num_warps": 4}
-    wrap_triton(cut_start_kernel)[blocks](**beginning, **vectors, WIDTH=WIDTH, **some)
+    vectors = {"N": N, "vectors_ptr": empty((B, 2, N, 8)), "halves_ptr": affinity.new_empty((B, 2, N, 16))}
+    degree, gram = empty((B, N)), empty((B, tiles, GRAM.value))
+    products = vectors | {
+        "affinity_ptr": affinity,
+        "SW": affinity.stride(1),
+        "stride_ab": affinity.stride(0),
+        "degree_ptr": degree,
+        "sums_ptr": empty((B, tiles, SUMS.value)),
+        "BM": BLOCK_ROWS,
+        "BN": BLOCK_COLUMNS if affinity.dtype != torch.float32 else BLOCK_COLUMNS // 4,
+        "num_warps": 4,
+    }
+    wrap_triton(cut_start_kernel)[blocks](**beginning, **vectors, BV=BLOCK_VECTORS, num_warps=4)
     for i in range(rounds):
-        wrap_triton(cut_first_kernel)[(B * tiles,)](**products, sums_ptr=sums, WIDTH=WIDTH)
-        wrap_triton(cut_residual_kernel)[blocks](**vectors, sums_ptr=sums, theta_ptr=theta, BM=BLOCK_ROWS, **some)
-        for last in (False, True):
-            wrap_triton(cut_next_kernel)[(B * tiles,)](**products, gram_ptr=gram, LAST=last)
+        wrap_triton(cut_first_kernel)[(B * tiles,)](**products)
+        for step in (1, 2, 3):
+            first = i == 0 and start is None
+            wrap_triton(cut_next_kernel)[(B * tiles,)](**products, gram_ptr=gram, STEP=step, COLD=first and step < 3)
         wrap_triton(cut_round_kernel)[(B,)](
             **vectors,
             **ended,
-            degree_ptr=products["degree_ptr"],
+            degree_ptr=degree,
             gram_ptr=gram,
             LAST=i == rounds - 1,
             TARGET=distraction is not None,

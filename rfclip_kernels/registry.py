@@ -113,13 +113,13 @@ class Sizes:
         return torch.arange(self.N, device=self.device) < math.ceil(self.N / 3)
 
     def near_cut(self, affinity: Tensor) -> Tensor:
-        """Vectors [B, 5, N] near those that the cut of W [B, N, N] looks for."""
-        start = self.scores(self.B, 5, self.N)
+        """Vectors [B, 7, N] near those that the cut of W [B, N, N] looks for."""
+        start = self.scores(self.B, 7, self.N)
         if self.seed is None:
             return start
         root = affinity.double().sum(dim=-1, keepdim=True).sqrt()
         _, u = torch.linalg.eigh(affinity / root / root.mT)
-        exact = (u / root)[:, :, -6:-1].flip(-1).mT
+        exact = (u / root)[:, :, -8:-1].flip(-1).mT
         return (exact + start.double() * exact.std() / 1000).to(start.dtype)
 
     def affinity(self) -> Tensor:
