@@ -68,6 +68,9 @@ class Tiles:
         """As arguments of a launch."""
         return {"BM": self.rows, "BN": self.columns, "num_warps": self.warps, "num_stages": self.stages}
 
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}, {self.warps} warps, {self.stages} stages"
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, TOLERANCE, check, dtypes, inside_nan
+from kernel_cases import DEVICE, TOLERANCE, check, dtypes, inside_nan, pretended_compilation
 
 import rfclip_kernels
 from rfclip import reference
@@ -103,24 +103,70 @@ def test_a_dry_run_of_the_measurement(tmp_path, capsys):
         found = rfclip_kernels.use_tiles(out)
     finally:
         tiles.use([])
-    names = [f"{kernel} half D<=64 patches<=256" for kernel in tiles.KERNELS if kernel != "cosine_aggregation"]
+    names = [f"{kernel} half D<=64 patches<=256" for kernel in autotune.TIMED if kernel != "cosine_aggregation"]
     assert found == {"sm_80": [*names, "cosine_aggregation half patches<=256"]}
-    heads, *lines = (line.split(" | ") for line in capsys.readouterr().out.splitlines())
-    assert heads == ["entry", "default", "fastest", "speedup"]
+    printed = capsys.readouterr()
+    heads, *lines = (line.split(" | ") for line in printed.out.splitlines())
+    assert heads == ["entry", "size", "default", "fastest", "speedup", "fastest at this size", "speedup"]
     assert [name for name, *_ in lines] == found["sm_80"]
-    assert all(float(speedup) >= 1 for *_, speedup in lines)
+    for _, size, default, fastest, faster, own, _ in lines:
+        assert size == "48x80b1" and fastest == own
+        assert float(faster) == 1 if fastest == default else float(faster) >= 1.02
+    log = [line.split(" | ") for line in printed.err.splitlines()[:-1]]
+    tried = {kernel: [line for line in log if line[0] == kernel] for kernel in autotune.TIMED}
+    assert sum(map(len, tried.values())) == len(log)
+    for kernel, found in tried.items():
+        assert len(found) >= len(autotune.candidates(kernel, "cpu")) and all(" us" in line[-1] for line in found)
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_what_fails_or_is_wrong_does_not_count(monkeypatch, capsys):
-    entry = tiles.Entry("key_affinity", "half", 64, 256, ("sm_80",), tiles.Tiles(32, 32, 4, 1))
-    wide, wrong = tiles.Tiles(32, 128, 4, 1), tiles.Tiles(64, 64, 4, 1)
+def test_the_same_measurement_without_time(tmp_path, capsys):
+    out = tmp_path / "tiles.json"
+    arguments = ["--device", "cpu", "--out", str(out), "--minutes", "0", "--kernels", "row_logsumexp,key_affinity"]
+    assert autotune.main(arguments) == 0
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 1 and not out.exists()
+    assert printed.err.splitlines() == ["row_logsumexp: no time was left", "key_affinity: no time was left"]
+    with pytest.raises(SystemExit):
+        autotune.main([*arguments[:-1], "row_logsumexp,key_cosine"])
+    assert "unknown: key_cosine" in capsys.readouterr().err
+
+
+def test_what_fails_or_is_wrong_does_not_count(monkeypatch):
+    sizes = Sizes(H=1, grid=(3, 5), device=DEVICE)
+    entry = autotune.entry_of("key_affinity", sizes)
+    odd, wrong, right = (tiles.Tiles(rows, rows, 4, 1) for rows in (48, 64, 128))
     agree = autotune.agree
     monkeypatch.setattr(autotune, "agree", lambda got, want: tiles._used[0].tiles != wrong and agree(got, want))
-    monkeypatch.setattr(autotune, "seconds", lambda function, device: 1.0)
-    examples = autotune.TIMED[entry.kernel]
-    found = autotune.times(entry, examples, Sizes(H=1, grid=(3, 5), device=DEVICE), [wide, wrong, entry.tiles])
-    assert found == {entry.tiles: 1.0}
+    monkeypatch.setattr(autotune, "seconds", lambda function, device: 1e-6)
+    case = autotune.Case("48x80b1", entry, autotune.calls_of(entry.kernel, sizes), DEVICE)
+    said = [case.time(one) for one in (entry.tiles, odd, wrong, right)]
+    assert said[0] == said[3] == "1.0 us" and "Error" in said[1] and said[2] == "another result"
+    assert case.times == {entry.tiles: [1e-6], right: [1e-6]}
+
+
+def test_the_fastest_by_more_than_noise():
+    default, one, two, three = (tiles.Tiles(32, 32, 4, stages) for stages in (1, 2, 3, 4))
+    entry = tiles.Entry("self_attention", "half", 64, 256, ("sm_90",), default)
+    small, large = (autotune.Case(name, entry, [], DEVICE) for name in ("small", "large"))
+    small.times = {default: [1.0, 1.0], one: [0.5, 1.0], two: [0.99, 0.99], three: [0.1, 0.1]}
+    large.times = {default: [10.0, 10.0], one: [10.0, 10.0], two: [9.9, 9.9]}  # the last one failed there
+    assert autotune.speedup([small, large], one) == pytest.approx(2**0.25)
+    assert autotune.fastest([small, large]) == one
+    assert autotune.fastest([large]) == default
+    assert autotune.fastest([small]) == three
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the same without a GPU")
+def test_workers_that_fail_hang_or_die(monkeypatch):
+    monkeypatch.setattr(autotune, "PATIENCE", 12)
+    every = {rows: tiles.Tiles(rows, 32, 4, 1) for rows in (16, 32, 64, 256, 128)}
+    with autotune.workers("cuda") as pool:
+        jobs = {one: pool.apply_async(pretended_compilation, (one,)) for one in every.values()}
+        jobs[every[16]].wait(60)  # until a process has started
+        found = dict(autotune.finished(jobs, float("inf")))
+    never = "no time was left, or its compilation hangs or died"
+    assert found == {every[16]: None, every[32]: "spills", every[64]: never, every[128]: never, every[256]: None}
 
 
 def test_every_kernel_has_an_example():
