@@ -190,7 +190,8 @@ def architecture(device: torch.device) -> str:
 
 def limit(kernel: str, images: int, patches: int) -> int | None:
     """`Entry.patches` for a launch: the lowest of `PATCHES` that N, or B N, does not exceed."""
-    count = patches if kernel in ("key_similarity", "key_affinity") else images * patches
+    alone = ("key_similarity", "key_affinity", "refocused_attention")
+    count = patches if kernel in alone else images * patches
     return next((most for most in PATCHES if count <= most), None)
 
 
