@@ -34,11 +34,12 @@ class GPU:
 
 # NVIDIA's "Ampere GA102 GPU Architecture" whitepaper (RTX 3090: 71 TFLOPS with FP32 accumulate, 936 GB/s), the A100
 # data sheet (SXM, 80 GB: 312 TFLOPS, 2039 GB/s) and the H100 data sheet (SXM: 1979 TFLOPS with sparsity, so half of it
-# without, and 3.35 TB/s).
+# without, and 3.35 TB/s). The H200 data sheet has the same products and 4.8 TB/s.
 GPUS = {
     "RTX 3090": GPU(71e12, 936e9, "RTX 3090"),
     "A100 SXM 80 GB": GPU(312e12, 2039e9, "A100-SXM4-80GB"),
     "H100 SXM": GPU(989.5e12, 3350e9, "H100 80GB HBM3"),
+    "H200 SXM": GPU(989.5e12, 4800e9, "H200"),
 }
 
 
