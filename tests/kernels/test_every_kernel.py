@@ -113,14 +113,23 @@ def test_a_dry_run_of_the_measurement(tmp_path, capsys):
 
 
 def test_what_fails_or_is_wrong_does_not_count(monkeypatch, capsys):
-    entry = tiles.Entry("key_affinity", "half", 64, 256, ("sm_80",), tiles.Tiles(32, 32, 4, 1))
-    wide, wrong = tiles.Tiles(32, 128, 4, 1), tiles.Tiles(64, 64, 4, 1)
-    agree = autotune.agree
+    architecture = tiles.architecture(torch.empty(0, device=DEVICE).device)
+    entry = tiles.Entry("key_affinity", "half", 64, 256, (architecture,), tiles.Tiles(32, 32, 4, 1))
+    failing, wrong = tiles.Tiles(64, 32, 4, 1), tiles.Tiles(64, 64, 4, 1)
+    agree, choose = autotune.agree, tiles.choose
+
+    def failing_to_launch(*given):
+        if (chosen := choose(*given)) == failing:
+            raise RuntimeError("out of resource")
+        return chosen
+
+    monkeypatch.setattr(tiles, "choose", failing_to_launch)
     monkeypatch.setattr(autotune, "agree", lambda got, want: tiles._used[0].tiles != wrong and agree(got, want))
     monkeypatch.setattr(autotune, "seconds", lambda function, device: 1.0)
     examples = autotune.TIMED[entry.kernel]
-    found = autotune.times(entry, examples, Sizes(H=1, grid=(3, 5), device=DEVICE), [wide, wrong, entry.tiles])
+    found = autotune.times(entry, examples, Sizes(H=1, grid=(3, 5), device=DEVICE), [failing, wrong, entry.tiles])
     assert found == {entry.tiles: 1.0}
+    assert capsys.readouterr().err.count("RuntimeError") == 1
 
 
 def test_every_kernel_has_an_example():
