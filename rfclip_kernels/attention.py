@@ -160,6 +160,7 @@ def refocused_attention_kernel(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    beta, scale = tl.cast(beta, tl.float32), tl.cast(scale, tl.float32)  # fp64 from some Inductors
     i_b, i_h, i_m = image_head_rows(H, T, BM)
     o_m = i_m * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
@@ -254,6 +255,7 @@ def self_attention_kernel(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    scale = tl.cast(scale, tl.float32)  # fp64 from some Inductors
     first = PREFIX if DROP else 0
     i_b, i_h, i_m = image_head_rows(H, T - first, BM)
     o_m = first + i_m * BM + tl.arange(0, BM)
@@ -330,6 +332,7 @@ def proxy_attention_kernel(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    scale = tl.cast(scale, tl.float32)  # fp64 from some Inductors
     N = T - PREFIX
     i_b, i_h, i_m = image_head_rows(H, N, BM)
     o_m = i_m * BM + tl.arange(0, BM)

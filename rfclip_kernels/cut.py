@@ -321,7 +321,7 @@ def cut_kernel(
     scale = scale_of(b_first_y, b_first_y, tl.sum(b_degree * b_first_y * b_first_y, axis=0), N)
     b_y *= scale
     tl.store(p_out + (o_p - 1)[None, :] * N + o_n[:, None], b_y, mask=(o_p > 0)[None, :] & m_n[:, None])
-    mean = scale * tl.sum(b_first_y, axis=0) / N
+    mean = tl.div_rn(scale * tl.sum(b_first_y, axis=0), N.to(tl.float32))
     tl.store(p_target + o_n, (m_taken == 0) & (scale * b_first_y > mean), mask=m_n)
     tl.debug_barrier()
     order_patches(p_distraction, stride_dn, p_target, 1, order_ptr + i_b * (N + 1), N, WHOLE)
@@ -516,7 +516,7 @@ def cut_round_kernel(
     if LAST:
         p_distraction, p_target = distraction_ptr + i_b * stride_db, target_ptr + i_b * N
         scale = scale_of(b_top, b_bottom, tl.sum(b_length, axis=0), N)
-        mean = scale * tl.sum(b_sum, axis=0) / N
+        mean = tl.div_rn(scale * tl.sum(b_sum, axis=0), N.to(tl.float32))
         tl.debug_barrier()
         for start in range(0, N, BP):
             o_n = start + tl.arange(0, BP)

@@ -86,7 +86,7 @@ def defocus_kernel(
         for start in range(0, N, BN):
             o_n = start + tl.arange(0, BN)
             b_sum += tl.load(p_y + o_n * stride_yn, mask=o_n < N, other=0.0).to(tl.float32)
-        threshold = tl.sum(b_sum, axis=0) / N
+        threshold = tl.div_rn(tl.sum(b_sum, axis=0), N.to(tl.float32))
     for start in range(0, N, BN):
         o_n = start + tl.arange(0, BN)
         m_above = tl.load(p_y + o_n * stride_yn, mask=o_n < N, other=0.0).to(tl.float32) > threshold

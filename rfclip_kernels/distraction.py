@@ -30,7 +30,7 @@ def token_score(b_x, b_own, m_d, SHIFTED: tl.constexpr):
     total = tl.sum(tl.where(m_d, b_x - least, 0.0), axis=0)
     # Dividing by a negative sum, which only values that are not shifted have, turns the order round.
     most = tl.where(total > 0, tl.max(b_own, axis=0), tl.min(b_own, axis=0)) - least
-    return tl.where(total == 0, 0.0, most / tl.where(total == 0, 1.0, total))
+    return tl.where(total == 0, 0.0, tl.div_rn(most, tl.where(total == 0, 1.0, total)))
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def neighbours(i_n, gh, gw, SIZE: tl.constexpr, BP: tl.constexpr):
 def mean_of_neighbours(b_near, m_near):
     """The means of values [BJ, BP], and where there are any, [BJ]."""
     b_count = tl.sum(m_near.to(tl.float32), axis=1)
-    return tl.sum(b_near.to(tl.float32), axis=1) / tl.maximum(b_count, 1.0), b_count > 0
+    return tl.div_rn(tl.sum(b_near.to(tl.float32), axis=1), tl.maximum(b_count, 1.0)), b_count > 0
 
 
 @triton.jit
@@ -82,6 +82,7 @@ def distraction_scores_kernel(
     BD: tl.constexpr,
     BJ: tl.constexpr,
 ):
+    threshold = tl.cast(threshold, tl.float32)  # fp64 from some Inductors
     i_b, i_n = (tl.program_id(0) // N).to(tl.int64), tl.program_id(0) % N
     o_d = tl.arange(0, BD)
     p_x = x_ptr + i_b * stride_xb + i_n * stride_xn

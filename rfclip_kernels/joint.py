@@ -54,6 +54,7 @@ def received_attention_kernel(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    scale = tl.cast(scale, tl.float32)  # fp64 from some Inductors
     N = T - PREFIX
     i_b, i_h, i_m = image_head_rows(H, N, BM)
     p_list = list_ptr + tl.program_id(0).to(tl.int64) * N
@@ -114,6 +115,7 @@ def joint_repair_kernel(
     BJ: tl.constexpr,
     BP: tl.constexpr,
 ):
+    threshold, eps = tl.cast(threshold, tl.float32), tl.cast(eps, tl.float32)  # fp64 from some Inductors
     N = T - PREFIX
     i_b, i_n = (tl.program_id(0) // N).to(tl.int64), tl.program_id(0) % N
     distracts = tl.load(candidates_ptr + i_b * N + i_n) != 0
@@ -122,7 +124,7 @@ def joint_repair_kernel(
         for start in range(0, P, BS):
             o_p = start + tl.arange(0, BS)
             b_sum += tl.load(sums_ptr + (i_b * P + o_p) * N + i_n, mask=o_p < P, other=0.0)
-        distracts = tl.sum(b_sum, axis=0) / (H * N) > threshold
+        distracts = tl.div_rn(tl.sum(b_sum, axis=0), (H * N).to(tl.float32)) > threshold
     tl.store(mask_ptr + i_b * N + i_n, distracts)
     if distracts:
         i_near, m_near = neighbours(i_n, N // gw, gw, SIZE, BP)

@@ -78,6 +78,7 @@ def cosine_aggregation_kernel(
     BC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    cut = tl.cast(cut, tl.float32)  # fp64 from some Inductors
     blocks = tl.cdiv(N, BM)
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
     o_m, o_c = tl.program_id(0) % blocks * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
@@ -97,7 +98,8 @@ def cosine_aggregation_kernel(
             b_m = tl.load(p_m, mask=m_m[:, None] & m_d[None, :], other=0.0)  # [BM, BD]
             b_n = tl.load(p_n, mask=m_d[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
             b_w += dot(b_m, b_n, PRECISION)
-        b_w /= b_norm[:, None] * tl.maximum(tl.load(p_norm + o_n, mask=m_n, other=1.0), 1e-12)[None, :]
+        b_norms = b_norm[:, None] * tl.maximum(tl.load(p_norm + o_n, mask=m_n, other=1.0), 1e-12)[None, :]
+        b_w = tl.div_rn(b_w, b_norms)
         p_v = p_x + o_n[:, None] * stride_xn + o_c[None, :] * stride_xe
         b_x = tl.load(p_v, mask=m_n[:, None] & m_c[None, :], other=0.0)  # [BN, BC]
         b_out += dot(tl.where(b_w >= cut, b_w, 0.0).to(b_x.dtype), b_x, PRECISION)

@@ -62,6 +62,7 @@ def row_logsumexp_kernel(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    scale = tl.cast(scale, tl.float32)  # fp64 from some Inductors
     i_b, i_h, i_m = image_head_rows(H, T, BM)
     o_m = i_m * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
@@ -101,6 +102,7 @@ def key_similarity_kernel(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    scale = tl.cast(scale, tl.float32)  # fp64 from some Inductors
     N = T - PREFIX
     G = tl.cdiv(N, BM)
     squares = G * (G + 1) // 2  # of BM patches a side, each of which BM // BN programs share

@@ -45,8 +45,9 @@ def store_norm(p_out, b_x, weight_ptr, bias_ptr, d, eps, stride_o, stride_w, str
     """The norm of one token b_x [BD], which is 0 from d on."""
     o_d = tl.arange(0, b_x.shape[0])
     m_d = o_d < d
-    b_x = tl.where(m_d, b_x - tl.sum(b_x, axis=0) / d, 0.0)
-    b_y = b_x * (1.0 / tl.sqrt(tl.sum(b_x * b_x, axis=0) / d + eps))
+    count = tl.cast(d, tl.float32)
+    b_x = tl.where(m_d, b_x - tl.div_rn(tl.sum(b_x, axis=0), count), 0.0)  # equal values become 0, exactly
+    b_y = b_x * tl.rsqrt(tl.div_rn(tl.sum(b_x * b_x, axis=0), count) + eps)
     b_y *= tl.load(weight_ptr + o_d * stride_w, mask=m_d, other=0.0).to(tl.float32)
     b_y += tl.load(bias_ptr + o_d * stride_b, mask=m_d, other=0.0).to(tl.float32)
     tl.store(p_out + o_d * stride_o, rounded(b_y, p_out.dtype.element_ty, INTERPRETED), mask=m_d)
@@ -87,6 +88,7 @@ def layer_norm_kernel(
     BJ: tl.constexpr,
     BP: tl.constexpr,
 ):
+    threshold, eps = tl.cast(threshold, tl.float32), tl.cast(eps, tl.float32)  # fp64 from some Inductors
     i_b, i_t = (tl.program_id(0) // T).to(tl.int64), tl.program_id(0) % T
     o_d = tl.arange(0, BD)
     m_d = o_d < d

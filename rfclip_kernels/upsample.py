@@ -69,6 +69,7 @@ def average_windows_kernel(
     BK: tl.constexpr,
     BX: tl.constexpr,
 ):
+    scale_h, scale_w = tl.cast(scale_h, tl.float32), tl.cast(scale_w, tl.float32)  # fp64 from some Inductors
     tiles, groups = tl.cdiv(w, BX), tl.cdiv(K, BK)
     y = tl.program_id(0) // tiles // groups
     o_x = tl.program_id(0) % tiles * BX + tl.arange(0, BX)
@@ -100,7 +101,8 @@ def average_windows_kernel(
         p_logits += stride_lw
         p_corner += 2
     p_out = out_ptr + (o_k[:, None].to(tl.int64) * h + y) * w + o_x[None, :]
-    tl.store(p_out, b_sum / tl.maximum(b_count, 1.0)[None, :], mask=m_k[:, None] & (o_x < w)[None, :])
+    b_mean = tl.div_rn(b_sum, tl.maximum(b_count, 1.0)[None, :])
+    tl.store(p_out, b_mean, mask=m_k[:, None] & (o_x < w)[None, :])
 
 
 @triton.jit(do_not_specialize=["K", "h", "w", "W"])
@@ -123,6 +125,8 @@ def upsample_argmax_kernel(
     BK: tl.constexpr,
     BX: tl.constexpr,
 ):
+    scale, threshold = tl.cast(scale, tl.float32), tl.cast(threshold, tl.float32)  # fp64 from some Inductors
+    scale_h, scale_w = tl.cast(scale_h, tl.float32), tl.cast(scale_w, tl.float32)
     tiles = tl.cdiv(W, BX)
     y = tl.program_id(0) // tiles
     o_x = tl.program_id(0) % tiles * BX + tl.arange(0, BX)
@@ -156,7 +160,7 @@ def upsample_argmax_kernel(
         b_new = tl.maximum(b_max, b_top)
         b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_l - b_new[None, :]), axis=0)
         b_max = b_new
-    b_label = tl.where(1.0 / b_sum < threshold, -1, b_label)
+    b_label = tl.where(tl.div_rn(1.0, b_sum) < threshold, -1, b_label)
     tl.store(out_ptr + y.to(tl.int64) * W + o_x, b_label, mask=m_x)
 
 

@@ -34,6 +34,33 @@ def test_scores_of_a_large_mean_and_of_equal_values():
     assert not rfclip_kernels.distraction_mask(x, [], -1.0).any()
 
 
+def test_a_score_equal_to_the_threshold_is_not_above_it():
+    """1 / n for each n: the quotient is that of float32, rounded to nearest, as PyTorch's is."""
+    x = (torch.arange(64) < torch.arange(2, 65)[:, None]).float()[None].to(DEVICE)  # n ones and 64 - n zeros
+    want = 1 / torch.arange(2, 65, device=DEVICE)
+    assert torch.equal(rfclip_kernels.distraction_scores(x, [0])[0], torch.cat([want[:-1], want.new_zeros(1)]))
+    assert torch.equal(rfclip_kernels.distraction_scores(x, [0], shifted=False)[0], want)
+    for n in (3, 7, 41, 49):
+        mask = rfclip_kernels.distraction_mask(x, [0], want[n - 2].item(), shifted=False)[0]
+        assert mask.tolist() == [each < n for each in range(2, 65)]
+
+
+@pytest.mark.parametrize("size", [3, 5, 7])
+def test_the_mean_of_equal_neighbours_is_their_value(size):
+    """On a grid where a window is cut off on every side, so that there are all counts of neighbours."""
+    x = (torch.arange(20) / 4 - 1.75).expand(1, 63, -1).to(DEVICE)
+    mask = torch.ones(1, 63, dtype=torch.bool, device=DEVICE)
+    assert torch.equal(rfclip_kernels.redistribute_embeddings(x, mask, [0, 7], (7, 9), size=size), x)
+
+
+@pytest.mark.parametrize("d", [48, 768])
+def test_the_norm_of_equal_values_is_the_bias(d):
+    x = (torch.arange(1, 10) * 111.25).to(DEVICE)[None, :, None].expand(1, 9, d)
+    weight, bias = randn(d, seed=1), randn(d, seed=2)
+    _, out = rfclip_kernels.add_layer_norm(x, torch.zeros_like(x), weight, bias)
+    assert torch.equal(out, bias.expand_as(x))
+
+
 @dtypes
 @pytest.mark.parametrize("grid", [(1, 1), (1, 9), (5, 7)], ids=str)
 @pytest.mark.parametrize("size", [3, 5, 7])

@@ -33,6 +33,18 @@ def test_the_guards_catch_a_stray_write(guarded):
     guarded.clear()
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no graphs")
+def test_buffers_of_a_graph_are_poisoned_when_it_is_replayed(guarded):
+    """Their memory is the graph's own: before a replay it holds anything, and after one it may be another tensor's."""
+    x, kept = torch.zeros(1, device=DEVICE), []
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept.append(x.new_empty((3,)))
+    assert not guarded
+    graph.replay()
+    assert kept[0].isnan().all()
+
+
 def joint_repair(x, y, before, candidates, q):
     weight = torch.ones(x.shape[2], device=DEVICE)
     grid = candidates.shape[1], 1

@@ -28,6 +28,12 @@ def test_average_windows(case, dtype):
     check(rfclip_kernels.average_windows(inside_nan(logits), corners, side, size), want, torch.float32)
 
 
+def test_the_mean_of_equal_windows_is_their_value():
+    for count in (1, 3, 5, 7, 11):
+        got = rfclip_kernels.average_windows(torch.ones(count, 2, 2, 2, device=DEVICE), count * [(0, 0)], 4, (4, 4))
+        assert torch.equal(got, torch.ones(2, 4, 4, device=DEVICE))
+
+
 @pytest.mark.parametrize("first", [torch.inference_mode, torch.enable_grad])
 def test_corners_are_uploaded_once_for_every_mode(first):
     upsample._uploaded.cache_clear()
@@ -64,6 +70,16 @@ def test_the_lowest_of_equal_classes_wins():
     for names, lowest in (([0, 3, 1, 2], 1), ([3, 2, 2, 1], 1), ([0, 5, 5, 5], 5)):
         got = rfclip_kernels.upsample_argmax(logits, (5, 7), 9.0, torch.tensor(names, device=DEVICE))
         assert got.unique().tolist() == [lowest]
+
+
+@pytest.mark.parametrize("count", [3, 5, 7, 11, 49])
+def test_a_probability_equal_to_the_threshold_counts(count):
+    """That of equal logits is one over their number, as float32 has it."""
+    logits, names = torch.ones(count, 2, 2, device=DEVICE), torch.arange(count, device=DEVICE)
+    share = (1 / torch.tensor(count, dtype=torch.float32)).item()
+    assert not rfclip_kernels.upsample_argmax(logits, (3, 4), 9.0, names, share).any()
+    above = rfclip_kernels.upsample_argmax(logits, (3, 4), 9.0, names, share * (1 + 2e-7))
+    assert (above == -1).all()
 
 
 @dtypes

@@ -47,3 +47,13 @@ def test_a_cosine_equal_to_the_cut_counts(dtype):
     x = torch.tensor([[[1], [10], [100], [1000]]], dtype=dtype, device=DEVICE)
     assert rfclip_kernels.cosine_aggregation(guide, x, 0.5).flatten().tolist() == [6.0, 60.5, 105.0, 0.0]
     assert rfclip_kernels.cosine_aggregation(guide, x, 0.51).flatten().tolist() == [1.0, 10.0, 100.0, 0.0]
+
+
+def test_the_cosine_of_a_vector_with_itself_is_one():
+    """Of those whose norms are integers, the quotient is exact."""
+    guide = torch.tensor([[3, 4, 0], [1, 2, 2], [2, 3, 6], [1, 4, 8], [4, 4, 7], [2, 6, 9], [6, 6, 7], [3, 4, 12]])
+    guide = torch.cat([n * guide for n in range(1, 9)])[None].float().to(DEVICE)
+    x = torch.eye(64, device=DEVICE)[None]
+    got = rfclip_kernels.cosine_aggregation(guide, x, 1.0)
+    alike = (torch.arange(64)[:, None] - torch.arange(64)) % 8 == 0
+    assert torch.equal(got[0], alike.to(DEVICE, torch.float32))

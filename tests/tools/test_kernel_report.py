@@ -5,6 +5,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+from triton.compiler import ASTSource
 
 import rfclip_kernels
 from rfclip_kernels import attention, tiles
@@ -154,6 +158,37 @@ def test_a_launch_is_specialized_as_triton_would():
     assert job.attributes[(place("q_ptr"),)] == job.attributes[(place("stride_qt"),)] == aligned
     assert not job.attributes.get((place("H"),))  # 16 heads, which the kernel asks not to be compiled in
     assert job.constants[(place("stride_qd"),)] == 1
+
+
+# Kernels whose only quotients are scales and weights: nothing is compared with them, and no value of them is exact.
+NORMALIZE = {
+    "affinity_kernel",
+    "cut_first_kernel",
+    "cut_kernel",
+    "cut_next_kernel",
+    "cut_round_kernel",
+    "key_similarity_kernel",
+    "pamr_kernel",
+    "proxy_attention_kernel",
+    "quick_gelu_kernel",
+    "refocused_attention_kernel",
+    "row_logsumexp_kernel",
+    "self_attention_kernel",
+}
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_fp32_stays_fp32_and_quotients_are_rounded_correctly(op):
+    """PyTorch 2.11's Inductor passes floats as fp64; and on NVIDIA Triton's `/` multiplies with a rough reciprocal."""
+    for launch in record(op, Shape("ViT-B/16")).launches:
+        job = report.specialize(launch, "sm_90")
+        signature = {name: "fp64" if kind == "fp32" else kind for name, kind in job.signature.items()}
+        source = ASTSource(launch.kernel, signature, job.constants, job.attributes)
+        code = triton.compile(source, target=report.TARGETS["sm_90"].gpu, options=job.options).asm["ptx"]
+        if "fp64" in signature.values():
+            wide = {line.split()[0] for line in code.splitlines() if ".f64" in line}
+            assert wide <= {".param", "cvt.rn.f32.f64"}
+        assert job.name in NORMALIZE or not re.search(r"div\.(full|approx)", code)
 
 
 def test_operations_are_those_of_the_interpreter():
