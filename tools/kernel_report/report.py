@@ -7,7 +7,7 @@ The report has four tables: a line for each kernel (all that --summary prints), 
 and bytes relative to the least possible, and whole forwards beside plain CLIP's, with their projected time.
 
 The exit code is 1 if a kernel fails to compile, spills in a loop, does not fit, or multiplies matrices without tensor
-cores, if an attention sweep misses a goal (1.02 times the operations of plain flash attention, 1.10 times the least
+cores, if an attention sweep misses a goal (1.15 times the operations of plain flash attention, 1.10 times the least
 bytes), or if a forward misses its goal: launches, passes over the similarity, and projected time over plain CLIP,
 both in graphs.
 """
