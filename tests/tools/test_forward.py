@@ -67,7 +67,7 @@ def test_an_expanded_tensor_is_read_once():
 
 
 def test_passes_over_the_similarity(forward):
-    """The first block writes W in fp16, and the others read it, too; up to 256 patches the cut reads it once, with its padding."""
+    """The first block writes W in fp16, the others read it, too; up to 256 patches the cut reads it once, padded."""
     W = 2 * 2 * 196 * 196
     written = [step.similarity for step in forward.refocused if step.name == "key_similarity_kernel"]
     assert written == [W] + [2 * W] * (L - 2)
