@@ -538,15 +538,13 @@ def whole(affinity: Tensor) -> int:
     return 256 if tables.architecture(affinity.device) in ("sm_80", "sm_90", "sm_100") else 128
 
 
-def _padded(affinity: Tensor) -> tuple[Tensor, bool]:
-    """W with what its rows are padded with, [B, N, SW], if they are and may be read 16 values at once."""
+def _padded(affinity: Tensor) -> bool:
+    """Whether W's rows are padded to a multiple of 16 values and may be read 16 at once."""
     B, N, _ = affinity.shape
     width, strides = triton.cdiv(N, 16) * 16, affinity.stride()
     end = affinity.storage_offset() + (B - 1) * strides[0] + (N - 1) * strides[1] + width
     held = affinity.untyped_storage().nbytes() // affinity.itemsize
-    if strides[1] % 16 or strides[1] < width or end > held:
-        return affinity, False
-    return affinity.as_strided((B, N, width), strides), True
+    return strides[1] % 16 == 0 and strides[1] >= width and end <= held
 
 
 def _cut(
@@ -565,7 +563,6 @@ def _cut(
     ended = {"distraction_ptr": taken, **strides("d", taken, "bn"), "WIDTH": WIDTH}
     ended |= {"out_ptr": out, "target_ptr": target, "order_ptr": order, "SQUARINGS": SQUARINGS, "NEW": NEW}
     if distraction is not None and whole(affinity) >= N:
-        affinity, padded = _padded(affinity)
         wrap_triton(cut_kernel)[(B,)](
             affinity_ptr=affinity,
             N=N,
@@ -573,7 +570,7 @@ def _cut(
             stride_ab=affinity.stride(0),
             **beginning,
             **ended,
-            PADDED=padded,
+            PADDED=_padded(affinity),
             ROUNDS=rounds,
             COLD=cold,
             WHOLE=max(64, triton.next_power_of_2(N)),

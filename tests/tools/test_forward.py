@@ -67,12 +67,12 @@ def test_an_expanded_tensor_is_read_once():
 
 
 def test_passes_over_the_similarity(forward):
-    """The first block writes W in fp16, the others read it, too; up to 256 patches the cut reads it once, padded."""
+    """The first block writes W in fp16, the others read it, too; up to 256 patches the cut reads it once."""
     W = 2 * 2 * 196 * 196
     written = [step.similarity for step in forward.refocused if step.name == "key_similarity_kernel"]
     assert written == [W] + [2 * W] * (L - 2)
-    assert [step.similarity for step in forward.refocused if step.name == "cut_kernel"] == [W / 196 * 208] * (L - 1)
-    assert forward.passes == pytest.approx(1 + 0.5 / 196 * 208)
+    assert [step.similarity for step in forward.refocused if step.name == "cut_kernel"] == [W] * (L - 1)
+    assert forward.passes == 1.5
     (large,) = (goal for goal in FORWARDS if goal.shape.size == (672, 896))
     assert compare(large, []).passes == 0.5 + 12 / 2  # the first block, which takes twelve products; the others, four
 
