@@ -101,8 +101,7 @@ def average_windows_kernel(
         p_logits += stride_lw
         p_corner += 2
     p_out = out_ptr + (o_k[:, None].to(tl.int64) * h + y) * w + o_x[None, :]
-    b_mean = tl.div_rn(b_sum, tl.maximum(b_count, 1.0)[None, :])
-    tl.store(p_out, b_mean, mask=m_k[:, None] & (o_x < w)[None, :])
+    tl.store(p_out, b_sum / tl.maximum(b_count, 1.0)[None, :], mask=m_k[:, None] & (o_x < w)[None, :])
 
 
 @triton.jit(do_not_specialize=["K", "h", "w", "W"])

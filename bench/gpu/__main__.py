@@ -4,7 +4,7 @@ python -m bench.gpu [--device cpu] [--minutes 9.5] [--out build/gpu] [--wheels g
 
 Every section runs in a process of its own, so that one that dies takes nothing else with it. Each result is a line in
 OUT/lines.jsonl as soon as it is known; OUT/report.md has all of them as tables, and is printed at the end, to be pasted
-into an issue. A failure is a line, and the rest goes on. What does not fit into the time is dropped.
+into an issue. A failure is a line, and the rest goes on. What does not fit into the time is dropped: the last sections.
 The exit code is 1 if anything failed. With --device cpu the same code runs on tiny shapes, with the kernels in Triton's
 interpreter.
 """
@@ -28,15 +28,15 @@ GRACE = 15  # seconds for a section to stop by itself
 # Titles, and the most seconds that each may take; all but "here" make the most of what is left.
 SECTIONS = {
     "here": ("What is here", 60),
-    "tests": ("Kernel tests against float64", 170),
-    "tower": ("The tower against the reference", 60),
-    "launches": ("Launches and host time", 30),
-    "towers": ("Towers beside plain CLIP", 100),
-    "large": ("The largest picture", 60),
+    "tests": ("Kernel tests against float64", 150),
+    "tower": ("The tower against the reference", 40),
+    "towers": ("Towers beside plain CLIP", 90),
+    "large": ("The largest picture", 45),
     "where": ("Where a forward spends its time on the device", 60),
-    "kernels": ("Kernels beside PyTorch's attention, the reference and the roofline", 90),
+    "launches": ("Launches and host time", 30),
     "graphs": ("CUDA graphs: captured, then replayed on new values", 45),
     "compile": ("torch.compile", 60),
+    "kernels": ("Kernels beside PyTorch's attention, the reference and the roofline", 75),
     "pictures": ("Pictures per second, end to end", 40),
     "memcheck": ("compute-sanitizer memcheck", 60),
     "racecheck": ("compute-sanitizer racecheck", 60),

@@ -16,9 +16,12 @@ from PIL import Image
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from open_clip.transformer import QuickGELU
+
 from bench import end_to_end, kernels, measure, roofline, tables, towers
 from bench.__main__ import main
 from rfclip.methods import METHODS
+from rfclip.ops.dispatch import QUICK_GELUS, backend
 from tools.kernel_report.launches import OPS, Shape
 
 SMALL = "ViT-S-32"
@@ -155,6 +158,17 @@ def test_planted_masks_and_twins():
         model.visual.positional_embedding[:, towers.MARK] = 0
     with torch.inference_mode(), pytest.raises(AssertionError, match="empty or full"):
         towers.check(model, images, towers.Case((224, 224), batch=2))
+
+
+def test_the_model_has_openais_activation():
+    """Which a kernel computes in one pass: its goals are relative to plain CLIP with the same. The planting works."""
+    model, case = towers.planted(towers.MODEL), towers.Case((224, 224))
+    activations = [block.mlp.gelu for block in model.visual.transformer.resblocks]
+    assert {type(each) for each in activations} == {QuickGELU}
+    assert all(backend("triton")._replaces(each, QUICK_GELUS) for each in activations)
+    with torch.inference_mode():
+        error, note = towers.check(model, towers.pictures(case), case)
+    assert error < 1e-5 and "10 % of the patches distract" in note
 
 
 def test_kernels():

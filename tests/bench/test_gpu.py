@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 
 import pytest
 import torch
@@ -59,6 +60,61 @@ def test_a_failure_is_a_line_and_the_rest_goes_on(tmp_path, monkeypatch):
     assert "ValueError: a \\| in its message" in markdown({"tower": "The tower"}, read(path))
     sections.run("tower", path, time.time() - 1)
     assert [outcome for *_, outcome in outcomes(path)][4:] == 4 * ["dropped"]
+
+
+def test_a_case_of_several_lines(tmp_path, monkeypatch):
+    rows = sections.Rows({"one": {"ms": 1.0}, "other": {"ms": 2.0}})
+    monkeypatch.setitem(sections.SECTIONS, "where", lambda: iter([("plain", lambda: rows)]))
+    sections.run("where", tmp_path / "lines.jsonl", time.time() + 60)
+    assert read(tmp_path / "lines.jsonl") == [
+        Line("where", "plain: one", "measured", {"ms": 1.0}),
+        Line("where", "plain: other", "measured", {"ms": 2.0}),
+    ]
+
+
+def test_where_the_time_goes():
+    """All launches and all of the time, those that take the most first, and none below a hundredth."""
+    (plain, run), (refocused, _), *_ = sections.where()
+    assert plain == "32x32, batch 1, fp32, plain" and refocused == "32x32, batch 1, fp32, refocused"
+    with torch.inference_mode():
+        *rows, other, whole = run().values()
+    assert len(rows) > 5 and rows == sorted(rows, key=lambda row: -row["µs a forward"])
+    assert rows[-1]["µs a forward"] >= 0.01 * whole["µs a forward"]
+    for figure in ("launches", "µs a forward"):
+        assert sum(row[figure] for row in [*rows, other]) == pytest.approx(whole[figure])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cut_kernel", "cut_kernel"),
+        ("Memcpy HtoD (Pageable -> Device)", "Memcpy HtoD"),
+        ("void at::native::(anonymous namespace)::cat<c10::Half, 4>(c10::Half*, int)", "cat<Half, 4>"),
+        ("void gemm<" + 60 * "x" + ">(int)", "gemm<" + 55 * "x"),
+    ],
+)
+def test_names_of_kernels_are_shortened(name, expected):
+    assert sections.shortened(name) == expected
+
+
+def test_goals_are_those_of_the_report():
+    assert sections.GOALS[(224, 224), 1] == sections.GOALS[(224, 224), 32] == 1.05
+    assert len(sections.GOALS) == 5
+
+
+def test_a_peer_that_fails_is_left_out(monkeypatch):
+    """Its failure is not this package's; a case of nothing else is skipped."""
+
+    def prepare(name, how, sizes):
+        if how == "flex_attention":
+            return lambda: 1 / 0
+        return lambda: torch.ones(2)
+
+    monkeypatch.setattr(sections, "prepare", prepare)
+    time_kernel = partial(sections._time_kernel, "self_attention", sizes=None, size="24x40")
+    assert "reference, µs" in time_kernel(hows=["triton", "reference", "flex_attention"])
+    with pytest.raises(sections.Skip, match="flex_attention fails: ZeroDivisionError"):
+        time_kernel(hows=["triton", "flex_attention"])
 
 
 def test_a_process_that_dies_or_hangs_is_a_line(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ every_example = pytest.mark.parametrize(
 LISTED = sorted({(each.kernel, each.dtype, each.tiles.rows, each.tiles.columns) for each in tiles.shipped()})
 
 
-def compare(example, sizes, dtype):
+def compare(example, sizes, dtype, padded=inside_nan):
     """Run the kernel on inputs that lie within NaN, and the reference on the same values in float64."""
     inputs = example.inputs(sizes)
     exact = {
@@ -27,11 +27,11 @@ def compare(example, sizes, dtype):
         for name, value in inputs.items()
     }
     want = getattr(reference, example.operation)(**exact)
-    padded = {
-        name: inside_nan(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    given = {
+        name: padded(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()
     }
-    got = getattr(rfclip_kernels, example.operation)(**padded)
+    got = getattr(rfclip_kernels, example.operation)(**given)
     if isinstance(want, tuple):
         for one, other in zip(got, want, strict=True):  # vectors that only help the next layer are left out
             compare_results(one[:, : other.shape[1]], other, dtype)
@@ -58,6 +58,14 @@ def check_scores(got, want, dtype):
 @dtypes
 def test_every_kernel(example, dtype):
     compare(example, Sizes(D=32, dtype=dtype, **SIZES), dtype)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter does not compile for what addresses are divisible by")
+@every_example
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_aligned_inputs(example, dtype):
+    """As a tower has them, and as the memory checks of `make gpu` run them, which find these kernels compiled."""
+    compare(example, Sizes(D=32, dtype=dtype, **SIZES), dtype, padded=torch.clone)
 
 
 @pytest.mark.parametrize("example", HEADS, ids=lambda example: example.name)

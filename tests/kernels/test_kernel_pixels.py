@@ -28,12 +28,6 @@ def test_average_windows(case, dtype):
     check(rfclip_kernels.average_windows(inside_nan(logits), corners, side, size), want, torch.float32)
 
 
-def test_the_mean_of_equal_windows_is_their_value():
-    for count in (1, 3, 5, 7, 11):
-        got = rfclip_kernels.average_windows(torch.ones(count, 2, 2, 2, device=DEVICE), count * [(0, 0)], 4, (4, 4))
-        assert torch.equal(got, torch.ones(2, 4, 4, device=DEVICE))
-
-
 @pytest.mark.parametrize("first", [torch.inference_mode, torch.enable_grad])
 def test_corners_are_uploaded_once_for_every_mode(first):
     upsample._uploaded.cache_clear()

@@ -196,10 +196,14 @@ def test_inductors_code_compiles_for_a_gpu_that_is_not_here(tower, tmp_path):
     """Down to machine code: Inductor's own kernels, and every kernel that the tower launches without it."""
     from tools.kernel_report.launches import recording
 
-    with recording() as found, torch.device("cuda"), torch.no_grad():
-        model = clip(2)
-        with rfclip.refocus(model, rfclip.RefocusConfig(DIMS), backend="triton"):
-            rfclip.dense_features(model, torch.empty(2, 3, 32, 40))
+    torch.set_default_dtype(torch.float16)  # as the script does
+    try:
+        with recording() as found, torch.device("cuda"), torch.no_grad():
+            model = clip(2)
+            with rfclip.refocus(model, rfclip.RefocusConfig(DIMS), backend="triton"):
+                rfclip.dense_features(model, torch.empty(2, 3, 32, 40))
+    finally:
+        torch.set_default_dtype(torch.float32)
     tests = Path(__file__).parents[1]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment |= {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
