@@ -17,8 +17,8 @@ the first block, and one for every other, from the seven vectors that the block 
 W in fp16 is multiplied by tensor cores: a vector is the sum of two in fp16, the second 2^11 times too large, so that
 their products add up to those of fp32.
 
-Up to 256 patches one launch does it all, one program an image, which reads W once, and an image without distraction
-ends at once. Above, every product is a launch, whose programs take some rows of W each, and so are the start and the
+Up to 256 patches (or 128, see `whole`) one launch does it all, one program an image, which reads W once, and an image
+without distraction ends at once. Above, every product is a launch, whose programs take some rows of W each, and so are the start and the
 end of a round. Degrees come out of a round's first product, which multiplies 1 as well. Nothing waits for the host.
 """
 
@@ -41,7 +41,8 @@ ROUNDS, FROM_START = 5, 3  # that resolve y, and those that a start leaves
 TOWER_ROUNDS, TOWER_FROM_START = 3, 1  # that resolve the mask of the defocused tokens
 SQUARINGS = 12  # of the projected matrix, which leave its leading eigenvector
 NEW = 1e-4  # the squared length of what a vector adds to the basis, over its own, is more than this
-SHARE, LEAST, FIRST = tl.constexpr(0.2), tl.constexpr(0.02), tl.constexpr(0.1)  # of the largest quotient, b is at least
+SHARE = tl.constexpr(0.2)  # of the largest quotient, which b is at least
+LEAST, FIRST = tl.constexpr(0.02), tl.constexpr(0.1)  # b is at least this, and that in the first round without a start
 SUMS, GRAM = tl.constexpr(4 * 8), tl.constexpr(16 * 16)  # what the programs of the first and the last product sum up
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 128  # of W in fp16 that a program multiplies at a time; in fp32 a quarter
 BLOCK_VECTORS = 64  # patches whose start a program makes
@@ -254,6 +255,13 @@ def next_group(b_lanes, b_ritz, N):
     return b_next * tl.sqrt(N.to(tl.float32))
 
 
+@triton.jit
+def scale_of(b_top, b_bottom, length, N):
+    """What makes y of length 1, and positive at its largest entry."""
+    scale = quotient(1.0, tl.sqrt(length / fp16_unit(N)))
+    return tl.where(tl.max(b_top, axis=0) >= -tl.min(b_bottom, axis=0), scale, -scale)
+
+
 @triton.jit(do_not_specialize=["N", "stride_tb", "stride_tw", "stride_db"])
 def cut_kernel(
     affinity_ptr,  # [B, N, SW] fp16, W
@@ -325,13 +333,6 @@ def cut_kernel(
     tl.store(p_target + o_n, (m_taken == 0) & (scale * b_first_y > mean), mask=m_n)
     tl.debug_barrier()
     order_patches(p_distraction, stride_dn, p_target, 1, order_ptr + i_b * (N + 1), N, WHOLE)
-
-
-@triton.jit
-def scale_of(b_top, b_bottom, length, N):
-    """What makes y of length 1, and positive at its largest entry."""
-    scale = quotient(1.0, tl.sqrt(length / fp16_unit(N)))
-    return tl.where(tl.max(b_top, axis=0) >= -tl.min(b_bottom, axis=0), scale, -scale)
 
 
 @triton.jit
