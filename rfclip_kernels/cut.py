@@ -18,8 +18,9 @@ W in fp16 is multiplied by tensor cores: a vector is the sum of two in fp16, the
 their products add up to those of fp32.
 
 Up to 256 patches (or 128, see `whole`) one launch does it all, one program an image, which reads W once, and an image
-without distraction ends at once. Above, every product is a launch, whose programs take some rows of W each, and so are the start and the
-end of a round. Degrees come out of a round's first product, which multiplies 1 as well. Nothing waits for the host.
+without distraction ends at once. Above, every product is a launch, whose programs take some rows of W each, and so are
+the start and the end of a round. Degrees come out of a round's first product, which multiplies 1 as well. Nothing waits
+for the host.
 """
 
 from functools import partial
