@@ -9,6 +9,7 @@ from kernel_cases import DEVICE, dtypes, inside_nan, randn
 
 import rfclip_kernels
 from rfclip import reference
+from rfclip_kernels import cut, tiles
 
 
 def clusters(B, grid, dtype=torch.float32):
@@ -168,6 +169,30 @@ def test_an_image_without_distraction_ends_at_once():
     assert target[0].any() and not target[1].any() and not vectors[1].any()
     assert order[1].tolist() == [0, *range(21)]
     assert order[0, 0] == target[0].sum() and (order[0] == -5).sum() == 1
+
+
+@pytest.mark.parametrize("grid", [(3, 7), (9, 14)])
+def test_what_rows_are_padded_with_does_not_matter(grid):
+    """It is read where rows are aligned, 16 values at once, and where they are not, it is not."""
+    affinity = affinities(2, grid)
+    N = affinity.shape[1]
+    distraction = torch.arange(N, device=DEVICE).expand(2, -1) % 5 == 1
+    results = []
+    for width in (N, -(-N // 16) * 16, -(-N // 16) * 16 + 16):
+        padded = affinity.new_full((2, N, width), math.nan)
+        padded[:, :, :N] = affinity
+        assert cut._padded(padded[:, :, :N]) == (width > N)
+        results.append(rfclip_kernels.defocused_tokens(padded[:, :, :N], distraction))
+    for got in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(got, results[0], strict=True))
+
+
+@pytest.mark.parametrize(("name", "most"), [("sm_80", 256), ("sm_90", 256), ("sm_89", 128), ("gfx942", 128)])
+def test_how_much_one_program_takes_depends_on_the_shared_memory(monkeypatch, name, most):
+    monkeypatch.setattr(tiles, "architecture", lambda device: name)
+    affinity = affinities(1, (2, 2))
+    assert cut.whole(affinity) == most
+    assert cut.whole(affinity.float()) == 0  # W in fp32 has no tensor cores
 
 
 def test_otsus_threshold():
