@@ -638,6 +638,8 @@ def _defocused_tokens(affinity: Tensor, distraction: Tensor, start: Tensor | Non
     if not B:
         empty = partial(affinity.new_empty, dtype=torch.float32)
         return empty((0, WIDTH, N)), empty((0, N), dtype=torch.bool), empty((0, N + 1), dtype=torch.int32)
+    if affinity.dtype not in (torch.float16, torch.float32):
+        affinity = affinity.float()  # vectors are split into halves for fp16 only
     with on_device(affinity):
         return _cut(affinity, start, distraction, TOWER_ROUNDS, TOWER_FROM_START)
 

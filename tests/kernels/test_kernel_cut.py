@@ -187,6 +187,15 @@ def test_what_rows_are_padded_with_does_not_matter(grid):
         assert all(torch.equal(*pair) for pair in zip(got, results[0], strict=True))
 
 
+@dtypes
+def test_an_affinity_of_any_dtype(dtype):
+    affinity = affinities(2, (3, 7)).to(dtype)
+    distraction = torch.arange(42, device=DEVICE).view(2, 21) % 5 == 1
+    got = rfclip_kernels.defocused_tokens(affinity, distraction)
+    want = reference.defocused_tokens(affinity.double(), distraction)
+    assert all(torch.equal(*pair) for pair in zip(got[1:], want[1:], strict=True))
+
+
 @pytest.mark.parametrize(("name", "most"), [("sm_80", 256), ("sm_90", 256), ("sm_89", 128), ("gfx942", 128)])
 def test_how_much_one_program_takes_depends_on_the_shared_memory(monkeypatch, name, most):
     monkeypatch.setattr(tiles, "architecture", lambda device: name)
