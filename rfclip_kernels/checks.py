@@ -67,11 +67,11 @@ def grid_sides(grid: tuple[int, int], N: int) -> tuple[int, int]:
     return grid[0], grid[1]
 
 
-def picture_size(size: tuple[int, int]) -> tuple[int, int]:
+def picture_size(size: tuple[int, int], name: str = "size") -> tuple[int, int]:
     """A size (height, width) in pixels."""
     two_sides = isinstance(size, Sequence) and len(size) == 2
     if not two_sides or not all(isinstance(side, Integral) and side >= 1 for side in size):
-        raise ValueError(f"size must be (height, width), two integers of at least 1, got {size!r}")
+        raise ValueError(f"{name} must be (height, width), two integers of at least 1, got {size!r}")
     return size[0], size[1]
 
 
@@ -129,9 +129,9 @@ def offset_table(bias: Tensor, N: int) -> None:
 
 
 def covering_windows(
-    corners: Sequence[tuple[int, int]], windows: int, side: int, h: int, w: int
+    corners: Sequence[tuple[int, int]], windows: int, height: int, width: int, h: int, w: int
 ) -> list[tuple[int, int]]:
-    """The (top, left) corners of `windows` square windows that lie in an h x w picture and cover all of it."""
+    """The (top, left) corners of `windows` windows, height x width, that lie in an h x w picture and cover all of it."""
     pairs = isinstance(corners, Sequence) and all(isinstance(pair, Sequence) and len(pair) == 2 for pair in corners)
     if not pairs or len(corners) != windows or not all(isinstance(x, Integral) for pair in corners for x in pair):
         raise ValueError(
@@ -139,13 +139,13 @@ def covering_windows(
         )
     corners = [(int(top), int(left)) for top, left in corners]
     for top, left in corners:
-        if not 0 <= top <= h - side or not 0 <= left <= w - side:
-            raise ValueError(f"corners: a window of {side} x {side} at {(top, left)} is not inside a picture {h} x {w}")
-    for row in sorted({0, *(top for top, _ in corners), *(top + side for top, _ in corners if top + side < h)}):
+        if not 0 <= top <= h - height or not 0 <= left <= w - width:
+            raise ValueError(f"corners: a window of {height} x {width} at {(top, left)} is not inside a picture {h} x {w}")
+    for row in sorted({0, *(top for top, _ in corners), *(top + height for top, _ in corners if top + height < h)}):
         # From here to the next of these rows, the same windows cover every row.
         right = 0
-        for left in sorted(left for top, left in corners if top <= row < top + side):
-            right = left + side if left <= right else right
+        for left in sorted(left for top, left in corners if top <= row < top + height):
+            right = left + width if left <= right else right
         if right < w:
             raise ValueError(f"corners: no window covers pixel {(row, right)} of a picture {h} x {w}")
     return corners

@@ -728,18 +728,18 @@ class Operations:
     # Step 8: from windows to pixels
 
     def average_windows(
-        self, logits: Tensor, corners: Sequence[tuple[int, int]], side: int, size: tuple[int, int]
+        self, logits: Tensor, corners: Sequence[tuple[int, int]], window: tuple[int, int], size: tuple[int, int]
     ) -> Tensor:
         """The patch logits of overlapping windows as logits of the pixels below them.
 
-        Each window is resized bilinearly (align_corners=False) to side x side pixels; a pixel's logits are the mean
-        over the windows that cover it.
+        Each window is resized bilinearly (align_corners=False) to its pixels; a pixel's logits are the mean over the
+        windows that cover it.
 
         Args:
             logits: those of W windows for K names, [W, K, gh, gw], any floating-point dtype.
             corners: the (top, left) pixel of each window. Every window must lie inside the picture, and together they
                 must cover it.
-            side: height and width of a window in pixels.
+            window: (height, width) of a window in pixels.
             size: (h, w) of the picture in pixels.
 
         Returns:
@@ -747,9 +747,9 @@ class Operations:
         """
         windows = tensor_sizes("logits", logits, "W K gh gw")["W"]
         h, w = checks.picture_size(size)
-        checks.integer("side", side, 1)
-        corners = checks.covering_windows(corners, windows, side, h, w)
-        return self._run["average_windows"](logits, corners, side, h, w)
+        height, width = checks.picture_size(window, "window")
+        corners = checks.covering_windows(corners, windows, height, width, h, w)
+        return self._run["average_windows"](logits, corners, height, width, h, w)
 
     def class_probabilities(
         self,

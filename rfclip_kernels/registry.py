@@ -306,7 +306,7 @@ def _windows(s: Sizes) -> Inputs:
     side = gh * s.patch
     corners = [(top, left) for top in (0, side // 2) for left in (0, side // 2)]
     far = side + side // 2
-    return {"logits": s.tensor(4, s.names, gh, gh), "corners": corners, "side": side, "size": (far, far)}
+    return {"logits": s.tensor(4, s.names, gh, gh), "corners": corners, "window": (side, side), "size": (far, far)}
 
 
 def _pixels(s: Sizes) -> Inputs:

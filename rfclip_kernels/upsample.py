@@ -4,7 +4,7 @@ mean[k, y, x] = mean over the windows that cover (y, x) of their bilinearly resi
 label[y, x] = class of argmax_k l[k],  l = logit_scale * mean bilinearly resized at (y, x)
 probability[y, x] = max_k softmax(l)[k] = 1 / sum_k exp(l[k] - max l)
 
-Neither the resized windows [W, K, side, side] nor the upsampled logits [K, H, W] are ever stored. The largest
+Neither the resized windows [W, K, height, width] nor the upsampled logits [K, H, W] are ever stored. The largest
 probability of a class is that of its best name, so labels and threshold do not need the number of classes.
 
 A grid has one axis here, since the others are limited to 65535 programs, and a picture may have more rows.
@@ -48,7 +48,7 @@ def bilinear(p_x, stride_h, stride_w, low_y, high_y, part_y, low_x, high_x, part
     return b_low * (1 - part_y) + b_high * part_y
 
 
-@triton.jit(do_not_specialize=["W", "K", "gh", "gw", "side", "h", "w"])
+@triton.jit(do_not_specialize=["W", "K", "gh", "gw", "height", "width", "h", "w"])
 def average_windows_kernel(
     logits_ptr,  # [W, K, gh, gw]
     corners_ptr,  # [W, 2] int32 contiguous, top and left
@@ -57,11 +57,12 @@ def average_windows_kernel(
     K,
     gh,
     gw,
-    side,
+    height,
+    width,
     h,
     w,
-    scale_h,  # gh / side
-    scale_w,  # gw / side
+    scale_h,  # gh / height
+    scale_w,  # gw / width
     stride_lw,
     stride_lk,
     stride_lh,
@@ -80,8 +81,8 @@ def average_windows_kernel(
     b_count = tl.zeros([BX], tl.float32)
     for _window in range(0, W):
         top, left = tl.load(p_corner), tl.load(p_corner + 1)
-        if (top <= y) & (y < top + side):
-            m_x = (o_x >= left) & (o_x < left + side) & (o_x < w)
+        if (top <= y) & (y < top + height):
+            m_x = (o_x >= left) & (o_x < left + width) & (o_x < w)
             low_y, high_y, part_y = source(y - top, scale_h, gh)
             low_x, high_x, part_x = source(o_x - left, scale_w, gw)
             m_in = m_k[:, None] & m_x[None, :]
@@ -164,7 +165,7 @@ def upsample_argmax_kernel(
 
 
 @triton_op("rfclip::average_windows", mutates_args={})
-def _average_windows(logits: Tensor, corners: Tensor, side: int, h: int, w: int) -> Tensor:
+def _average_windows(logits: Tensor, corners: Tensor, height: int, width: int, h: int, w: int) -> Tensor:
     W, K, gh, gw = logits.shape
     out = logits.new_empty((K, h, w), dtype=torch.float32)
     with on_device(logits):
@@ -176,11 +177,12 @@ def _average_windows(logits: Tensor, corners: Tensor, side: int, h: int, w: int)
             K=K,
             gh=gh,
             gw=gw,
-            side=side,
+            height=height,
+            width=width,
             h=h,
             w=w,
-            scale_h=gh / side,
-            scale_w=gw / side,
+            scale_h=gh / height,
+            scale_w=gw / width,
             **strides("l", logits, "wkhc"),
             BK=BLOCK_NAMES,
             BX=BLOCK_COLUMNS,
@@ -226,14 +228,16 @@ _uploaded = lru_cache(maxsize=256)(torch.inference_mode(False)(_upload))  # for 
 _captured: dict[int, Tensor] = {}  # corners that a CUDA graph reads, by address: they must not be freed
 
 
-def launch_average_windows(logits: Tensor, corners: list[tuple[int, int]], side: int, h: int, w: int) -> Tensor:
+def launch_average_windows(
+    logits: Tensor, corners: list[tuple[int, int]], height: int, width: int, h: int, w: int
+) -> Tensor:
     """One launch that writes each pixel once. Corners are uploaded when they first occur, which cannot be captured."""
     check_launch(logits=logits)
     traced = torch.compiler.is_compiling() or isinstance(logits, FakeTensor)
     places = (_upload if traced else _uploaded)(tuple(corners), logits.device)
     if logits.is_cuda and not traced and torch.cuda.is_current_stream_capturing():
         _captured[places.data_ptr()] = places
-    return _average_windows(logits, places, side, h, w)
+    return _average_windows(logits, places, height, width, h, w)
 
 
 def launch_upsample_argmax(

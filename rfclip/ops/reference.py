@@ -264,14 +264,16 @@ def cosine_aggregation(guide: Tensor, x: Tensor, cut: float) -> Tensor:
 # Steps 8 and 9: from windows to pixels
 
 
-def average_windows(logits: Tensor, corners: list[tuple[int, int]], side: int, h: int, w: int) -> Tensor:
+def average_windows(
+    logits: Tensor, corners: list[tuple[int, int]], height: int, width: int, h: int, w: int
+) -> Tensor:
     dtype = computing_dtype(logits)
     total = logits.new_zeros((logits.shape[1], h, w), dtype=dtype)
     seen = logits.new_zeros((h, w), dtype=dtype)
     for window, (top, left) in zip(logits, corners, strict=True):
-        resized = F.interpolate(window[None].to(dtype), size=(side, side), mode="bilinear", align_corners=False)[0]
-        total[:, top : top + side, left : left + side] += resized
-        seen[top : top + side, left : left + side] += 1
+        resized = F.interpolate(window[None].to(dtype), size=(height, width), mode="bilinear", align_corners=False)[0]
+        total[:, top : top + height, left : left + width] += resized
+        seen[top : top + height, left : left + width] += 1
     return total.div_(seen)
 
 

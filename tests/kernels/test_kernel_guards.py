@@ -69,7 +69,7 @@ def test_what_the_kernels_refuse():
         lambda t: rfclip_kernels.cosine_aggregation(t(x), x.to(t(x).dtype), 0.4),
         lambda t: rfclip_kernels.fiedler_vector(t(q)[0, :, :3, :3]),
         lambda t: rfclip_kernels.defocus_mask(t(q)[0, 0]),
-        lambda t: rfclip_kernels.average_windows(t(q), [(0, 0)], 2, (2, 2)),
+        lambda t: rfclip_kernels.average_windows(t(q), [(0, 0)], (2, 2), (2, 2)),
         lambda t: rfclip_kernels.upsample_argmax(t(x), (2, 2), 1.0, torch.zeros(1, dtype=torch.int64, device=DEVICE)),
         lambda t: rfclip_kernels.pamr(t(q), q, 1),
         lambda t: rfclip_kernels.pamr(q, t(q), 1),

@@ -8,13 +8,15 @@ import rfclip_kernels
 from rfclip import reference
 from rfclip_kernels import upsample
 
-WINDOWS = {  # K, patch grid, side, size, corners
-    "one": (3, (2, 3), 8, (8, 8), [(0, 0)]),
-    "uneven": (2, (3, 2), 6, (8, 11), [(0, 0), (0, 5), (2, 0), (1, 3), (2, 5)]),
-    "smaller than the grid": (5, (7, 5), 4, (5, 4), [(1, 0), (0, 0)]),
-    "one row of pixels": (1, (1, 1), 1, (1, 3), [(0, 2), (0, 0), (0, 1)]),
-    "tiles along every axis": (9, (2, 1), 3, (4, 131), [(top, min(3 * i, 128)) for i in range(44) for top in (0, 1)]),
-    "wider than a block": (1, (2, 3), 130, (130, 140), [(0, 0), (0, 10)]),
+WINDOWS = {  # K, patch grid, window, size, corners
+    "one": (3, (2, 3), (8, 8), (8, 8), [(0, 0)]),
+    "uneven": (2, (3, 2), (6, 6), (8, 11), [(0, 0), (0, 5), (2, 0), (1, 3), (2, 5)]),
+    "smaller than the grid": (5, (7, 5), (4, 4), (5, 4), [(1, 0), (0, 0)]),
+    "one row of pixels": (1, (1, 1), (1, 1), (1, 3), [(0, 2), (0, 0), (0, 1)]),
+    "tiles along every axis": (9, (2, 1), (3, 3), (4, 131), [(top, min(3 * i, 128)) for i in range(44) for top in (0, 1)]),
+    "wider than a block": (1, (2, 3), (130, 130), (130, 140), [(0, 0), (0, 10)]),
+    "taller than wide": (2, (3, 2), (9, 4), (11, 7), [(0, 0), (2, 3), (2, 0), (0, 3)]),
+    "wider than tall": (3, (2, 5), (4, 11), (4, 11), [(0, 0)]),
 }
 SIZES = [(7, 9), (4, 5), (1, 9), (8, 1), (3, 131)]
 
@@ -22,21 +24,21 @@ SIZES = [(7, 9), (4, 5), (1, 9), (8, 1), (3, 131)]
 @dtypes
 @pytest.mark.parametrize("case", WINDOWS)
 def test_average_windows(case, dtype):
-    K, grid, side, size, corners = WINDOWS[case]
+    K, grid, window, size, corners = WINDOWS[case]
     logits = randn(len(corners), K, *grid, seed=9, dtype=dtype)
-    want = reference.average_windows(logits.double(), corners, side, size)
-    check(rfclip_kernels.average_windows(inside_nan(logits), corners, side, size), want, torch.float32)
+    want = reference.average_windows(logits.double(), corners, window, size)
+    check(rfclip_kernels.average_windows(inside_nan(logits), corners, window, size), want, torch.float32)
 
 
 @pytest.mark.parametrize("first", [torch.inference_mode, torch.enable_grad])
 def test_corners_are_uploaded_once_for_every_mode(first):
     upsample._uploaded.cache_clear()
-    _, grid, side, size, corners = WINDOWS["uneven"]
+    _, grid, window, size, corners = WINDOWS["uneven"]
     logits = randn(len(corners), 2, *grid, seed=9, dtype=torch.float32)
-    want = reference.average_windows(logits.double(), corners, side, size)
+    want = reference.average_windows(logits.double(), corners, window, size)
     for mode in (first, torch.inference_mode, torch.no_grad, torch.enable_grad):
         with mode():
-            check(rfclip_kernels.average_windows(logits, corners, side, size), want, torch.float32)
+            check(rfclip_kernels.average_windows(logits, corners, window, size), want, torch.float32)
     assert upsample._uploaded.cache_info()[:2] == (3, 1)  # hits and misses
     assert not upsample._uploaded(tuple(corners), logits.device).is_inference()
 

@@ -10,12 +10,14 @@ from oracles.operations import brute_averaged, brute_pamr, brute_probabilities
 
 from rfclip.ops import reference
 
-WINDOWS = {  # K, patch grid, side, size, corners
-    "one": (3, (2, 3), 8, (8, 8), [(0, 0)]),
-    "uneven": (2, (3, 2), 6, (8, 11), [(0, 0), (0, 5), (2, 0), (1, 3), (2, 5)]),
-    "smaller than the grid": (2, (7, 5), 4, (5, 4), [(1, 0), (0, 0)]),
-    "one row of pixels": (1, (1, 1), 1, (1, 3), [(0, 2), (0, 0), (0, 1)]),
-    "one column of pixels": (1, (2, 1), 1, (2, 1), [(1, 0), (0, 0)]),
+WINDOWS = {  # K, patch grid, window, size, corners
+    "one": (3, (2, 3), (8, 8), (8, 8), [(0, 0)]),
+    "uneven": (2, (3, 2), (6, 6), (8, 11), [(0, 0), (0, 5), (2, 0), (1, 3), (2, 5)]),
+    "smaller than the grid": (2, (7, 5), (4, 4), (5, 4), [(1, 0), (0, 0)]),
+    "one row of pixels": (1, (1, 1), (1, 1), (1, 3), [(0, 2), (0, 0), (0, 1)]),
+    "one column of pixels": (1, (2, 1), (1, 1), (2, 1), [(1, 0), (0, 0)]),
+    "taller than wide": (2, (3, 2), (9, 4), (11, 7), [(0, 0), (2, 3), (2, 0), (0, 3)]),
+    "wider than tall": (3, (2, 5), (4, 11), (4, 11), [(0, 0)]),
 }
 windows = pytest.mark.parametrize("case", WINDOWS)
 
@@ -23,16 +25,16 @@ windows = pytest.mark.parametrize("case", WINDOWS)
 @dtypes()
 @windows
 def test_average_windows(impl, case, dtype):
-    K, grid, side, size, corners = WINDOWS[case]
+    K, grid, window, size, corners = WINDOWS[case]
     logits = randn(len(corners), K, *grid, seed=9, dtype=dtype)
-    want = brute_averaged(logits, corners, side, size)
-    assert_matches(impl.average_windows(logits, corners, side, size), want, score_dtype(dtype))
+    want = brute_averaged(logits, corners, window, size)
+    assert_matches(impl.average_windows(logits, corners, window, size), want, score_dtype(dtype))
 
 
 def test_one_window_is_resized_as_pytorch_does(impl):
     logits = randn(1, 2, 14, 10, seed=9)
     want = F.interpolate(logits, size=(56, 56), mode="bilinear", align_corners=False)[0]
-    torch.testing.assert_close(impl.average_windows(logits, [(0, 0)], 56, (56, 56)), want)
+    torch.testing.assert_close(impl.average_windows(logits, [(0, 0)], (56, 56), (56, 56)), want)
 
 
 PICTURES = {  # class of each name, size of the logits, size of the picture

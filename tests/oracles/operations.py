@@ -210,13 +210,13 @@ def brute_resized(plane, H, W):
     return [[sample(Y, X) for X in range(W)] for Y in range(H)]
 
 
-def brute_averaged(logits, corners, side, size):
+def brute_averaged(logits, corners, window, size):
     h, w = size
-    windows = [[brute_resized(plane, side, side) for plane in window] for window in logits.tolist()]
+    windows = [[brute_resized(plane, *window) for plane in planes] for planes in logits.tolist()]
     found = [[[[] for _ in range(w)] for _ in range(h)] for _ in range(logits.shape[1])]
-    for (top, left), window in zip(corners, windows, strict=True):
-        for k, y, x in product(range(logits.shape[1]), range(side), range(side)):
-            found[k][top + y][left + x].append(window[k][y][x])
+    for (top, left), planes in zip(corners, windows, strict=True):
+        for k, y, x in product(range(logits.shape[1]), *map(range, window)):
+            found[k][top + y][left + x].append(planes[k][y][x])
     return float64([[[math.fsum(values) / len(values) for values in row] for row in plane] for plane in found])
 
 

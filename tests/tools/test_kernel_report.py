@@ -274,7 +274,7 @@ def test_only_the_first_axis_of_a_grid_is_long():
     picture, K = (70000, 16), 5000
     with recording() as found:
         logits, names = torch.empty(1, K, 1, 1, device="cuda"), torch.empty(K, dtype=torch.int64, device="cuda")
-        launch_average_windows(logits, [(0, 0)], 16, *picture)
+        launch_average_windows(logits, [(0, 0)], 16, 16, *picture)
         rfclip_kernels.upsample_argmax(logits[0], picture, 1.0, names)
         rfclip_kernels.pamr(torch.empty(2, 3, *picture, device="cuda"), torch.empty(2, 9, *picture, device="cuda"), 1)
         many = torch.empty(70000, 33, device="cuda")
