@@ -49,6 +49,7 @@ class Method:
         if len(tower.blocks) < card.blocks:
             raise ValueError(f"method {card.name!r} needs {card.blocks} blocks, and this tower has {len(tower.blocks)}")
         self.card, self.tower, self.config, self.backend = card, tower, config, backend
+        tower.position_offset = card.protocol.position_offset
         self._chosen: tuple[torch.device, torch.dtype, Backend] | None = None
         self.ops  # noqa: B018  refuse a backend that cannot run here right away
 
@@ -89,6 +90,15 @@ class Method:
         if self.graphs is None or torch.compiler.is_compiling() or not self.capturable:
             return self._dense(patches)
         return self.graphs(self._dense, patches, self.tower)
+
+    def image(self, patches: Tensor) -> Tensor:
+        """The image embedding [B, C] of images whose patches are given, before normalization: CLS of the last block."""
+        self.tower.check_ready()
+        return self.tower.readout(self.stream(patches)[:, 0])
+
+    def dense_and_image(self, patches: Tensor, images: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What `dense` and `image` return; a method may have both from one pass."""
+        return self.dense(patches, images), self.image(patches)
 
     @property
     def capturable(self) -> bool:

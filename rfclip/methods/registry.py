@@ -8,24 +8,44 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rfclip.config import PLAIN, RefocusConfig
 from rfclip.datasets import check_dataset
 
 if TYPE_CHECKING:
     from rfclip.methods.base import Method
+    from rfclip.methods.rule import Rule
     from rfclip.towers import Tower
+
+
+Resizing = Literal["antialiased", "mmcv", "square", "crop"]
 
 
 @dataclass(frozen=True)
 class Protocol:
     """How a method sees a picture and decides. Sides are in pixels for a tower trained at 224, and scaled for others.
 
+    The defaults are RF-CLIP's protocol as the paper describes it, which is also the common one.
+
     Attributes:
-        short_side, window, stride: of the resized picture, and of the windows over it.
+        short_side, window, stride: of the resized picture, and of the windows over it; window None: the picture as a
+            whole.
+        resizing: "antialiased" (bicubic, the short side no less than a window), as "mmcv" does it (8-bit bilinear
+            without antialiasing, the long side at most 2048 even if the short one falls below a window), or
+            antialiased to a "square", its aspect lost, or of the square "crop" at its centre, without which no pixel
+            counts.
+        padding: a picture shorter than a window is padded with zeros, on both sides, to a multiple of so many pixels or
+            of the "patch"; None: what is beyond whole patches is dropped.
+        position_offset: added to the sides of grids to which position embeddings are resized: 0.1 in the authors' code.
+        imagenet: whether pictures are normalized by ImageNet's mean and deviation in place of the model's own.
+        templates: "imagenet" (open_clip's 80), "photo" ("a photo of a cat.") or "scene" (the 80, and five of scenes).
         logit_scale: factor of the cosines before the softmax.
         threshold: class probability below which a pixel is background, in datasets that have such a class.
+        pamr: whether logits are refined by PAMR if nothing is said.
+        refined: where PAMR works: on the picture as "resized", or as "given", its own size.
+        rule: what else happens to the logits, as "module:class" within `rfclip.methods`.
+        options: the rule's constants.
         datasets: what differs on some datasets, by name.
 
     Raises:
@@ -33,15 +53,28 @@ class Protocol:
     """
 
     short_side: int = 336
-    window: int = 224
+    window: int | None = 224
     stride: int = 112
+    resizing: Resizing = "antialiased"
+    padding: int | Literal["patch"] | None = None
+    position_offset: float = 0.0
+    imagenet: bool = False
+    templates: Literal["imagenet", "photo", "scene"] = "imagenet"
     logit_scale: float = 40.0
     threshold: float | None = 0.1
+    pamr: bool = False
+    refined: Literal["resized", "given"] = "resized"
+    rule: str = "rule:Rule"
+    options: Mapping[str, Any] = field(default_factory=dict)
     datasets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"cityscapes": {"short_side": 560}})
 
     def __post_init__(self) -> None:
         for name in self.datasets:
             check_dataset(name)
+
+    def load_rule(self) -> Rule:
+        """The rule with its constants."""
+        return resolve_name(f"rfclip.methods.{self.rule}")(**self.options)
 
     def on(self, dataset: str) -> Protocol:
         """What applies to a dataset.
@@ -89,7 +122,14 @@ class MethodCard:
 
 
 RF_CLIP = "rf-clip"  # the default method
+OWN, COMMON = "own", "common"  # protocols: each method's, and RF-CLIP's for all
 _PAPER = "Target Refocusing via Attention Redistribution, AAAI 2026"
+
+
+def _adjusted(share: float, shift: float, distance: float) -> dict[str, float]:
+    """The constants of `released.AdjustedNames`."""
+    return {"share": share, "shift": shift, "distance": distance}
+
 
 METHODS: dict[str, MethodCard] = {
     card.name: card
@@ -189,9 +229,50 @@ METHODS: dict[str, MethodCard] = {
         MethodCard("kk", "rf_clip:RFCLIP", _PAPER, fixed=RefocusConfig(distraction_dims=(), proxy="kk")),
         MethodCard("kk-mean", "rf_clip:RFCLIP", _PAPER, fixed=RefocusConfig(distraction_dims=())),
         MethodCard(RF_CLIP, "rf_clip:RFCLIP", _PAPER, configured=True),
-        MethodCard("released", "released:Released", _PAPER, configured=True),
+        MethodCard(
+            "released",
+            "released:Released",
+            _PAPER,
+            Protocol(
+                resizing="mmcv",
+                position_offset=0.1,
+                threshold=None,
+                refined="given",
+                rule="released:AdjustedNames",
+                options=_adjusted(0.25, 0.03, 0.10),
+                datasets={
+                    "voc21": {"window": None, "threshold": 0.1, "options": _adjusted(0.10, 0.03, 0.10)},
+                    "voc20": {"options": _adjusted(0.40, 0.02, 0.10)},
+                    "context60": {"threshold": 0.1, "options": _adjusted(0.25, 0.04, 0.09)},
+                    "context59": {"options": _adjusted(0.25, 0.04, 0.09)},
+                    "coco_object": {"threshold": 0.1, "options": _adjusted(0.25, 0.01, 0.10)},
+                    "coco_stuff": {"options": _adjusted(0.20, 0.02, 0.02)},
+                    "cityscapes": {
+                        "short_side": 560,
+                        "rule": "released:AdjustedNamesByWindow",
+                        "options": _adjusted(0.10, 0.03, 0.14),
+                    },
+                    "ade20k": {"options": _adjusted(0.30, 0.05, 0.06)},
+                },
+            ),
+            configured=True,
+        ),
     )
 }
+
+
+def find_protocol(name: str, method: str) -> Protocol:
+    """The protocol called "own" (the method's), "common" (RF-CLIP's), or by the name of another method whose it is.
+
+    Raises:
+        ValueError: there is no such protocol.
+    """
+    if name == COMMON:
+        return Protocol()
+    card = METHODS.get(method if name == OWN else name)
+    if card is None:
+        raise ValueError(f"protocol {name!r}: expected {OWN!r}, {COMMON!r}, or one of {', '.join(METHODS)}")
+    return card.protocol
 
 
 def find_method(name: str) -> MethodCard:

@@ -264,9 +264,7 @@ def cosine_aggregation(guide: Tensor, x: Tensor, cut: float) -> Tensor:
 # Steps 8 and 9: from windows to pixels
 
 
-def average_windows(
-    logits: Tensor, corners: list[tuple[int, int]], height: int, width: int, h: int, w: int
-) -> Tensor:
+def average_windows(logits: Tensor, corners: list[tuple[int, int]], height: int, width: int, h: int, w: int) -> Tensor:
     dtype = computing_dtype(logits)
     total = logits.new_zeros((logits.shape[1], h, w), dtype=dtype)
     seen = logits.new_zeros((h, w), dtype=dtype)

@@ -25,15 +25,14 @@ from torch import nn
 
 from rfclip.datasets.base import Dataset, Item
 from rfclip.files import parse_json, write_whole
-from rfclip.methods import find_method
+from rfclip.methods import find_protocol
 from rfclip.scoring.metrics import Scores, confusion_matrix
 from rfclip.segment.job import Job
 from rfclip.segment.result import Segmentation
 from rfclip.segment.segmenter import Segmenter
-from rfclip.segment.windows import prepared
+from rfclip.segment.windows import LONG_SIDE, prepared
 from rfclip.towers import read_tower
 
-LONG_SIDE = 2048  # of a resized picture at most, for a tower trained at 224, and scaled for others
 LOCK = ".lock"
 RESULTS = ("result.json", "result.md", "confusion.png")
 
@@ -54,7 +53,7 @@ class Scorer:
     def __init__(self, job: Job, dataset: Dataset, model: nn.Module | None = None, device: str | None = None) -> None:
         self.job, self.dataset = job, dataset
         self._open = contextlib.ExitStack()
-        protocol = find_method(job.method).protocol.on(dataset.name)
+        protocol = find_protocol(job.protocol, job.method).on(dataset.name)
         self.threshold = protocol.threshold if dataset.background else None
         model = job.load(device) if model is None else model
         self.segmenter: Segmenter = self._open.enter_context(

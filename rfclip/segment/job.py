@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,14 @@ from torch import nn
 
 from rfclip import __version__
 from rfclip.config import TINY, RefocusConfig, canonical_name
-from rfclip.methods import RF_CLIP, Protocol
+from rfclip.methods import OWN, RF_CLIP, Protocol, find_protocol
 from rfclip.segment.segmenter import Segmenter
 from rfclip.simulated_distraction import inject_distraction
 from rfclip.towers.loading import absolute_names, load_model, load_tokenizer
+
+
+# Of a protocol, what is not stated on its own.
+PROTOCOL = ("resizing", "padding", "position_offset", "imagenet", "templates", "refined", "rule", "options")
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,9 @@ class Job:
     """A model with its settings; fields as on the command line.
 
     Attributes:
+        pamr: None: if the protocol does.
         inject: the share of patch tokens in which distraction is simulated, see `inject_distraction`.
+        protocol: as `find_protocol` takes it.
     """
 
     model: str = TINY
@@ -36,8 +42,9 @@ class Job:
     device: str = "cpu"
     precision: str = "fp32"
     batch: int | None = None
-    pamr: bool = False
+    pamr: bool | None = None
     inject: float = 0.0
+    protocol: str = OWN
 
     @property
     def shown(self) -> tuple[str, str | None]:
@@ -65,7 +72,8 @@ class Job:
         Args:
             model: the job's model if it is loaded already.
             device: where the model is or will be; if that is not the job's device, the backend is "auto".
-            protocol, options: as for `Segmenter`.
+            protocol: in place of the job's own, as for `Segmenter`.
+            options: as for `Segmenter`.
         """
         there = device or self.device
         segmenter = Segmenter(
@@ -73,7 +81,7 @@ class Job:
             self.pretrained if model is None else None,
             config=self.config,
             method=self.method,
-            protocol=protocol,
+            protocol=protocol or find_protocol(self.protocol, self.method),
             backend=self.backend if there == self.device else "auto",
             device=there,
             precision=self.precision,
@@ -91,7 +99,7 @@ class Job:
 
     def described(self, segmenter: Segmenter, weights: str | None = None) -> dict[str, object]:
         """What a result depends on; `weights` is the segmenter's digest if that is known."""
-        windows = segmenter.windows
+        windows, protocol = segmenter.windows, asdict(segmenter.protocol)
         return {
             "model": canonical_name(self.model),
             "pretrained": self.pretrained,
@@ -105,7 +113,8 @@ class Job:
             "window": windows.window,
             "stride": windows.stride,
             "logit_scale": segmenter.logit_scale,
-            "pamr": self.pamr,
+            "pamr": segmenter.protocol.pamr if self.pamr is None else self.pamr,
+            "protocol": {"name": self.protocol} | {key: protocol[key] for key in PROTOCOL},
             "inject_distraction": self.inject,
             "rfclip": __version__,
         }

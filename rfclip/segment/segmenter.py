@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import open_clip
@@ -19,18 +21,27 @@ from rfclip.methods import RF_CLIP, Protocol, find_method
 from rfclip.plugin import installed, refocus
 from rfclip.segment.classes import GENERAL, Classes, ClassNames, parse_classes, title, with_background
 from rfclip.segment.result import Segmentation
-from rfclip.segment.text import TextEmbeddings, digest
-from rfclip.segment.windows import Windows
+from rfclip.segment.text import TEMPLATES, TextEmbeddings, digest
+from rfclip.segment.windows import Corner, Windows
 from rfclip.tiny.scenes import GROUNDS, is_scene
 from rfclip.towers import Tower, read_tower
 from rfclip.towers.loading import check_model, load_model, load_tokenizer
 
+LISTS = 16  # of names that stay on the device
 NO_SCENE = (
     f"{TINY} is a demonstration: it was trained on drawn scenes of emoji, and a picture here is none, so that its "
     "labels mean nothing. For photographs use OpenAI's CLIP, which is downloaded once: rfclip segment photo.jpg "
     "--classes ... --model ViT-B-16-quickgelu --pretrained openai, in Python "
     'rfclip.Segmenter("ViT-B-16-quickgelu", "openai")'
 )
+
+
+class Names(NamedTuple):
+    """A list of class names on the tower's device: embeddings [K, C], classes [K], and what the rule knows of them."""
+
+    text: Tensor
+    class_of_name: Tensor
+    known: Tensor | None
 
 
 class Segmenter:
@@ -45,14 +56,16 @@ class Segmenter:
         pretrained: open_clip's tag or a path to safetensors, if model is a name.
         config: RF-CLIP's settings; None takes the model's own if they are known. Not for a model refocused already.
         method: one of `rfclip.methods.METHODS`; None takes RF-CLIP, or that of a model refocused already.
-        protocol: the defaults of the sides and the scale below; None takes the method's own.
+        protocol: how pictures are seen and labels decided, with the defaults of the sides, the scale and the templates
+            below; None takes the method's own.
         backend, cuda_graphs: as for `rfclip.refocus`; a model refocused already keeps its own.
         device, precision: if model is a name.
         tokenizer: if model is a ready model with another tokenizer than CLIP's.
-        templates: functions from a name to a prompt; open_clip's 80 for ImageNet by default.
+        templates: functions from a name to a prompt; None takes the protocol's, mostly open_clip's 80 for ImageNet.
         short_side, window, stride: in pixels, the window a multiple of the patch; None takes the protocol's, for
             RF-CLIP 3/2, 1 and 1/2 of the size that the model was trained at (336, 224 and 112 for ViT-B/16).
-        long_side: the longest the resized picture may be, its short side being no less than a window; None: any.
+        long_side: the longest the resized picture may be, its short side being no less than a window (unless the
+            protocol resizes as mmcv does); None takes the protocol's, any for most.
         batch: windows that go through the tower at a time; None: as many as `memory_limit` allows.
         logit_scale: factor of the cosines before the softmax; None takes the protocol's, 40 for RF-CLIP.
         memory_limit: roughly how many bytes a batch of windows, or a band of the probabilities asked for, may take, in
@@ -61,7 +74,8 @@ class Segmenter:
         cache: folder for text embeddings; None: the user's cache folder; False: no cache on disk.
 
     Raises:
-        ValueError: an argument is out of range, or as `rfclip.load_model` and `rfclip.refocus`.
+        ValueError: an argument is out of range, the protocol has other positions than a model refocused already, or as
+            `rfclip.load_model` and `rfclip.refocus`.
     """
 
     def __init__(
@@ -77,7 +91,7 @@ class Segmenter:
         device: str | torch.device = "cpu",
         precision: str = "fp32",
         tokenizer: Callable[[list[str]], Tensor] | None = None,
-        templates: Sequence[Callable[[str], str]] = open_clip.OPENAI_IMAGENET_TEMPLATES,
+        templates: Sequence[Callable[[str], str]] | None = None,
         short_side: int | None = None,
         window: int | None = None,
         stride: int | None = None,
@@ -101,14 +115,24 @@ class Segmenter:
         else:
             self.name, self.pretrained, self.model = type(model).__name__, None, model
         self.tower = read_tower(self.model)
-        self._text = TextEmbeddings(
-            self.model, self.tower, tokenizer or _clip_tokenizer(self.name, self.model, self.tower), templates, cache
-        )
         present = installed(self.tower)
         if present is not None and (config is not None or method is not None):
             raise ValueError("config, method: this model is already refocused, with its own")
         card = present.card if present else find_method(method or RF_CLIP)
-        protocol = protocol or card.protocol
+        given, protocol = protocol, protocol or card.protocol
+        if present is not None and given is not None and given.position_offset != present.tower.position_offset:
+            raise ValueError(
+                f"protocol: it resizes position embeddings with an offset of {given.position_offset:g}, and this model "
+                f"is refocused with {present.tower.position_offset:g}: give the plain model, and method="
+            )
+        self.protocol, self._rule = protocol, protocol.load_rule()
+        self._text = TextEmbeddings(
+            self.model,
+            self.tower,
+            tokenizer or _clip_tokenizer(self.name, self.model, self.tower),
+            TEMPLATES[protocol.templates] if templates is None else templates,
+            cache,
+        )
         self.windows = Windows.by_protocol(protocol, self.tower, window, stride, short_side, long_side)
         if batch is not None and batch < 1:
             raise ValueError(f"batch={batch}: expected at least 1, or None")
@@ -116,13 +140,15 @@ class Segmenter:
             raise ValueError(f"logit_scale={logit_scale!r}: expected a finite number")
         self.batch, self.memory_limit = batch, memory_limit
         self._distinct: tuple[str, ...] = ()  # names that were checked last
-        self._uploaded: tuple[object, Tensor, Tensor] | None = None  # what the last classes need on the device
+        self._uploaded: dict[object, Names] = {}  # what the last lists of names need on the device
         self.logit_scale = protocol.logit_scale if logit_scale is None else logit_scale
         self._handle = None
         if present is None:
             self._handle = refocus(self.model, config, method=card.name, backend=backend, cuda_graphs=cuda_graphs)
         running = installed(self.tower)
         assert running is not None
+        if self._handle is not None:
+            running.tower.position_offset = protocol.position_offset
         self._method = running
 
     @property
@@ -158,7 +184,7 @@ class Segmenter:
         *,
         threshold: float | None = None,
         probabilities: bool = False,
-        pamr: bool = False,
+        pamr: bool | None = None,
         background: bool | None = None,
     ) -> Segmentation:
         """Segment one picture.
@@ -169,8 +195,7 @@ class Segmenter:
             threshold: pixels whose largest class probability is below it get the class called "background" or, if there
                 is none, the label `Segmentation.nothing`.
             probabilities: also return every class's probability.
-            pamr: refine the cosines along the picture's edges before they are resized to the picture, step 9 of the
-                method.
+            pamr: refine the logits along the picture's edges, step 9 of the method; None: if the protocol does.
             background: add a class "background", made of general names such as sky, wall and road. None: if there is
                 one class, which would otherwise cover every picture whole.
 
@@ -194,22 +219,38 @@ class Segmenter:
         *,
         threshold: float | None = None,
         probabilities: bool = False,
-        pamr: bool = False,
+        pamr: bool | None = None,
     ) -> Segmentation:
         """The same for an upright RGB picture and the names of each class, taken literally.
 
         A name may stand in several classes: those have the same score for it, and the first of them wins.
         """
+        return self.segment_by(rgb, [named], threshold=threshold, probabilities=probabilities, pamr=pamr)[0]
+
+    @torch.inference_mode()
+    def segment_by(
+        self,
+        rgb: Image.Image,
+        lists: Sequence[ClassNames],
+        *,
+        threshold: float | None = None,
+        probabilities: bool = False,
+        pamr: bool | None = None,
+    ) -> list[Segmentation]:
+        """`segment` for several lists of names, which share one pass of the picture through the tower."""
         if installed(self.model) is not self._method:
             raise RuntimeError("this segmenter is closed, or its model was restored: make another Segmenter")
         if threshold is not None and not (is_finite(threshold) and 0 <= threshold <= 1):
             raise ValueError(f"threshold={threshold!r}: expected a probability, from 0 to 1")
         if self._bundled and not is_scene(rgb):
             warnings.warn(NO_SCENE, stacklevel=3)
-        text, class_of_name = self._upload(named)
-        logits = self.window_logits(rgb, text, pamr=pamr)
-        labels, dense = self._labels(logits, rgb.size[::-1], named, class_of_name, threshold, probabilities)
-        return Segmentation(rgb, labels, tuple(map(title, named)), dense)
+        names = [self._upload(named) for named in lists]
+        pamr = self.protocol.pamr if pamr is None else pamr
+        found = []
+        for named, listed, logits in zip(lists, names, self._logits(rgb, names, pamr), strict=True):
+            labels, dense = self._labels(logits, rgb, named, listed.class_of_name, threshold, probabilities)
+            found.append(Segmentation(rgb, labels, tuple(map(title, named)), dense))
+        return found
 
     @torch.inference_mode()
     def text_embeddings(self, names: tuple[str, ...]) -> Tensor:
@@ -221,15 +262,18 @@ class Segmenter:
         """
         return self._text(names)
 
-    def _upload(self, named: ClassNames) -> tuple[Tensor, Tensor]:
-        """The text embedding [K, C] and the class [K] of each name, on the tower's device, kept until others come."""
+    def _upload(self, named: ClassNames) -> Names:
+        """A list of names on the tower's device, where the last few stay."""
         text, device = self.text_embeddings(tuple(name for names in named for name in names)), self.tower.weight.device
-        key = tuple(named), device
-        found = self._uploaded  # read once: another thread may upload others
-        if found is None or found[0] != key:
+        key, kept = (tuple(named), device), self._uploaded
+        found = kept.get(key)
+        if found is None:
+            known = self._rule.knows(text, self.text_embeddings)
             classes = torch.tensor([c for c, names in enumerate(named) for _ in names], device=device)
-            found = self._uploaded = key, text.to(device), classes
-        return found[1:]
+            found = Names(text.to(device), classes, known if known is None else known.to(device))
+            # Another dictionary, since another thread may read this one.
+            self._uploaded = dict([*kept.items(), (key, found)][-LISTS:])
+        return found
 
     def with_background(self, named: ClassNames, wanted: bool | None) -> ClassNames:
         """As `rfclip.segment.classes.with_background`, with general names that the model knows."""
@@ -251,56 +295,100 @@ class Segmenter:
         """A hash of the model's weights and structure."""
         return digest(self.model)
 
-    @torch.inference_mode()
-    def window_logits(self, rgb: Image.Image, text: Tensor, *, pamr: bool = False) -> Tensor:
-        """Cosines of every pixel of the resized picture with every name, averaged over windows: [K, h, w] float32.
+    def _logits(self, rgb: Image.Image, lists: list[Names], pamr: bool) -> list[Tensor]:
+        """For each list, the logits of all its names in every pixel that is seen: [K, h, w] float32.
 
-        With `pamr` they are refined along the edges of the resized picture.
+        Sizes are those of the resized picture, or of the picture as given where PAMR refined it there.
         """
-        tower, windows, method = self.tower, self.windows, self._method
-        x, text = windows.picture(rgb, tower), text.to(tower.weight.device)
-        corners = windows.corners(*x.shape[1:])
-        patches, logits = windows.patches(tower, x, corners), []
-        batch = self.batch or max(1, self.memory_limit // windows.bytes_each(tower, len(text)))
+        tower, windows, method, rule = self.tower, self.windows, self._method, self._rule
+        x = windows.picture(rgb, tower)
+        left, right, top, bottom = windows.margins(*x.shape[1:])
+        padded = F.pad(x, (left, right, top, bottom))
+        shape = padded.shape[1], padded.shape[2]
+        corners, size = windows.corners(*shape), windows.size(*shape)
+        patches = windows.patches(tower, padded, corners)
+        names = sum(len(each.text) for each in lists)
+        batch = self.batch or max(1, self.memory_limit // windows.bytes_each(tower, size, names))
+        own = rule.image == "window" or (rule.image == "picture" and len(corners) == 1)
+        image = None
+        if rule.image == "picture" and not own:
+            (whole,) = replace(windows, window=None).patches(tower, padded, [(0, 0)])
+            image = F.normalize(method.image(whole[None]).float(), dim=-1)
+        parts: list[list[Tensor]] = [[] for _ in lists]
         for start in range(0, len(corners), batch):
             part = slice(start, start + batch)
-            images = windows.cut(x, corners[part]) if method.card.sees_images else None
+            images = windows.cut(padded, corners[part]) if method.card.sees_images else None
             tokens = torch.stack([window.movedim(0, -1) for window in patches[part]])  # as they lie in memory
-            features = F.normalize(method.dense(tokens.movedim(-1, 1), images).float(), dim=1)
-            logits.append((text @ features.flatten(2)).unflatten(-1, features.shape[2:]))
-        cosines = torch.cat(logits)
-        if not cosines.isfinite().all():
+            tokens = tokens.movedim(-1, 1)
+            if own:
+                features, seen = method.dense_and_image(tokens, images)
+                image = F.normalize(seen.float(), dim=-1)
+            else:
+                features = method.dense(tokens, images)
+            features = F.normalize(features.float(), dim=1)
+            seen_by = None if image is None else image.expand(len(features), -1)
+            for found, each in zip(parts, lists, strict=True):
+                found.append(rule.window(features, seen_by, each.text, each.known))
+        return [self._averaged(torch.cat(found), x, corners, size, shape, (top, left), rgb, pamr) for found in parts]
+
+    def _averaged(
+        self,
+        logits: Tensor,
+        x: Tensor,
+        corners: list[Corner],
+        size: tuple[int, int],
+        shape: tuple[int, int],
+        margin: Corner,
+        rgb: Image.Image,
+        pamr: bool,
+    ) -> Tensor:
+        """The logits [K, h, w] of the resized picture x from those of its windows, [W, K, gh, gw]."""
+        if not logits.isfinite().all():
             raise ValueError(
                 "the model's features of this picture are not finite: its weights are damaged, or overflow "
-                f"in {str(tower.weight.dtype).removeprefix('torch.')} (try another precision)"
+                f"in {str(self.tower.weight.dtype).removeprefix('torch.')} (try another precision)"
             )
-        averaged = method.ops.average_windows(cosines, corners, windows.window, (x.shape[1], x.shape[2]))
-        return method.ops.pamr(x[None], averaged[None])[0] if pamr else averaged
+        ops, (top, left), (height, width) = self._method.ops, margin, x.shape[1:]
+        averaged = ops.average_windows(logits, corners, size, shape)[:, top : top + height, left : left + width]
+        averaged = self._rule.picture(averaged)
+        if not pamr:
+            return averaged
+        if self.protocol.refined == "given":
+            given = self.windows.seen(rgb.height, rgb.width)[2:]
+            x, averaged = (
+                F.interpolate(planes[None], size=given, mode="bilinear", align_corners=False)[0]
+                for planes in (x, averaged)
+            )
+        return ops.pamr(x[None], averaged[None])[0]
 
     def _labels(
         self,
         logits: Tensor,
-        size: tuple[int, int],
+        rgb: Image.Image,
         named: ClassNames,
         class_of_name: Tensor,
         threshold: float | None,
         keep: bool,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Labels [H, W] from logits [K, h, w] and, on request, probabilities [C, H, W], one band of rows at a time."""
-        ops, (height, width) = self._method.ops, size
+        ops = self._method.ops
+        top, left, height, width = self.windows.seen(rgb.height, rgb.width)
+        seen = slice(top, top + height), slice(left, left + width)
         titles = list(map(title, named))
         dtype: np.dtype[np.unsignedinteger] = np.dtype(np.uint8) if len(named) < 256 else np.dtype(np.uint16)
-        below = titles.index("background") if "background" in titles else np.iinfo(dtype).max
-        found = ops.upsample_argmax(logits, size, self.logit_scale, class_of_name, threshold).cpu().numpy()
-        labels = np.where(found < 0, below, found).astype(dtype)
+        nothing = np.iinfo(dtype).max
+        below = titles.index("background") if "background" in titles else nothing
+        found = self._rule.labels(ops, logits, (height, width), self.logit_scale, class_of_name, threshold)
+        labels = np.full((rgb.height, rgb.width), nothing, dtype)
+        labels[seen] = np.where((found < 0).cpu(), below, found.cpu())
         if not keep:
             return labels, None
-        dense = np.empty((len(named), *size), np.float32)
+        dense = np.zeros((len(named), rgb.height, rgb.width), np.float32)
         band = max(1, self.memory_limit // (4 * 4 * len(logits) * width))
-        for top in range(0, height, band):
-            rows = range(top, min(top + band, height))
-            shares = ops.class_probabilities(logits, size, self.logit_scale, class_of_name, len(named), rows)
-            dense[:, top : rows.stop] = shares.cpu().numpy()
+        for first in range(0, height, band):
+            rows = range(first, min(first + band, height))
+            shares = ops.class_probabilities(logits, (height, width), self.logit_scale, class_of_name, len(named), rows)
+            dense[:, top + first : top + rows.stop, seen[1]] = shares.cpu().numpy()
         return labels, dense
 
 

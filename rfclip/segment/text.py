@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import open_clip
 import torch
 import torch.nn.functional as F
 from platformdirs import user_cache_path
@@ -22,6 +23,19 @@ from rfclip.ops.numerics import autocasting
 from rfclip.towers import Tower
 
 BATCH = 256  # prompts at a time in the text tower
+_IMAGENET = tuple(open_clip.OPENAI_IMAGENET_TEMPLATES)
+TEMPLATES: dict[str, tuple[Callable[[str], str], ...]] = {  # functions from a name to a prompt, by `Protocol.templates`
+    "imagenet": _IMAGENET,
+    "photo": ("a photo of a {}.".format,),
+    "scene": (
+        *_IMAGENET,
+        "there is a {} in the scene.".format,
+        "there is the {} in the scene.".format,
+        "this is a {} in the scene.".format,
+        "this is the {} in the scene.".format,
+        "this is one {} in the scene.".format,
+    ),
+}
 
 
 class TextEmbeddings:

@@ -96,6 +96,7 @@ class Tower:
         module: turns images into the tower's output; its `forward` is what `rfclip.refocus` replaces.
         conv: the patch convolution.
         blocks, ln_pre, ln_post: as in the paper.
+        position_offset: added to the sides of other grids than the trained one when position embeddings are resized.
         image_size, patch_size, grid_size: (height, width) in pixels, pixels and patches, as trained.
         image_mean, image_std: the statistics, per colour, that its images are normalized by.
         image_parts: names of the model's children that its text embeddings do not depend on.
@@ -113,6 +114,7 @@ class Tower:
     image_size: tuple[int, int]
     patch_size: tuple[int, int]
     grid_size: tuple[int, int]
+    position_offset: float = 0.0
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
 
@@ -262,7 +264,8 @@ class Tower:
         prefix, position = self._embeddings()
         # A size that an exporter leaves open may be the trained one: resizing to that changes no bit.
         if any(isinstance(side, torch.SymInt) for side in (height, width)) or (height, width) != self.grid_size:
-            resized = resize_positions(position[self.prefix :].unflatten(0, self.grid_size), (height, width))
+            trained = position[self.prefix :].unflatten(0, self.grid_size)
+            resized = resize_positions(trained, (height, width), self.position_offset)
             position = torch.cat([position[: self.prefix], resized.flatten(0, 1).to(position.dtype)])
         tokens = torch.cat([prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
         return ops.add_norm(self.ln_pre, tokens, position.to(x.dtype).expand_as(tokens))[1]

@@ -24,24 +24,34 @@ def embed_patches(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return F.linear(parts, weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
-def resize_positions(trained: Tensor, grid: tuple[int, int]) -> Tensor:
+def resize_positions(trained: Tensor, grid: tuple[int, int], offset: float = 0.0) -> Tensor:
     """Position embeddings [h, w, d] resized bicubically, [gh, gw, d] in float32, or in float64 for float64.
+
+    With an offset, samples are taken as if the new grid were gh + offset by gw + offset.
 
     PyTorch's own kernel is slow at so many channels. Compilers have another, and exporters know the operator.
     """
     dtype, (height, width) = computing_dtype(trained), grid
     if torch.compiler.is_compiling() or detect_fake_mode(trained) is not None:
         planes = trained.to(dtype).permute(2, 0, 1)[None]
-        return F.interpolate(planes, size=grid, mode="bicubic", align_corners=False)[0].permute(1, 2, 0)
-    rows = resizing(trained.shape[0], height, dtype, trained.device)
-    columns = resizing(trained.shape[1], width, dtype, trained.device)
+        return _bicubic(planes, grid, offset)[0].permute(1, 2, 0)
+    rows = resizing(trained.shape[0], height, offset, dtype, trained.device)
+    columns = resizing(trained.shape[1], width, offset, dtype, trained.device)
     return matmul(columns, matmul(rows, trained.flatten(1)).unflatten(1, trained.shape[1:]))
 
 
 @cache  # for good: each is small, and CUDA graphs read them
 @torch.inference_mode(False)  # for use in every mode
-def resizing(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def resizing(old: int, new: int, offset: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The matrix [new, old] that resizes an axis bicubically. Its upload cannot be captured: a call has to be first."""
     basis = torch.eye(old, dtype=torch.float64, device="cpu")[None, :, :, None]
-    resized = F.interpolate(basis, size=(new, 1), mode="bicubic", align_corners=False)
+    resized = _bicubic(basis, (new, 1), offset)
     return resized[0, :, :, 0].T.contiguous().to(dtype).to(device)
+
+
+def _bicubic(planes: Tensor, grid: tuple[int, int], offset: float) -> Tensor:
+    """Planes [1, d, h, w] resized to [1, d, gh, gw]; with an offset, by scale factors, which are then what counts."""
+    if not offset:
+        return F.interpolate(planes, size=grid, mode="bicubic", align_corners=False)
+    scales = [(new + offset) / old for new, old in zip(grid, planes.shape[2:], strict=True)]
+    return F.interpolate(planes, scale_factor=scales, mode="bicubic", align_corners=False, recompute_scale_factor=False)

@@ -161,7 +161,11 @@ ERRORS = {
     "average-corner": (lambda f: f.average_windows(Q, [(0, 0), (0, 0.5)], (2, 2), (2, 2)), "two integers", "(0, 0.5)"),
     "average-pairs": (lambda f: f.average_windows(Q, [(0, 0), (0,)], (2, 2), (2, 2)), "(top, left)", "(0,)"),
     "average-window": (lambda f: f.average_windows(Q, [(0, 0)] * 2, 2, (2, 2)), "window must be (height, width)", "2"),
-    "average-size": (lambda f: f.average_windows(Q, [(0, 0)] * 2, (2, 2), (2,)), "size must be (height, width)", "(2,)"),
+    "average-size": (
+        lambda f: f.average_windows(Q, [(0, 0)] * 2, (2, 2), (2,)),
+        "size must be (height, width)",
+        "(2,)",
+    ),
     "average-outside": (
         lambda f: f.average_windows(Q, [(0, 0), (1, 2)], (2, 2), (3, 3)),
         "2 x 2 at (1, 2) is not inside a picture 3 x 3",

@@ -2,6 +2,7 @@
 
 import math
 
+import cv2
 import numpy as np
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
@@ -38,7 +39,7 @@ def released_labels(
     text = np.asarray(text, dtype=np.float64)
     pixels = np.asarray(picture)
     H, W = pixels.shape[:2]
-    resized = resize_picture(pixels, *resized_size(H, W, short_side, long_side))
+    resized = cv2.resize(pixels, resized_size(H, W, short_side, long_side)[::-1])
     x = (resized / 255 - np.array(model.visual.image_mean)) / np.array(model.visual.image_std)
     h, w = x.shape[:2]
     clusters = clusters_of_names(text, distance)
@@ -91,15 +92,6 @@ def bilinear(new, old):
 
 def resize_planes(planes, height, width):
     return bilinear(height, planes.shape[1]) @ planes @ bilinear(width, planes.shape[2]).T
-
-
-def resize_picture(pixels, height, width):
-    """8-bit pixels [H, W, 3] resized: in whole numbers, so that a half is a half and is rounded up."""
-    rows = np.rint(2 * height * bilinear(height, pixels.shape[0])).astype(np.int64)
-    columns = np.rint(2 * width * bilinear(width, pixels.shape[1])).astype(np.int64)
-    whole = 4 * height * width
-    planes = [(2 * (rows @ pixels[:, :, channel] @ columns.T) + whole) // (2 * whole) for channel in range(3)]
-    return np.stack(planes, axis=2).astype(np.uint8)
 
 
 def bicubic(new, old, factor):

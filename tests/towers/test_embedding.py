@@ -143,12 +143,12 @@ def test_weights_are_uploaded_once_and_for_every_mode():
     position = noise(4, 4, 6).requires_grad_()
     with torch.inference_mode():
         want = resize_positions(position, (3, 5))
-    kept = resizing(4, 5, torch.float64, torch.device("cpu"))
+    kept = resizing(4, 5, 0.0, torch.float64, torch.device("cpu"))
     found = resize_positions(position, (3, 5))
     assert torch.equal(found, want)
     found.sum().backward()
     torch.testing.assert_close(position.grad.sum(), torch.tensor(90.0, dtype=torch.float64))
-    assert resizing(4, 5, torch.float64, torch.device("cpu")) is kept
+    assert resizing(4, 5, 0.0, torch.float64, torch.device("cpu")) is kept
     assert resizing.cache_info().currsize == 2
 
 

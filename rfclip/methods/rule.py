@@ -1,0 +1,64 @@
+"""What a protocol does between the cosines of patches and names and the labels of pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rfclip.methods.base import Method
+    from rfclip.ops import Backend
+
+
+class Rule:
+    """The rule that changes nothing: logits are cosines, and a pixel belongs to its most probable class.
+
+    Rules of papers replace a step or two; an object holds their constants and no tensor, so that threads can share it.
+
+    Attributes:
+        image: the image embedding that `window` gets: of the "picture" as a whole or of each "window"; None: none.
+    """
+
+    image: ClassVar[Literal["picture", "window"] | None] = None
+
+    def knows(self, text: Tensor, embed: Callable[[tuple[str, ...]], Tensor]) -> Tensor | None:
+        """What `window` needs to know of a list of names, worked out once.
+
+        Args:
+            text: their normalized embeddings [K, C], on a CPU.
+            embed: from other names to theirs.
+        """
+        return None
+
+    def window(self, patches: Tensor, image: Tensor | None, text: Tensor, known: Tensor | None) -> Tensor:
+        """The logits of a batch of windows, [B, K, gh, gw] float32.
+
+        Args:
+            patches: their normalized patch embeddings [B, C, gh, gw].
+            image: the normalized image embedding of each, [B, C], if the rule has an `image`.
+            text: the normalized text embeddings [K, C].
+            known: what `knows` found.
+        """
+        return (text @ patches.flatten(2)).unflatten(-1, patches.shape[2:])
+
+    def picture(self, logits: Tensor) -> Tensor:
+        """The logits of a picture [K, h, w], averaged over its windows."""
+        return logits
+
+    def labels(
+        self,
+        ops: Backend,
+        logits: Tensor,
+        size: tuple[int, int],
+        scale: float,
+        class_of_name: Tensor,
+        threshold: float | None,
+    ) -> Tensor:
+        """The class of each pixel of a picture, int32 [H, W], -1 for none; arguments as for `upsample_argmax`."""
+        return ops.upsample_argmax(logits, size, scale, class_of_name, threshold)
+
+    def regions(self, method: Method, patches: Tensor, labels: Tensor) -> Tensor:
+        """The labels once the picture's own regions have been looked at; patches [1, d, gh, gw] are of the picture."""
+        return labels
