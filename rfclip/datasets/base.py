@@ -265,6 +265,8 @@ def listed(path: Path) -> list[str]:
         OSError: the file cannot be read.
         ValueError: it is not UTF-8, or a name leads out of the folder of pictures.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
     try:
         names = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
