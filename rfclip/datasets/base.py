@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from PIL import ExifTags, Image
 
+from rfclip.datasets.names import class_list
 from rfclip.files import stamp
 from rfclip.images import to_rgb
 
@@ -122,8 +122,7 @@ class FolderDataset(Dataset):
 
     @cached_property
     def classes(self) -> list[tuple[str, ...]]:
-        names = resources.files(__package__) / "classes" / f"{self.name}.txt"
-        return [tuple(line.split(", ")) for line in names.read_text("utf-8").splitlines()]
+        return class_list(self.name, "official")
 
     @property
     def folder(self) -> Path:
