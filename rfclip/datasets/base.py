@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import resources
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, ClassVar
 
 import numpy as np
 from PIL import ExifTags, Image
 
+from rfclip.datasets.names import class_list
 from rfclip.files import stamp
 from rfclip.images import to_rgb
 
@@ -117,13 +117,17 @@ class FolderDataset(Dataset):
             raise ValueError(f"{self.name}: --root DIR is missing, the folder that holds the datasets")
 
     def find(self, root: Path) -> Iterable[Pair]:
-        """The pictures and labels below a root; OSError or RuntimeError if something is missing."""
+        """The pictures and labels below a root; OSError or ValueError if something is missing or malformed."""
         raise NotImplementedError
 
     @cached_property
     def classes(self) -> list[tuple[str, ...]]:
-        names = resources.files(__package__) / "classes" / f"{self.name}.txt"
-        return [tuple(line.split(", ")) for line in names.read_text("utf-8").splitlines()]
+        """As `Dataset.classes`, from `classes/NAME.txt`: one class a line, its names between commas, in the file's order.
+
+        The lists are those of the field's code, but for one blank: there, the last line of context60 is "wood ". CLIP's
+        tokenizer collapses blanks, and makes the same tokens of "a photo of a wood ." and "a photo of a wood.".
+        """
+        return class_list(self.name, "official")
 
     @property
     def folder(self) -> Path:
@@ -139,24 +143,37 @@ class FolderDataset(Dataset):
         """
         try:
             pairs = sorted(set(self.find(self.folder)))  # a list may name a picture twice
-        except (OSError, RuntimeError, UnicodeDecodeError) as error:
+            incomplete = [pair for pair in pairs if not all(path.is_file() for path in pair)]
+            problem = None if pairs and not incomplete else _exchanged(incomplete) or _missing(incomplete)
+        except (OSError, ValueError) as error:
             raise ValueError(self._expected(str(error))) from error
-        if not pairs:
-            raise ValueError(self._expected("there is no picture"))
-        missing = [str(path) for pair in pairs for path in pair if not path.is_file()]
-        if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise ValueError(self._expected(f"missing: {', '.join(missing[:3])}{more}"))
+        if problem:
+            raise ValueError(self._expected(problem))
+        self.indices(pairs[0][1])  # before a model is loaded: photographs where labels belong
         return pairs
 
     def _expected(self, problem: str) -> str:
         root = self.folder
-        found = (
-            sorted(f"{path.name}/" if path.is_dir() else path.name for path in root.iterdir()) if root.is_dir() else []
-        )
+        if not root.is_dir():
+            problem = f"the root {root} {'is not a folder' if root.exists() else 'does not exist'}"
+        below = sorted(root.iterdir()) if root.is_dir() else []
+        found = [f"{path.name}/" if path.is_dir() else path.name for path in below]
         seen = ", ".join(found[:10]) + (", ..." if len(found) > 10 else "") if found else "nothing"
         expected = "\n".join(f"  {line}" for line in self.layout)
-        return f"{self.name}: {problem}\nexpected below {root}:\n{expected}\nfound there: {seen}"
+        # People give the folder of the dataset itself, one within it, or the one above all datasets.
+        near = [*root.absolute().parents[:4], *below]
+        right = next((f"this layout lies below {path}: give --root {path}\n" for path in near if self._lies(path)), "")
+        return (
+            f"{self.name}: {problem}\nexpected below {root}:\n{expected}\nfound there: {seen}\n{right}"
+            "see docs/datasets.md"
+        )
+
+    def _lies(self, root: Path) -> bool:
+        """Whether a picture with its labels lies below another root."""
+        try:
+            return any(image.is_file() and labels.is_file() for image, labels in self.find(root))
+        except (OSError, ValueError):
+            return False
 
     def items(self, limit: int | None = None) -> list[Item]:
         items = []
@@ -231,15 +248,74 @@ def read_indices(path: Path) -> np.ndarray:
     except Exception as error:  # Pillow raises whatever a damaged file makes it stumble over
         raise ValueError(f"{path}: cannot be read as labels: {error}") from error
     if indices is None:
-        raise ValueError(f"{path}: a picture of mode {mode}; labels have one byte per pixel, mode L or P")
+        instead = (
+            "; if these are photographs, pictures and labels are exchanged; if they show labels in colours, take the "
+            "files of indices; see docs/datasets.md"
+        )
+        problem = f"{path}: a picture of mode {mode}; labels have one byte per pixel, mode L or P"
+        raise ValueError(problem + instead if mode in ("RGB", "RGBA") else problem)
     return indices
 
 
-def beside(images: Path, labels: Path, suffix: str) -> Iterable[Pair]:
-    """The JPEG files of a folder, with the labels of the same names in another."""
-    if not images.is_dir():
-        raise FileNotFoundError(f"there is no folder {images}")
-    return [(image, labels / f"{image.stem}{suffix}") for image in images.glob("*.jpg")]
+def listed(path: Path) -> list[str]:
+    """The names of a list of pictures, one a line; blanks around them, empty lines and a byte-order mark do not count.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8, or a name leads out of the folder of pictures.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        names = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no list of names: {error}") from error
+    for number, name in enumerate(names, 1):
+        if PureWindowsPath(name).name != name:  # Windows separates folders with both slashes, and has drives
+            raise ValueError(f"{path}, line {number}: {name!r} has a folder; expected a name alone, as 2007_000033")
+    return [name for name in names if name]
+
+
+def present(*paths: Path) -> Path:
+    """The first path that exists, or else the first."""
+    return next((path for path in paths if path.exists()), paths[0])
+
+
+def beside(images: Path, labels: Path, suffix: str, pictures: str = "*.jpg") -> list[Pair]:
+    """The pictures of a folder, with the labels of the same names in another.
+
+    Args:
+        images: the folder of pictures; one that lies among the labels instead is listed as if it were here.
+        labels: the folder of labels.
+        suffix: what a name of labels has in place of what follows the last asterisk of `pictures`.
+        pictures: a glob pattern.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    for folder in (images, labels):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder}")
+    end = pictures.rpartition("*")[2]
+    names = sorted({path.relative_to(folder) for folder in (images, labels) for path in folder.glob(pictures)})
+    return [(images / name, labels / name.with_name(name.name.removesuffix(end) + suffix)) for name in names]
+
+
+def _exchanged(incomplete: list[Pair]) -> str:
+    """What lies in the folder of the other kind, and where to move it; "" if nothing does."""
+    for image, labels in incomplete:
+        strays = [(image.parent / labels.name, labels), (labels.parent / image.name, image)]
+        moves = [f"{stray} to {place.parent}" for stray, place in strays if stray.is_file() and not place.is_file()]
+        if moves:
+            kind = "exchanged" if len(moves) == 2 else "mixed"
+            return f"pictures and labels are {kind}: move {' and '.join(moves)}, and all others likewise"
+    return ""
+
+
+def _missing(incomplete: list[Pair]) -> str:
+    missing = [str(path) for pair in incomplete for path in pair if not path.is_file()]
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    return f"missing: {', '.join(missing[:3])}{more}" if missing else "there is no picture"
 
 
 def by_model(b16: float, l14: float) -> dict[str, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rfclip.datasets.base import IGNORED, FolderDataset, Pair, by_model
+from rfclip.datasets.base import IGNORED, FolderDataset, Pair, beside, by_model
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,12 @@ class Cityscapes(FolderDataset):
     )
 
     def find(self, root: Path) -> Iterable[Pair]:
-        from torchvision import datasets
-
         folder = root / "cityscapes"
-        for part in ("leftImg8bit/val", "gtFine/val"):  # otherwise torchvision looks for archives to unpack
-            if not (folder / part).is_dir():
-                raise FileNotFoundError(f"there is no folder {folder / part}")
-        found = datasets.Cityscapes(folder, split="val", target_type="semantic")
+        images, labels, suffix = folder / "leftImg8bit/val", folder / "gtFine/val", "_gtFine_labelIds.png"
         pairs = []
-        for image, (labels,) in zip(found.images, found.targets, strict=True):
-            train_ids = Path(labels.replace("_labelIds.png", "_labelTrainIds.png"))
-            pairs.append((Path(image), train_ids if train_ids.is_file() else Path(labels)))
+        for image, ids in beside(images, labels, suffix, "*/*_leftImg8bit.png"):
+            train_ids = ids.with_name(ids.name.replace("_labelIds.png", "_labelTrainIds.png"))
+            pairs.append((image, train_ids if train_ids.is_file() else ids))
         return pairs
 
     def indices(self, path: Path) -> np.ndarray:

@@ -6,12 +6,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rfclip.datasets.base import FolderDataset, Pair, beside, by_model
+from rfclip.datasets.base import FolderDataset, Pair, beside, by_model, present
 
 
 @dataclass(frozen=True)
 class COCOObject(FolderDataset):
-    """Eighty things and background. "bed" names the background and a class of its own, as in the field's list."""
+    """Eighty things and background.
+
+    "bed" names the background and a class of its own, as in the field's list. Both have the same score, and of equals
+    the first wins: no pixel is ever found to be a bed, and its IoU of 0 counts in the mean.
+    """
 
     name, title, paper, background = "coco_object", "COCO-Object", by_model(37.9, 41.8), True
     layout = (
@@ -20,8 +24,8 @@ class COCOObject(FolderDataset):
     )
 
     def find(self, root: Path) -> Iterable[Pair]:
-        images = root / "coco_object/images/val2017"
-        images = images if images.is_dir() else root / "coco_stuff164k/images/val2017"  # the same pictures
+        # The pictures are the same.
+        images = present(root / "coco_object/images/val2017", root / "coco_stuff164k/images/val2017")
         return beside(images, root / "coco_object/annotations/val2017", "_instanceTrainIds.png")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rfclip.datasets.base import FolderDataset, Pair, by_model
+from rfclip.datasets.base import FolderDataset, Pair, by_model, listed
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Context60(FolderDataset):
 
     def find(self, root: Path) -> Iterable[Pair]:
         folder = root / "VOCdevkit/VOC2010"
-        names = (folder / "ImageSets/SegmentationContext/val.txt").read_text("utf-8").split()
+        names = listed(folder / "ImageSets/SegmentationContext/val.txt")
         return [(folder / f"JPEGImages/{n}.jpg", folder / f"SegmentationClassContext/{n}.png") for n in names]
 
 

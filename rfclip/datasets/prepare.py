@@ -40,7 +40,7 @@ def coco_object(root: Path) -> Iterator[Path]:
     folder = root / "coco_stuff164k/annotations/val2017"
     files = {path.stem.removesuffix("_labelTrainIds"): path for path in sorted(folder.glob("*.png"))}
     if not files:
-        raise ValueError(f"coco_object: there is no {folder}/*.png, the labels of COCO-Stuff (stuffthingmaps)")
+        raise ValueError(f"coco_object: there is no {folder}/*.png, the labels of COCO-Stuff; see docs/datasets.md")
     out = root / "coco_object/annotations/val2017"
     out.mkdir(parents=True, exist_ok=True)
     from_ids, from_train_ids = {IGNORED: IGNORED}, {IGNORED: IGNORED}
@@ -78,7 +78,9 @@ def context(root: Path) -> Iterator[Path]:
             regions[region["image_id"]].append((region["category_id"], region["segmentation"]))
         images = [image for image in record["images"] if image["phase"] == "val"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"context: {path} does not hold the annotations of Pascal Context: {error!r}") from error
+        raise ValueError(
+            f"context: {path} does not hold the annotations of Pascal Context: {error!r}; see docs/datasets.md"
+        ) from error
     if not images:
         raise ValueError(f"context: {path} has no image of the validation set")
     classes = np.full(max(_CONTEXT_IDS) + 1, IGNORED, np.uint8)

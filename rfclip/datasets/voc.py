@@ -6,25 +6,29 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rfclip.datasets.base import FolderDataset, Pair, by_model
+from rfclip.datasets.base import FolderDataset, Pair, by_model, listed, present
 
 
 @dataclass(frozen=True)
 class VOC21(FolderDataset):
-    """Twenty classes and background."""
+    """Twenty classes and background.
+
+    Each picture's labels are those of SegmentationClass, the challenge's own, or else of SegmentationClassAug.
+    """
 
     name, title, paper, background = "voc21", "VOC21", by_model(64.8, 65.8), True
     layout = (
         "VOCdevkit/VOC2012/JPEGImages/*.jpg",
-        "VOCdevkit/VOC2012/SegmentationClass/*.png",
+        "VOCdevkit/VOC2012/SegmentationClass/*.png (or SegmentationClassAug/*.png)",
         "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt",
     )
 
     def find(self, root: Path) -> Iterable[Pair]:
-        from torchvision.datasets import VOCSegmentation
-
-        found = VOCSegmentation(root, year="2012", image_set="val")
-        return [(Path(image), Path(labels)) for image, labels in zip(found.images, found.targets, strict=True)]
+        folder = root / "VOCdevkit/VOC2012"
+        kinds = [folder / "SegmentationClass", folder / "SegmentationClassAug"]
+        kinds = [kind for kind in kinds if kind.is_dir()] or kinds
+        names = listed(folder / "ImageSets/Segmentation/val.txt")
+        return [(folder / f"JPEGImages/{n}.jpg", present(*(kind / f"{n}.png" for kind in kinds))) for n in names]
 
 
 @dataclass(frozen=True)

@@ -57,3 +57,6 @@ def test_prepare(tmp_path):
     for name, words in (("voc21", "need no preparation"), ("context", "trainval_merged.json")):
         result = run("prepare", name, "--root", tmp_path)
         assert result.exit_code == 2 and words in result.output
+    for prepare in (coco_object, context):
+        with pytest.raises(ValueError, match="see docs/datasets.md"):
+            list(prepare(tmp_path / "nowhere"))
