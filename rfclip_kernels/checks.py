@@ -131,7 +131,7 @@ def offset_table(bias: Tensor, N: int) -> None:
 def covering_windows(
     corners: Sequence[tuple[int, int]], windows: int, height: int, width: int, h: int, w: int
 ) -> list[tuple[int, int]]:
-    """The (top, left) corners of `windows` windows, height x width, that lie in an h x w picture and cover all of it."""
+    """The (top, left) corners of windows, height x width, that lie in an h x w picture and cover all of it."""
     pairs = isinstance(corners, Sequence) and all(isinstance(pair, Sequence) and len(pair) == 2 for pair in corners)
     if not pairs or len(corners) != windows or not all(isinstance(x, Integral) for pair in corners for x in pair):
         raise ValueError(
@@ -140,7 +140,9 @@ def covering_windows(
     corners = [(int(top), int(left)) for top, left in corners]
     for top, left in corners:
         if not 0 <= top <= h - height or not 0 <= left <= w - width:
-            raise ValueError(f"corners: a window of {height} x {width} at {(top, left)} is not inside a picture {h} x {w}")
+            raise ValueError(
+                f"corners: a window of {height} x {width} at {(top, left)} is not inside a picture {h} x {w}"
+            )
     for row in sorted({0, *(top for top, _ in corners), *(top + height for top, _ in corners if top + height < h)}):
         # From here to the next of these rows, the same windows cover every row.
         right = 0

@@ -122,7 +122,7 @@ class FolderDataset(Dataset):
 
     @cached_property
     def classes(self) -> list[tuple[str, ...]]:
-        """As `Dataset.classes`, from `classes/NAME.txt`: one class a line, its names between commas, in the file's order.
+        """As `Dataset.classes`, from `classes/NAME.txt`: a class a line, its names between commas, in the file's order.
 
         The lists are those of the field's code, but for one blank: there, the last line of context60 is "wood ". CLIP's
         tokenizer collapses blanks, and makes the same tokens of "a photo of a wood ." and "a photo of a wood.".

@@ -85,8 +85,8 @@ class AdjustedNames(Rule):
     """Names are moved towards what each window shows of them, and the picture as a whole has a say.
 
     With g the image embedding of the picture and t_c that of name c, sim[c] = <g, t_c>. In each window and each cluster
-    of names, the name i with the largest sim becomes t'_i = normalize((1 - shift) t_i + shift m), m being the normalized
-    mean of the two patches nearest to t_i; others stay as they are. Then
+    of names, the name i with the largest sim becomes t'_i = normalize((1 - shift) t_i + shift m), where m is the
+    normalized mean of the two patches nearest to t_i; others stay as they are. Then
 
         logits[p, c] = (1 - share) <patch p, t'_c> + share sim[c]
 

@@ -19,7 +19,6 @@ from rfclip.segment.segmenter import Segmenter
 from rfclip.simulated_distraction import inject_distraction
 from rfclip.towers.loading import absolute_names, load_model, load_tokenizer
 
-
 # Of a protocol, what is not stated on its own.
 PROTOCOL = ("resizing", "padding", "position_offset", "imagenet", "templates", "refined", "rule", "options")
 

@@ -53,7 +53,7 @@ def seen_patches():
 
 
 def embeddings(count):
-    """Embeddings of names [K, 20]: patches of pictures, each varied three times, so that there are clusters of names."""
+    """Embeddings of names [K, 20]: patches of pictures, each varied three times, so that names have clusters."""
     generator = np.random.default_rng(0)
     centres = generator.permutation(seen_patches())[: -(-count // 3)].repeat(3, axis=0)[:count]
     text = centres + generator.random((count, 1)) * 0.15 * generator.standard_normal((count, 20))
@@ -128,7 +128,6 @@ def test_labels_of_the_authors_evaluation(name, scorer):
         seen |= set(np.unique(want).tolist())
         agreeing, pixels = agreeing + (got == want).sum(), pixels + got.size
     assert agreeing / pixels >= 0.998
-    print(name, agreeing / pixels, len(seen))
     assert len(seen) >= 8
 
 
