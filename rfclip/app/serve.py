@@ -28,11 +28,12 @@ from torch import nn
 from rfclip.app.guard import UPLOAD_LIMIT, Guard, Hosts, one_line
 from rfclip.app.writer import described, save
 from rfclip.config import PRESETS, TINY, RefocusConfig
+from rfclip.datasets.names import ClassNames
 from rfclip.explanation import explain, figures
 from rfclip.files import OUTPUTS
 from rfclip.images import to_rgb
 from rfclip.methods import METHODS, RF_CLIP, find_method
-from rfclip.segment.classes import Background, ClassNames, parse_classes, split_classes
+from rfclip.segment.classes import Background, parse_classes, shipped_list, split_classes
 from rfclip.segment.job import Job
 from rfclip.segment.result import Segmentation, palette
 from rfclip.simulated_distraction import inject_distraction, injected
@@ -339,7 +340,8 @@ class ErrorsOnPage:
 def _class_names(text: str) -> ClassNames:
     if not text.strip(" ,;\n"):
         raise ValueError('no class names: type some, such as "cat, grass, sky"')
-    named = parse_classes(split_classes(text.strip(" ,;\n")))  # never taken as a file of this machine
+    text = text.strip(" ,;\n")
+    named = shipped_list(text) or parse_classes(split_classes(text))  # never taken as a file of this machine
     if sum(map(len, named)) > NAME_LIMIT:
         raise ValueError(f"{sum(map(len, named))} class names: at most {NAME_LIMIT} here")
     return named

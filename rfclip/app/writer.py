@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rfclip.datasets.names import ClassNames
 from rfclip.files import OUTPUTS, parse_json, printable, stamp, write_whole
 from rfclip.images import to_rgb
 from rfclip.outputs import encode, read_rows, shards, write_shard
-from rfclip.segment.classes import Background, ClassNames, title
+from rfclip.segment.classes import Background, title
 from rfclip.segment.job import Job
 from rfclip.segment.result import Segmentation
 from rfclip.segment.segmenter import Segmenter

@@ -30,9 +30,13 @@ import json
 import math
 import random
 from collections import Counter
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from rfclip.datasets.base import Dataset
 
 ClassNames: TypeAlias = list[tuple[str, ...]]  # the names of each class, the first standing for it
 LISTS = ("official", "plain", "synonyms")
@@ -98,6 +102,31 @@ def perturbed(names: ClassNames, share: float, seed: int, fixed: int = 0) -> Cla
     first = sorted(drawn, key=drawn.__getitem__)[: math.floor(share * len(drawn) + 0.5)]
     new = {place: drawn[place][1] for place in first}
     return [tuple(new.get((c, n), name) for n, name in enumerate(each)) for c, each in enumerate(names)]
+
+
+def name_lists(
+    dataset: Dataset, wanted: Sequence[str] = ("official",), share: float = 0.5, seeds: Sequence[int] = (0,)
+) -> dict[str, ClassNames]:
+    """Lists of class names by what they are called: "official", "plain", a path, or "synonyms, seed 0" and so on.
+
+    Args:
+        dataset: whose classes they name.
+        wanted: what `--names` takes: official, plain, synonyms (of the official names), or paths.
+        share, seeds: as `perturbed` takes them, for each list of synonyms.
+
+    Raises:
+        ValueError: as `class_list` and `perturbed`.
+    """
+    lists: dict[str, ClassNames] = {}
+    for names in wanted:
+        if names == "official":
+            lists[names] = dataset.classes
+        elif names == "synonyms":
+            fixed = int(dataset.background)
+            lists |= {f"synonyms, seed {seed}": perturbed(dataset.classes, share, seed, fixed) for seed in seeds}
+        else:
+            lists[names] = class_list(dataset.name, names)
+    return lists
 
 
 @functools.cache

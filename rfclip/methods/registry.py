@@ -72,6 +72,18 @@ class Protocol:
         for name in self.datasets:
             check_dataset(name)
 
+    def beyond(self) -> str:
+        """What differs from the common protocol beside sides, scale and threshold, in words."""
+        common, said = Protocol(), []
+        for name in ("resizing", "padding", "position_offset", "imagenet", "templates", "pamr"):
+            value = getattr(self, name)
+            if value != getattr(common, name):
+                said.append(name.replace("_", " ") if value is True else f"{name.replace('_', ' ')} {value}")
+        if self.rule != common.rule:
+            constants = ", ".join(f"{key} {value:g}" for key, value in self.options.items())
+            said.append(f"{self.rule.partition(':')[2]}{f' ({constants})' if constants else ''}")
+        return "; ".join(said)
+
     def load_rule(self) -> Rule:
         """The rule with its constants."""
         return resolve_name(f"rfclip.methods.{self.rule}")(**self.options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +70,12 @@ class Scores:
         """The share of the pictures scored as a whole that are classified correctly; None without any."""
         return self.hits / self.singles if self.singles else None
 
+    @classmethod
+    def mean(cls, every: Sequence[Scores]) -> Mean:
+        """The mean of the figures of several."""
+        miou, accuracy = (np.mean([(each.miou, each.pixel_accuracy) for each in every], axis=0)).tolist()
+        return Mean(every[0].images, miou, accuracy)
+
     def figures(self, class_names: list[str]) -> dict[str, object]:
         """For JSON, which has no NaN: null in its place."""
         iou = [None if np.isnan(value) else value for value in self.iou.tolist()]
@@ -81,3 +88,13 @@ class Scores:
             "iou": dict(zip(class_names, iou, strict=True)),
             "confusion": self.confusion.tolist(),
         }
+
+
+@dataclass(frozen=True)
+class Mean:
+    """What tables show of several scores on the same pictures: mean figures, in [0, 1]."""
+
+    images: int
+    miou: float
+    pixel_accuracy: float
+    top1: None = None

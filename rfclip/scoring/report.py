@@ -15,23 +15,31 @@ from PIL import Image
 from rfclip.config import plain_name
 from rfclip.datasets.base import Dataset
 from rfclip.files import printable, write_whole
-from rfclip.methods import RF_CLIP
-from rfclip.scoring.metrics import Scores
+from rfclip.scoring.metrics import Mean, Scores
 from rfclip.scoring.run import RESULTS, Run, Scorer, written
 from rfclip.segment.result import Segmentation
 
 WORST = 8  # pictures
+SYNONYMS = "synonyms, "  # how the names of lists of synonyms start
 
 
-def finish(run: Run, scorer: Scorer) -> Scores:
-    """Write a run's results once all of its items are scored, and return its scores."""
+def finish(run: Run, scorer: Scorer) -> dict[str, Scores]:
+    """Write a run's results once all of its items are scored, and return its scores by list of names.
+
+    The figures are those of the first list; `result.json` has those of all lists under "by_names" if there are several.
+    """
     dataset, settings = scorer.dataset, run.settings
-    scores, rated = run.scores(len(dataset.classes))
+    found = {name: run.scores(len(dataset.classes), name) for name in scorer.lists}
+    every = {name: scores for name, (scores, _) in found.items()}
+    scores, rated = next(iter(found.values()))
     worst = rated[:WORST]
-    text = markdown(dataset, scores, settings, [(miou, str(item["image"])) for miou, item in worst])
-    record = json.dumps(settings | scores.figures(dataset.class_names), indent=2) + "\n"
+    text = markdown(dataset, every, settings, [(miou, str(item["image"])) for miou, item in worst])
+    record = settings | scores.figures(dataset.class_names)
+    if len(every) > 1:
+        record["by_names"] = {name: each.figures(dataset.class_names) for name, each in every.items()}
+    written_record = json.dumps(record, indent=2) + "\n"
     writers: tuple[Callable[[Path], object], ...] = (
-        lambda part: part.write_text(record, "utf-8"),
+        lambda part: part.write_text(written_record, "utf-8"),
         lambda part: part.write_text(text, "utf-8"),
         lambda part: confusion_figure(dataset, scores).savefig(part, format="png", dpi=150),
     )
@@ -43,7 +51,7 @@ def finish(run: Run, scorer: Scorer) -> Scores:
     write_whole(saves)
     for old in set(written(run.folder)) - saves.keys():  # of a run over more pictures
         old.unlink()
-    return scores
+    return every
 
 
 @dataclass(frozen=True)
@@ -52,49 +60,84 @@ class Row:
 
     Attributes:
         paper: the paper's mIoU in percent, if the two can be compared.
+        names: by which list of names.
+        gap: what the mIoU is in addition to that by the first list.
     """
 
     label: str
     title: str
-    scores: Scores
+    scores: Scores | Mean
     paper: float | None = None
+    names: str = "official"
+    gap: float | None = None
+
+
+def rows_of(label: str, title: str, every: dict[str, Scores], paper: float | None) -> list[Row]:
+    """A row for each list of names, those of synonyms as their mean over seeds and the worst."""
+    first = next(iter(every.values()))
+    drawn = [scores for name, scores in every.items() if name.startswith(SYNONYMS)]
+    rows = [
+        Row(label, title, scores, paper if name == "official" else None, name, scores.miou - first.miou)
+        for name, scores in every.items()
+        if not name.startswith(SYNONYMS)
+    ]
+    if drawn:
+        worst = min(drawn, key=lambda scores: scores.miou)
+        for what, each in ((f"mean of {len(drawn)}", Scores.mean(drawn)), ("worst", worst)):
+            rows.append(Row(label, title, each, None, f"{SYNONYMS}{what}", each.miou - first.miou))
+    return rows
 
 
 def paper_figure(dataset: type[Dataset] | Dataset, model: str, method: str, comparable: bool) -> float | None:
-    """RF-CLIP's mIoU in percent from the paper's table 2, where it can be compared."""
+    """RF-CLIP's mIoU in percent from the paper's table 2, which the released code gave, where it can be compared."""
     known = dataset.paper.get(plain_name(model))
-    return known if comparable and method == RF_CLIP else None
+    return known if comparable and method == "released" else None
 
 
 def table(rows: list[Row], heading: str = "method") -> tuple[list[str], list[list[str]]]:
-    """Heads and cells: columns without any value are left out, the dataset if there is but one; several get a mean."""
-    heads = [heading, "dataset", "pictures", "top-1 %", "mIoU %", "pixel accuracy %", "paper %", "difference"]
+    """Heads and cells: columns without a value, or of one dataset or list, are left out; datasets get a mean."""
+    heads = [heading, "names", "dataset", "pictures", "top-1 %", "mIoU %", "to the first names"]
+    heads += ["pixel accuracy %", "paper %", "difference"]
     cells = []
-    for label in dict.fromkeys(row.label for row in rows):
-        mine = [row for row in rows if row.label == label]
-        cells += [_cells(label, row.title, str(row.scores.images), row.scores, row.paper) for row in mine]
+    for label, names in dict.fromkeys((row.label, row.names) for row in rows):
+        mine = [row for row in rows if (row.label, row.names) == (label, names)]
+        cells += [_cells(row) for row in mine]
         if len(mine) > 1:
             papers = [row.paper for row in mine if row.paper is not None]
+            gaps = [row.gap for row in mine if row.gap is not None]
             paper = float(np.mean(papers)) if len(papers) == len(mine) else None
             miou = float(np.mean([row.scores.miou for row in mine]))
-            cells.append([label, "mean", "", "-", f"{100 * miou:.1f}", "-", *_beside_paper(miou, paper)])
-    first = 1 if len({row.title for row in rows}) > 1 else 3  # after the dataset and the number of its pictures
-    kept = [0, *(n for n in range(first, len(heads)) if any(row[n] not in ("-", "") for row in cells))]
+            gap = _signed(float(np.mean(gaps)) if gaps else None)
+            cells.append([label, names, "mean", "", "-", f"{100 * miou:.1f}", gap, "-", *_beside_paper(miou, paper)])
+    left_out = {"names", "to the first names"} if len({row.names for row in rows}) == 1 else set()
+    left_out |= {"dataset", "pictures"} if len({row.title for row in rows}) == 1 else set()
+    shown = [n for n, head in enumerate(heads) if head not in left_out]
+    kept = [n for n in shown if n == 0 or any(row[n] not in ("-", "") for row in cells)]
     return [heads[n] for n in kept], [[row[n] for n in kept] for row in cells]
 
 
-def _cells(label: str, title: str, images: str, scores: Scores, paper: float | None) -> list[str]:
+def _cells(row: Row) -> list[str]:
+    scores = row.scores
     top1 = "-" if scores.top1 is None else f"{100 * scores.top1:.1f}"
-    figures = [f"{100 * figure:.1f}" for figure in (scores.miou, scores.pixel_accuracy)]
-    return [label, title, images, top1, *figures, *_beside_paper(scores.miou, paper)]
+    miou, accuracy = (f"{100 * figure:.1f}" for figure in (scores.miou, scores.pixel_accuracy))
+    start = [row.label, row.names, row.title, str(scores.images), top1, miou, _signed(row.gap), accuracy]
+    return [*start, *_beside_paper(scores.miou, row.paper)]
+
+
+def _signed(gap: float | None) -> str:
+    """A difference in points, or a dash for none."""
+    return f"{100 * gap:+.1f}" if gap else "-"
 
 
 def _beside_paper(miou: float, paper: float | None) -> list[str]:
     return ["-", "-"] if paper is None else [f"{paper:.1f}", f"{100 * miou - paper:+.1f}"]
 
 
-def markdown(dataset: Dataset, scores: Scores, settings: dict[str, object], worst: list[tuple[float, str]]) -> str:
-    """The figures, those of each class, the worst pictures, and the settings."""
+def markdown(
+    dataset: Dataset, every: dict[str, Scores], settings: dict[str, object], worst: list[tuple[float, str]]
+) -> str:
+    """The figures, those of each class, the worst pictures, and the settings; by list of names if there are several."""
+    scores = next(iter(every.values()))
     pictures = scores.images + scores.singles
     lines = [
         f"# {dataset.title}: {100 * scores.miou:.2f} % mIoU",
@@ -104,6 +147,11 @@ def markdown(dataset: Dataset, scores: Scores, settings: dict[str, object], wors
     ]
     if scores.top1 is not None:
         lines += ["", f"{scores.singles} pictures as a whole: zero-shot top-1 {100 * scores.top1:.2f} %."]
+    if len(every) > 1:
+        lines += ["", "| names | mIoU % | pixel accuracy % |", "| --- | --- | --- |"]
+        for names, each in every.items():
+            lines.append(f"| {printable(names)} | {100 * each.miou:.2f} | {100 * each.pixel_accuracy:.2f} |")
+        lines += ["", "The rest is by the first list of names."]
     lines += ["", "| class | IoU % | share of the pixels % |", "| --- | --- | --- |"]
     shares = scores.confusion.sum(axis=1) / max(1, scores.confusion.sum())
     for name, iou, share in zip(dataset.class_names, scores.iou, shares, strict=True):

@@ -8,6 +8,7 @@ in whatever order and with however many interruptions they came about.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -23,7 +24,8 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from torch import nn
 
-from rfclip.datasets.base import Dataset, Item
+from rfclip.datasets.base import IGNORED, Dataset, Item
+from rfclip.datasets.names import ClassNames, name_lists
 from rfclip.files import parse_json, write_whole
 from rfclip.methods import find_protocol
 from rfclip.scoring.metrics import Scores, confusion_matrix
@@ -41,17 +43,26 @@ class Scorer:
     """A worker (see `rfclip.app.engines`) that scores a dataset's items by a method's protocol for the dataset.
 
     A result is the item with the seconds it took and, under "pixels", [label, prediction, count] of each pair that
-    occurs or, under "hit", whether the picture as a whole was classified correctly.
+    occurs, for each list of names, or, under "hit", whether the picture as a whole was classified correctly.
 
     Args:
         job: the model with its settings.
         dataset: what is scored.
         model: the job's model if it is loaded already.
         device: where the model is or will be; None: the job's device.
+        lists: the names of the dataset's classes, by what each list is called; None: the official ones. A picture goes
+            through the tower once for all of them.
     """
 
-    def __init__(self, job: Job, dataset: Dataset, model: nn.Module | None = None, device: str | None = None) -> None:
-        self.job, self.dataset = job, dataset
+    def __init__(
+        self,
+        job: Job,
+        dataset: Dataset,
+        model: nn.Module | None = None,
+        device: str | None = None,
+        lists: dict[str, ClassNames] | None = None,
+    ) -> None:
+        self.job, self.dataset, self.lists = job, dataset, lists or name_lists(dataset)
         self._open = contextlib.ExitStack()
         protocol = find_protocol(job.protocol, job.method).on(dataset.name)
         self.threshold = protocol.threshold if dataset.background else None
@@ -72,26 +83,45 @@ class Scorer:
 
     def settings(self) -> dict[str, object]:
         """What a result depends on: a run resumes only if all of it is unchanged."""
-        return self.dataset.described() | self.job.described(self.segmenter) | {"threshold": self.threshold}
+        names = {name: _digest(names) for name, names in self.lists.items()}
+        settings = {"threshold": self.threshold, "names": names}
+        return self.dataset.described() | self.job.described(self.segmenter) | settings
 
     def __call__(self, item: Item) -> dict[str, object]:
         began = time.perf_counter()
         rgb, labels = self.dataset.read(item)
         if isinstance(labels, np.ndarray):
-            confusion = confusion_matrix(labels, self.predict(rgb).labels, len(self.dataset.classes))
-            rows, columns = np.nonzero(confusion)
-            pixels = np.stack([rows, columns, confusion[rows, columns]], axis=1).tolist()
+            labels, classes = self.counted(labels), len(self.dataset.classes)
+            pixels = {}
+            for name, predicted in self.predictions(rgb).items():
+                confusion = confusion_matrix(labels, predicted.labels, classes)
+                rows, columns = np.nonzero(confusion)
+                pixels[name] = np.stack([rows, columns, confusion[rows, columns]], axis=1).tolist()
             found: dict[str, object] = {"pixels": pixels}
         else:
             found = {"hit": self.classify(rgb) == labels}
         return item | {"seconds": time.perf_counter() - began} | found
 
     def predict(self, rgb: Image.Image) -> Segmentation:
-        """A picture's segmentation into the dataset's classes; where no class is sure, the background, if any."""
-        dataset = self.dataset
-        found = self.segmenter.segment(rgb, dataset.classes, threshold=self.threshold, pamr=self.job.pamr)
-        labels = np.where(found.labels == found.nothing, 0, found.labels) if dataset.background else found.labels
-        return replace(found, labels=labels, classes=tuple(dataset.class_names))
+        """A picture's segmentation by the first list of names."""
+        return next(iter(self.predictions(rgb).values()))
+
+    def predictions(self, rgb: Image.Image) -> dict[str, Segmentation]:
+        """By list of names, the segmentation into the dataset's classes; where none is sure, the background, if any."""
+        dataset, lists = self.dataset, list(self.lists.values())
+        each = self.segmenter.segment_by(rgb, lists, threshold=self.threshold, pamr=self.job.pamr)
+        predicted = {}
+        for name, found in zip(self.lists, each, strict=True):
+            labels = np.where(found.labels == found.nothing, 0, found.labels) if dataset.background else found.labels
+            predicted[name] = replace(found, labels=labels, classes=tuple(dataset.class_names))
+        return predicted
+
+    def counted(self, labels: np.ndarray) -> np.ndarray:
+        """The labels [H, W] of those pixels that the protocol looks at; others do not count."""
+        top, left, height, width = self.segmenter.windows.seen(*labels.shape)
+        seen = np.full_like(labels, IGNORED)
+        seen[top : top + height, left : left + width] = labels[top : top + height, left : left + width]
+        return seen
 
     @torch.inference_mode()
     def classify(self, rgb: Image.Image) -> int:
@@ -101,6 +131,11 @@ class Scorer:
         image = prepared(rgb, tower.image_size, tower).to(tower.weight.dtype)
         embedding = tower.encode_image(segmenter.model, image[None])
         return int((F.normalize(embedding.float(), dim=-1).cpu() @ text.T).argmax())
+
+
+def _digest(names: ClassNames) -> str:
+    """A short hash of a list of names, so that a run resumes only with the same."""
+    return hashlib.blake2b(json.dumps(names).encode(), digest_size=6).hexdigest()
 
 
 def written(folder: Path) -> list[Path]:
@@ -114,16 +149,21 @@ def _long_side(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a run keeps of a picture: seconds, and either pixels by label and prediction, [K, 3], or a hit or miss."""
+    """What a run keeps of a picture: seconds, and either pixels by label and prediction, or a hit or miss.
+
+    Attributes:
+        pixels: by list of names: label, prediction and count, [K, 3].
+    """
 
     seconds: float
-    pixels: np.ndarray | None
+    pixels: dict[str, np.ndarray] | None
     hit: bool | None
 
-    def confusion(self, classes: int) -> np.ndarray:
+    def confusion(self, classes: int, names: str) -> np.ndarray:
         matrix = np.zeros((classes, classes), np.int64)
         if self.pixels is not None:
-            matrix[self.pixels[:, 0], self.pixels[:, 1]] = self.pixels[:, 2]
+            pixels = self.pixels[names]
+            matrix[pixels[:, 0], pixels[:, 1]] = pixels[:, 2]
         return matrix
 
 
@@ -197,7 +237,8 @@ class Run:
             try:
                 record = parse_json(line)
                 seconds, hit = float(record.pop("seconds")), record.pop("hit", None)
-                pixels = None if hit is not None else np.array(record.pop("pixels"), np.int64).reshape(-1, 3)
+                found = {} if hit is not None else dict(record.pop("pixels"))
+                pixels = {name: np.array(each, np.int64).reshape(-1, 3) for name, each in found.items()} or None
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
                 raise ValueError(f"{self._lines}, line {number}, is corrupt: --overwrite starts over") from error
             done[json.dumps(record)] = Scored(seconds, pixels, hit)
@@ -217,11 +258,11 @@ class Run:
                 os.fsync(file.fileno())
                 yield record["image"]
 
-    def scores(self, classes: int) -> tuple[Scores, list[tuple[float, Item]]]:
-        """The sum over all items, every one of which is scored, and the items by their own mIoU, worst first."""
+    def scores(self, classes: int, names: str = "official") -> tuple[Scores, list[tuple[float, Item]]]:
+        """By a list of names: the sum over all items, all of which are scored, and the items by mIoU, worst first."""
         done = self._done()
         scored = [(item, done[json.dumps(item)]) for item in self.items]
-        confusions = [(item, each.confusion(classes)) for item, each in scored if each.pixels is not None]
+        confusions = [(item, each.confusion(classes, names)) for item, each in scored if each.pixels is not None]
         hits = [each.hit for _, each in scored if each.hit is not None]
         total = sum((confusion for _, confusion in confusions), np.zeros((classes, classes), np.int64))
         seconds = math.fsum(each.seconds for _, each in scored)

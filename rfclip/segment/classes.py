@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from rfclip.datasets import find_dataset, in_paper
+from rfclip.datasets.names import ClassNames, class_list
+
 Classes: TypeAlias = str | os.PathLike | Sequence[str | Sequence[str]]
-ClassNames: TypeAlias = list[tuple[str, ...]]  # the names of each class, the first standing for it
 MOST = 65534  # classes, so that labels fit into 16 bits
 # What a picture holds beside the things asked for: the list with which the field's methods score Pascal VOC.
 GENERAL = (
@@ -40,7 +42,7 @@ def with_background(named: ClassNames, wanted: bool | None, general: Sequence[st
         ValueError: a background is wanted, and there is one, or every general name is taken.
     """
     given = {name.casefold() for names in named for name in names}
-    there = "background" in given
+    there = "background" in map(title, named) or "background" in given
     if wanted is False or wanted is None and (len(named) > 1 or there):
         return named
     names = Background(name for name in general if name.casefold() not in given)
@@ -55,11 +57,13 @@ def parse_classes(classes: Classes) -> ClassNames:
     Args:
         classes: a list whose items are a name, names separated by commas ("cat, kitten"), or a list of names; or a file
             of one class per line; or one string of classes separated by commas or, to allow synonyms, by semicolons:
-            "cat, kitten; dog".
+            "cat, kitten; dog"; or the name of a dataset, "voc21", for the field's list of its classes.
 
     Raises:
         ValueError: there is no class, an empty name, a repeated name, or no such file.
     """
+    if isinstance(classes, str) and (listed := shipped_list(classes)) is not None:
+        return listed
     if isinstance(classes, os.PathLike) or (isinstance(classes, str) and os.path.isfile(classes)):
         try:
             items: Iterable = [line for line in Path(classes).read_text("utf-8-sig").splitlines() if line.strip()]
@@ -88,6 +92,19 @@ def parse_classes(classes: Classes) -> ClassNames:
     if len(parsed) > MOST:
         raise ValueError(f"classes: got {len(parsed)}, at most {MOST} are possible")
     return parsed
+
+
+def shipped_list(name: str) -> ClassNames | None:
+    """The list of names that the field scores a dataset with; None if the name is no dataset's.
+
+    In lists with a background, its general names are the class "background". A name may stand in two classes of a list
+    ("bed", in COCO-Object): they score the same, and the first of them wins.
+    """
+    if name.strip() not in in_paper():
+        return None
+    dataset = find_dataset(name.strip())
+    first, *rest = class_list(dataset.name, "official")
+    return [Background(first) if dataset.background else first, *rest]
 
 
 def _is_path(text: str) -> bool:

@@ -16,10 +16,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from rfclip.config import TINY, RefocusConfig, canonical_name, check_precision, is_finite
+from rfclip.datasets.names import ClassNames
 from rfclip.images import ImageLike, to_rgb
 from rfclip.methods import RF_CLIP, Protocol, find_method
 from rfclip.plugin import installed, refocus
-from rfclip.segment.classes import GENERAL, Classes, ClassNames, parse_classes, title, with_background
+from rfclip.segment.classes import GENERAL, Classes, parse_classes, title, with_background
 from rfclip.segment.result import Segmentation
 from rfclip.segment.text import TEMPLATES, TextEmbeddings, digest
 from rfclip.segment.windows import Corner, Windows

@@ -11,6 +11,7 @@ from miniatures import make
 from PIL import Image
 
 import rfclip.methods
+from rfclip.config import TINY
 from rfclip.datasets import find_dataset, in_paper
 from rfclip.segment import job
 from rfclip.segment.segmenter import Segmenter
@@ -110,7 +111,7 @@ def test_evaluate_all(tmp_path, monkeypatch):
             make(Path("data"), name)
     one_prompt = partial(Segmenter, templates=[lambda name: f"a {name}."])
     monkeypatch.setattr(job, "Segmenter", one_prompt)
-    result = run("evaluate", "--all", "--root", "data", "--limit", 1, "--batch", 4)
+    result = run("evaluate", "--all", "--root", "data", "--limit", 1, "--batch", 4, "--model", TINY)
     assert result.exit_code == 0, result.output
     rows = Path("rfclip-runs/table.md").read_text().splitlines()
     titles = [find_dataset(name).title for name in in_paper()]
@@ -122,7 +123,7 @@ def test_evaluate_all(tmp_path, monkeypatch):
 def test_evaluate_several_methods(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make(Path("data"), "voc21")
-    result = run("evaluate", "voc21", "--root", "data", "--method", "clearclip, kk,rf-clip")
+    result = run("evaluate", "voc21", "--root", "data", "--model", TINY, "--method", "clearclip, kk,rf-clip")
     assert result.exit_code == 0, result.output
     settings = {
         path.parent.name: json.loads(path.read_text()) for path in sorted(Path("rfclip-runs").glob("*/run.json"))

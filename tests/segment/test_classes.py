@@ -4,6 +4,8 @@ import warnings
 
 import pytest
 
+from rfclip.datasets import find_dataset, in_paper
+from rfclip.datasets.names import class_list
 from rfclip.segment.classes import GENERAL, Background, parse_classes, title, with_background
 from rfclip.tiny.scenes import CLASSES
 
@@ -46,6 +48,20 @@ def test_a_background_of_general_names():
         with_background([("cat",), ("Background",)], True)
     with pytest.raises(ValueError, match="no name is left"):
         with_background([("grass", "sky")], None, ["sky", "grass"])
+
+
+@pytest.mark.parametrize("name", in_paper())
+def test_the_lists_of_datasets_by_name(name):
+    """As the dataset has them, the general names of its background being a class of that name."""
+    dataset = find_dataset(name)
+    parsed = parse_classes(f" {name}")
+    assert parsed == class_list(name, "official")
+    assert (title(parsed[0]) == "background") == dataset.background
+    assert with_background(parsed, None) == parsed
+    if dataset.background:
+        with pytest.raises(ValueError, match="there is such a class already"):
+            with_background(parsed, True)
+    assert parse_classes([name]) == [(name,)]
 
 
 def test_parse_classes_from_a_file(tmp_path):

@@ -37,7 +37,18 @@ Config = Annotated[Path | None, typer.Option(help="RF-CLIP's settings in JSON, a
 Precision = Annotated[PrecisionName, typer.Option(help="Of the weights and of the image tower.")]
 MethodName = Annotated[str, typer.Option("--method", help="One of `rfclip methods`.")]
 Backend = Annotated[BackendName, typer.Option(help="See `rfclip info` for what auto chooses.")]
-Pamr = Annotated[bool, typer.Option("--pamr", help="Refine along the picture's edges (PAMR).")]
+Pamr = Annotated[
+    bool | None,
+    typer.Option("--pamr/--no-pamr", help="Refine along the picture's edges (PAMR). By default if the protocol does."),
+]
+ProtocolName = Annotated[
+    str,
+    typer.Option(
+        "--protocol",
+        help="How pictures are seen and labels decided: own (as the method's paper does it), common (as RF-CLIP's "
+        "does, for all), or a method whose way it is.",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
 EngineName = Annotated[
     Literal["local", "ray"],

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -17,12 +17,14 @@ from rfclip.config import TINY, RefocusConfig
 from rfclip.datasets import DATASETS
 from rfclip.extras import require
 from rfclip.files import write_whole
+from rfclip.methods import COMMON, OWN, RF_CLIP, find_protocol
 
 if TYPE_CHECKING:
     from torch import nn
 
     from rfclip.app.engines import Engine
     from rfclip.datasets.base import Dataset, Item
+    from rfclip.datasets.names import ClassNames
     from rfclip.scoring.metrics import Scores
     from rfclip.scoring.report import Row
     from rfclip.scoring.run import Scorer
@@ -33,8 +35,21 @@ RUNS = Path("rfclip-runs")
 Root = Annotated[Path | None, typer.Option(help="Folder of the datasets; a wrong one shows the layout expected.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Score only the first so many pictures.")]
 Batch = Annotated[int | None, typer.Option(min=1, help="Windows at a time in the image tower.")]
+Model = Annotated[
+    str | None, typer.Option(help=f"A model; `rfclip models` lists them. Scenes are scored on {TINY} by default.")
+]
 Count = Annotated[int | None, typer.Option(min=1, help="scenes: how many, 300 by default.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="scenes: another seed gives other scenes; 0 by default.")]
+Names = Annotated[
+    str,
+    typer.Option(
+        help="What classes are called: official (the field's lists), plain (the dataset's own names), synonyms (some "
+        "of the official names replaced), or a file of one class per line. Several, separated by commas, share one "
+        "pass through the tower.",
+    ),
+]
+Share = Annotated[float, typer.Option(min=0.0, max=1.0, help="--names synonyms: the share of the names replaced.")]
+Seeds = Annotated[int, typer.Option(min=1, help="--names synonyms: how many draws to score, mean and worst.")]
 RunFolder = Annotated[
     Path | None, typer.Option(help="Folder of the run, below rfclip-runs by default; an interrupted run resumes there.")
 ]
@@ -61,10 +76,14 @@ def evaluate(
     count: Count = None,
     seed: Seed = None,
     batch: Batch = None,
-    pamr: common.Pamr = False,
+    pamr: common.Pamr = None,
     method: Methods = None,
+    protocol: common.ProtocolName = OWN,
+    names: Names = "official",
+    share: Share = 0.5,
+    seeds: Seeds = 5,
     inject_distraction: common.Inject = 0.0,
-    model: common.Model = TINY,
+    model: Model = None,
     pretrained: common.Pretrained = None,
     device: common.Device = "cpu",
     backend: common.Backend = "auto",
@@ -86,42 +105,46 @@ def evaluate(
         _check_installed("evaluate")
         common.check_new(sheet, overwrite)
         common.check_folder(out or RUNS)
-        names = common.method_names(method) if method else []
+        methods = common.method_names(method) if method else []
+        find_protocol(protocol, RF_CLIP)
         given = common.read_config(config)
         opened = _open(None if every else dataset, root=root, count=count, seed=seed)
-        names = names or list(opened[0].methods)
+        model = _model(model, opened)
+        lists = {data.name: _name_lists(data, names, share, seeds) for data in opened}
+        methods = methods or list(opened[0].methods)
         items = {data.name: data.items(limit) for data in opened}
         from rfclip.app.engines import start
 
         starting = start(engine, workers, device)
-        from rfclip.scoring.report import Row, paper_figure
+        from rfclip.scoring.report import paper_figure, rows_of
         from rfclip.segment.job import Job
 
-        # The paper's figures are for OpenAI's weights, all pictures and its own settings.
-        plain = not (pamr or limit or config or inject_distraction)
+        # The paper's figures are for OpenAI's weights, all pictures, and the settings of the authors' code.
+        plain = protocol in (OWN, "released") and not (pamr or limit or config or inject_distraction)
         comparable = (pretrained or "").lower() == "openai" and plain
         rows: list[Row] = []
         with starting as where:
-            clip, refocusing = common.load(model, pretrained, where.here, given, names)
-            shared = Job(
-                model, pretrained, None, "rf-clip", backend, device, batch=batch, pamr=pamr, inject=inject_distraction
-            )
+            clip, refocusing = common.load(model, pretrained, where.here, given, methods)
+            more: dict[str, Any] = {"batch": batch, "pamr": pamr, "inject": inject_distraction, "protocol": protocol}
+            shared = Job(model, pretrained, None, RF_CLIP, backend, device, **more)
             own = _injected(refocusing, inject_distraction)
             jobs = {
                 name: replace(shared, method=name, config=config)
-                for name, config in _possible(clip, names, own, method == "all")
+                for name, config in _possible(clip, methods, own, method == "all")
             }
             single = len(opened) * len(jobs) == 1
             out = out or RUNS.joinpath(*([_run_name(opened[0].name, *jobs)] if single else []))
             for name, job in jobs.items():
                 for data in opened:
                     folder = out if single else out / _run_name(data.name, name)
-                    scores = _score(job, data, items[data.name], folder, clip, where, overwrite)
-                    rows.append(Row(name, data.title, scores, paper_figure(data, model, name, comparable)))
+                    scores = _score(job, data, items[data.name], folder, clip, where, overwrite, lists[data.name])
+                    rows += rows_of(name, data.title, scores, paper_figure(data, model, name, comparable))
             if sheet is not None:
                 _draw_sheet(sheet, opened[0], items[opened[0].name], jobs, clip, where)
         title = f"{model}, {pretrained or 'its own weights'}{_with_distraction(inject_distraction)}"
-        _print_table("method", rows, title, None if single else out / "table.md")
+        _print_table(
+            "method", rows, f"{title}; {_about(protocol)}; names: {names}", None if single else out / "table.md"
+        )
         common.answer(f"Written to {out}.")
         if not inject_distraction and refocusing == RefocusConfig(distraction_dims=()):
             common.answer("This model has no distraction dimensions: rf-clip equals kk-mean here.")
@@ -135,9 +158,10 @@ def ablate(
     count: Count = None,
     seed: Seed = None,
     batch: Batch = None,
-    pamr: common.Pamr = False,
+    pamr: common.Pamr = None,
+    protocol: common.ProtocolName = OWN,
     inject_distraction: common.Inject = 0.0,
-    model: common.Model = TINY,
+    model: Model = None,
     pretrained: common.Pretrained = None,
     device: common.Device = "cpu",
     backend: common.Backend = "auto",
@@ -152,10 +176,12 @@ def ablate(
         from rfclip.scoring.ablations import check_ablation, variants
 
         check_ablation(ablation)
+        find_protocol(protocol, RF_CLIP)
         _check_installed("ablate")
         common.check_folder(out or RUNS)
         given = common.read_config(config)
         (opened,) = _open(dataset, root=root, count=count, seed=seed)
+        model = _model(model, [opened])
         items = opened.items(limit)
         from rfclip.app.engines import start
 
@@ -167,21 +193,20 @@ def ablate(
         out = out or RUNS / f"{dataset}-ablation-{ablation}"
         rows: list[Row] = []
         with starting as where:
-            clip, refocusing = common.load(model, pretrained, where.here, given, ["rf-clip"])
+            clip, refocusing = common.load(model, pretrained, where.here, given, [RF_CLIP])
             refocusing = _injected(refocusing, inject_distraction)
             assert refocusing is not None
             configs = variants(ablation, refocusing, len(read_tower(clip).blocks))
-            shared = Job(
-                model, pretrained, None, "rf-clip", backend, device, batch=batch, pamr=pamr, inject=inject_distraction
-            )
+            more: dict[str, Any] = {"batch": batch, "pamr": pamr, "inject": inject_distraction, "protocol": protocol}
+            shared = Job(model, pretrained, None, RF_CLIP, backend, device, **more)
             scored: dict[RefocusConfig, Scores] = {}  # the full method appears more than once in a table
             for number, (label, choice) in enumerate(configs.items(), 1):
                 if choice not in scored:
                     job = replace(shared, config=choice)
                     folder = out / f"variant-{number}"
-                    scored[choice] = _score(job, opened, items, folder, clip, where, overwrite)
+                    (scored[choice],) = _score(job, opened, items, folder, clip, where, overwrite).values()
                 rows.append(Row(label, opened.title, scored[choice]))
-        title = f"ablation {ablation}, {model}{_with_distraction(inject_distraction)}"
+        title = f"ablation {ablation}, {model}{_with_distraction(inject_distraction)}; {_about(protocol)}"
         _print_table("variant", rows, title, out / "ablation.md")
         common.answer(f"Written to {out}.")
 
@@ -214,6 +239,33 @@ def _open(name: str | None, **options: object) -> list[Dataset]:
     from rfclip.datasets import find_dataset, in_paper
 
     return [find_dataset(each).open(**options) for each in (in_paper() if name is None else [name])]
+
+
+def _model(given: str | None, opened: list[Dataset]) -> str:
+    """The model given, or the bundled one on scenes.
+
+    Raises:
+        ValueError: no model is given for photographs, of which the bundled one knows nothing.
+    """
+    photographs = [data.name for data in opened if data.name != "scenes"]
+    if given is None and photographs:
+        raise ValueError(
+            f"{', '.join(photographs)}: give a --model that knows photographs, such as --model ViT-B-16-quickgelu "
+            f"--pretrained openai. The bundled one knows drawn scenes only; --model {TINY} scores it all the same"
+        )
+    return given or TINY
+
+
+def _name_lists(dataset: Dataset, names: str, share: float, seeds: int) -> dict[str, ClassNames]:
+    from rfclip.datasets.names import name_lists
+
+    return name_lists(dataset, list(dict.fromkeys(part.strip() for part in names.split(","))), share, range(seeds))
+
+
+def _about(protocol: str) -> str:
+    """A protocol in a title."""
+    said = {OWN: "each method by its own protocol", COMMON: "the common protocol, RF-CLIP's"}
+    return said.get(protocol, f"the protocol of {protocol}")
 
 
 def _injected(config: RefocusConfig | None, share: float) -> RefocusConfig | None:
@@ -251,22 +303,29 @@ def _run_name(dataset: str, method: str) -> str:
 
 
 def _score(
-    job: Job, dataset: Dataset, items: list[Item], folder: Path, clip: nn.Module, engine: Engine, overwrite: bool
-) -> Scores:
+    job: Job,
+    dataset: Dataset,
+    items: list[Item],
+    folder: Path,
+    clip: nn.Module,
+    engine: Engine,
+    overwrite: bool,
+    lists: dict[str, ClassNames] | None = None,
+) -> dict[str, Scores]:
     """Start a run in a folder, or resume it, with the model loaded already."""
     from rfclip.scoring.report import finish
     from rfclip.scoring.run import Run, Scorer
 
     with (
         common.progress() as progress,
-        Scorer(job, dataset, clip, engine.here) as scorer,
+        Scorer(job, dataset, clip, engine.here, lists) as scorer,
         Run(folder, scorer.settings(), items, overwrite=overwrite) as run,
     ):
         todo = run.missing()
         if len(todo) < len(items):
             common.say(f"{folder}: {len(items) - len(todo)} of {len(items)} pictures were scored earlier")
         bar = progress.add_task(dataset.title, total=len(items), completed=len(items) - len(todo))
-        there = partial(Scorer, job.elsewhere(), dataset.elsewhere())
+        there = partial(Scorer, job.elsewhere(), dataset.elsewhere(), lists=lists)
         for _ in run.keep(engine.results(lambda: scorer, there, todo)):
             progress.advance(bar)
         return finish(run, scorer)

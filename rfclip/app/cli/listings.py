@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
 from rich.table import Column, Table
 
 from rfclip import __version__
 from rfclip.app.cli import common
 from rfclip.config import PRESETS, TINY, plain_name
+
+CAPTION = (
+    "side: of the resized picture, the shorter one; window: side and stride of the windows, or the picture as a whole; "
+    "scale: of the cosines; cut: the class probability below which a pixel is background, where there is such a class."
+)
 
 
 def info(device: common.Device = "cpu", backend: common.Backend = "auto") -> None:
@@ -59,14 +67,22 @@ def models() -> None:
     common.out_console.print(table)
 
 
-def methods() -> None:
+def methods(
+    on: Annotated[
+        str | None, typer.Option(metavar="DATASET", help="Show the protocols that apply to this dataset.")
+    ] = None,
+) -> None:
     """List the methods: their sources, and how they see a picture, in pixels for a tower trained at 224."""
-    from rfclip.methods import METHODS
+    with common.clear_errors():
+        from rfclip.methods import COMMON, METHODS, Protocol
 
-    table = Table(Column("method", no_wrap=True), "source", "short side", "window", "stride", "scale", "threshold")
-    for name, card in METHODS.items():
-        p = card.protocol
-        sides = (str(side) for side in (p.short_side, p.window, p.stride))
-        threshold = "-" if p.threshold is None else f"{p.threshold:g}"
-        table.add_row(name, card.source, *sides, f"{p.logit_scale:g}", threshold)
-    common.out_console.print(table)
+        heads = (Column(head, no_wrap=True) for head in ("method", "side", "window", "scale", "cut"))
+        table = Table(*heads, "source, and what else its protocol does", caption=CAPTION, caption_justify="left")
+        rows = [(name, card.source, card.protocol) for name, card in METHODS.items()]
+        for name, source, protocol in [*rows, (COMMON, "RF-CLIP's protocol, for all methods", Protocol())]:
+            p = protocol if on is None else protocol.on(on)
+            window = "whole" if p.window is None else f"{p.window} / {p.stride}"
+            threshold = "-" if p.threshold is None else f"{p.threshold:g}"
+            said = "; ".join(filter(None, (source, p.beyond())))
+            table.add_row(name, str(p.short_side), window, f"{p.logit_scale:g}", threshold, said)
+        common.out_console.print(table)

@@ -15,13 +15,17 @@ import typer
 from rfclip.app.cli import common
 from rfclip.config import TINY
 from rfclip.extras import require
+from rfclip.methods import OWN
 
 
 def segment(
     images: common.Images,
     classes: Annotated[
         list[str],
-        typer.Option(help='"cat, dog, grass"; with synonyms "cat, kitten; dog"; or a file, one class per line.'),
+        typer.Option(
+            help='"cat, dog, grass"; with synonyms "cat, kitten; dog"; a file, one class per line; or a dataset\'s list: '
+            "voc21."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("rfclip-out"),
     model: common.Model = TINY,
@@ -42,7 +46,8 @@ def segment(
             help='Add a class "background" of general names (sky, wall, road, ...). By default if there is one class.',
         ),
     ] = None,
-    pamr: common.Pamr = False,
+    pamr: common.Pamr = None,
+    protocol: common.ProtocolName = OWN,
     format: Annotated[
         Literal["png", "parquet"],
         typer.Option(help="png: three files per picture; parquet: run-length masks, many pictures per file."),
@@ -54,7 +59,7 @@ def segment(
     """Segment pictures by class names: an indexed mask, an overlay and a JSON file for each."""
     with common.clear_errors():
         found, failed = common.find_images(images)
-        from rfclip.methods import find_method
+        from rfclip.methods import find_method, find_protocol
         from rfclip.segment.classes import parse_classes
 
         named = parse_classes(common.given_once("--classes", classes))
@@ -63,6 +68,7 @@ def segment(
         if threshold is not None and not 0 <= threshold <= 1:  # Typer before 0.25 lets NaN pass
             raise ValueError(f"--threshold {threshold}: expected a probability, from 0 to 1")
         find_method(method)
+        find_protocol(protocol, method)
         refocusing = common.read_config(config)
         if format == "png":
             found, clashing = common.distinct(found)
@@ -79,7 +85,7 @@ def segment(
             from rfclip.app.writer import Writer, described, plan_files, plan_shards
             from rfclip.segment.job import Job
 
-            job = Job(model, pretrained, refocusing, method, backend, device, precision, pamr=pamr)
+            job = Job(model, pretrained, refocusing, method, backend, device, precision, pamr=pamr, protocol=protocol)
             # What is left once the workers are gone was theirs.
             with swept(out, mark), starting as where, contextlib.ExitStack() as stack:
                 common.available(where.here)
