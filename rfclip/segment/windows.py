@@ -200,7 +200,7 @@ def resized_as_opencv(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resizing of uint8 [3, H, W] to [3, height, width] by OpenCV's arithmetic for INTER_LINEAR.
 
     Weights have 11 bits, and bits are dropped between and after columns and rows, so that a tenth of the values is one
-    less than the rounded value. Newer OpenCVs differ from this, by 1, in less than a hundredth of the values.
+    less than the rounded value.
     """
     (top, above, bottom, below), (left, before, right, after) = (
         _taps(old, new, x.device) for old, new in zip(x.shape[1:], size, strict=True)
@@ -213,9 +213,10 @@ def resized_as_opencv(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _taps(old: int, new: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The two source pixels of each resized one along an axis, each before its weight in 1 / 2048."""
-    source = ((torch.arange(new, dtype=torch.float64) + 0.5) * old / new - 0.5).clamp(0, old - 1)
-    low = source.long()
+    source = ((torch.arange(new, dtype=torch.float64) + 0.5) * (1 / (new / old)) - 0.5).float()
+    low = source.floor().long()
     weight = ((source - low) * 2048).round().int()
-    parts = low, 2048 - weight, (low + 1).clamp(max=old - 1), weight
+    # Beyond the border both are the pixel there, with weights as if they were not, and a bit is dropped of each.
+    parts = low.clamp(0, old - 1), 2048 - weight, (low + 1).clamp(0, old - 1), weight
     first, before, second, after = (part.to(device) for part in parts)
     return first, before, second, after

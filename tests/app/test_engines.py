@@ -21,6 +21,7 @@ from serving import heed_signals
 from rfclip.app import engines
 from rfclip.app.cli.segment import swept
 from rfclip.app.writer import Writer, described, plan_files, plan_shards
+from rfclip.config import TINY
 from rfclip.datasets import find_dataset
 from rfclip.outputs import read_masks
 from rfclip.scoring.run import Run, Scorer
@@ -147,7 +148,7 @@ def test_commands_on_ray(tmp_path, monkeypatch, pictures, masks, ray):
     same(((image, np.array(Image.open(f"files/{Path(image).stem}.mask.png"))) for image in map(str, masks)), shown)
     root = make(Path("data"), "voc20")
     for engine in ("ray", "local"):
-        result = run("evaluate", "voc20", "--root", root, "--engine", engine, "--out", engine)
+        result = run("evaluate", "voc20", "--model", TINY, "--root", root, "--engine", engine, "--out", engine)
         assert result.exit_code == 0, result.output
     found = [json.loads(Path(engine, "result.json").read_text()) for engine in ("ray", "local")]
     assert found[0] | {"seconds": 0} == found[1] | {"seconds": 0}
@@ -158,7 +159,7 @@ def test_errors_of_workers_come_back(tmp_path, ray):
     root = make(tmp_path / "data", "voc20")
     labels = find_dataset("voc20").open(root=root).pairs()[0][1]
     labels.write_bytes(b"no picture")
-    result = run("evaluate", "voc20", "--root", root, "--out", tmp_path / "run", "--engine", "ray")
+    result = run("evaluate", "voc20", "--model", TINY, "--root", root, "--out", tmp_path / "run", "--engine", "ray")
     assert result.exit_code == 2
     assert f"error: {labels}: cannot be read as labels" in result.stderr
     worker = partial(Writer, Job("no-model"), NAMES, {})
@@ -176,7 +177,7 @@ def test_a_killed_command_resumes(tmp_path, request, engine):
         save_labels(folder / f"SegmentationClass/{number}.png", labels, palette=True)
     (folder / "ImageSets/Segmentation").mkdir(parents=True)
     (folder / "ImageSets/Segmentation/val.txt").write_text("\n".join(map(str, range(20))))
-    ask = ("evaluate", "voc20", "--root", str(tmp_path / "data"))
+    ask = ("evaluate", "voc20", "--model", TINY, "--root", str(tmp_path / "data"))
     assert run(*ask, "--out", tmp_path / "whole").exit_code == 0
 
     ask += ("--out", str(tmp_path / "stopped"), "--engine", engine)

@@ -8,6 +8,7 @@ from commands import run
 from miniatures import make
 
 from rfclip import RefocusConfig
+from rfclip.config import TINY
 from rfclip.scoring.ablations import ABLATIONS, variants
 
 
@@ -25,7 +26,7 @@ def test_an_ablation_on_data_from_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make(Path("data"), "voc21")
     Path("config.json").write_text(RefocusConfig(distraction_dims=(3,)).to_json())
-    result = run("ablate", "6", "voc21", "--root", "data", "--config", "config.json", "--pamr")
+    result = run("ablate", "6", "voc21", "--model", TINY, "--root", "data", "--config", "config.json", "--pamr")
     assert result.exit_code == 0, result.output
     folder = Path("rfclip-runs/voc21-ablation-6")
     assert [line.split("|")[1].strip() for line in (folder / "ablation.md").read_text().splitlines()[4:]] == [

@@ -13,6 +13,7 @@ from PIL import Image
 import rfclip.methods
 from rfclip.config import TINY
 from rfclip.datasets import find_dataset, in_paper
+from rfclip.methods.rf_clip import RFCLIP as KK
 from rfclip.segment import job
 from rfclip.segment.segmenter import Segmenter
 from rfclip.tiny.scenes import CLASSES
@@ -103,14 +104,13 @@ def test_evaluate_with_wrong_arguments(folder, arguments, words):
 # On data from disk ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("one_prompt")
 def test_evaluate_all(tmp_path, monkeypatch):
     """All eight of them on the shipped model, which knows hardly any of their classes."""
     monkeypatch.chdir(tmp_path)
     for name in in_paper():
         if name not in ("voc20", "context59"):
             make(Path("data"), name)
-    one_prompt = partial(Segmenter, templates=[lambda name: f"a {name}."])
-    monkeypatch.setattr(job, "Segmenter", one_prompt)
     result = run("evaluate", "--all", "--root", "data", "--limit", 1, "--batch", 4, "--model", TINY)
     assert result.exit_code == 0, result.output
     rows = Path("rfclip-runs/table.md").read_text().splitlines()
@@ -136,6 +136,76 @@ def test_evaluate_several_methods(tmp_path, monkeypatch):
     assert settings["voc21-clearclip"]["window"] == 2 * settings["voc21"]["window"]
     rows = Path("rfclip-runs/table.md").read_text().splitlines()[4:]
     assert [row.split("|")[1].strip() for row in rows] == ["clearclip", "kk", "rf-clip"]
+
+
+@pytest.fixture
+def one_prompt(monkeypatch):
+    monkeypatch.setattr(job, "Segmenter", partial(Segmenter, templates=[lambda name: f"a {name}."]))
+
+
+@pytest.mark.usefixtures("one_prompt")
+def test_several_lists_of_names_share_a_pass(folder, monkeypatch):
+    """Their figures are those of runs on their own; a table shows each, and synonyms by mean and worst."""
+    make(Path("data"), "voc21")
+    given = ("evaluate", "voc21", "--root", "data", "--model", TINY, "--method", "kk")
+    passes = []
+    monkeypatch.setattr(KK, "_dense", lambda self, patches, whole=KK._dense: passes.append(1) or whole(self, patches))
+    several = run(*given, "--names", "official,plain,synonyms", "--seeds", 2, "--share", 1, "--out", "several")
+    assert several.exit_code == 0, several.output
+    count = len(passes)
+    found = json.loads(Path("several/result.json").read_text())
+    assert list(found["by_names"]) == ["official", "plain", "synonyms, seed 0", "synonyms, seed 1"]
+    assert found["miou"] == found["by_names"]["official"]["miou"]
+    for names in ("official", "plain"):
+        passes.clear()
+        assert run(*given, "--names", names, "--out", names).exit_code == 0
+        assert len(passes) == count
+        alone = json.loads(Path(names, "result.json").read_text())
+        assert alone["confusion"] == found["by_names"][names]["confusion"]
+        assert "by_names" not in alone
+    rows = [[cell.strip() for cell in line.split("│")[1:]] for line in several.stdout.splitlines() if "│" in line]
+    assert [row[1].split(",")[0] for row in rows if row[0]] == ["official", "plain", "synonyms", "synonyms"]
+    assert "| synonyms, seed 1 |" in Path("several/result.md").read_text()
+    refused(run(*given, "--names", "plain", "--out", "official"), "holds another run", "names was {'official'")
+    with Path("mine.txt").open("w") as file:
+        file.writelines(f"thing {number}\n" for number in range(20))
+    refused(run(*given, "--names", "mine.txt"), "got 20 lines; expected 21")
+
+
+@pytest.mark.usefixtures("one_prompt")
+def test_protocols(folder):
+    """Under the common one, every method sees the pictures alike; another method's can be taken; tables say which."""
+    make(Path("data"), "voc21")
+    given = ("evaluate", "voc21", "--root", "data", "--model", TINY, "--method", "clearclip,rf-clip")
+    said = {
+        "own": "each method by its own protocol",
+        "common": "the common protocol, RF-CLIP's",
+        "released": "the protocol of released",
+    }
+    settings = {}
+    for name, words in said.items():
+        result = run(*given, "--protocol", name, "--out", name)
+        assert result.exit_code == 0, result.output
+        assert words in " ".join(result.stdout.split())
+        assert words in Path(name, "table.md").read_text()
+        for method in ("voc21-clearclip", "voc21"):
+            settings[name, method] = json.loads(Path(name, method, "run.json").read_text())
+    asked = ("short_side", "window", "stride", "logit_scale", "threshold")
+    seen = {key: [each[name] for name in asked] for key, each in settings.items()}
+    assert seen["own", "voc21-clearclip"] != seen["common", "voc21-clearclip"] == seen["common", "voc21"]
+    assert settings["released", "voc21"]["window"] is None
+    assert settings["released", "voc21"]["protocol"]["rule"] == "released:AdjustedNames"
+    assert settings["common", "voc21"]["protocol"]["rule"] == "rule:Rule"
+    refused(run(*given, "--protocol", "fair"), "protocol 'fair'", "'own', 'common'")
+
+
+def test_photographs_need_a_model_that_knows_them(folder):
+    make(Path("data"), "voc21")
+    for command in ("evaluate", "ablate"):
+        arguments = ("tau", "voc21") if command == "ablate" else ("voc21",)
+        words = ("voc21: give a --model that knows photographs", f"--model {TINY} scores it all the same")
+        refused(run(command, *arguments, "--root", "data"), *words)
+    assert not Path("rfclip-runs").exists()
 
 
 @pytest.mark.parametrize(

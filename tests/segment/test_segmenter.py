@@ -4,6 +4,7 @@ import copy
 import warnings
 from pathlib import Path
 
+import cv2
 import numpy as np
 import open_clip
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 import rfclip
 from rfclip import RefocusConfig, Segmenter
 from rfclip.segment.classes import parse_classes
+from rfclip.segment.windows import resized_as_opencv
 from rfclip.tiny.scenes import CLASSES
 from rfclip.towers.loading import tiny_folder
 
@@ -87,6 +89,17 @@ def test_memory_limit_changes_nothing_but_the_batches(model, segmenter, picture)
     assert len(batches) > 1
     assert set(batches) == {1}
     del model.visual.forward.dense
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pictures_are_resized_as_opencv_does(seed):
+    """Its INTER_LINEAR, by which mmcv resizes, to the bit: up, down, and both, from one pixel on."""
+    random = np.random.default_rng(seed)
+    before, after = random.integers(1, 200 if seed else 2, 2), random.integers(1, 300, 2)
+    pixels = random.integers(0, 256, (*before, 3), dtype=np.uint8)
+    want = cv2.resize(pixels, (int(after[1]), int(after[0])))
+    got = resized_as_opencv(torch.from_numpy(pixels).permute(2, 0, 1), (int(after[0]), int(after[1])))
+    assert np.array_equal(got.permute(1, 2, 0), want)
 
 
 @pytest.mark.parametrize("stride", [56, 32, 50, 55, 112])

@@ -109,10 +109,10 @@ def evaluate(
         find_protocol(protocol, RF_CLIP)
         given = common.read_config(config)
         opened = _open(None if every else dataset, root=root, count=count, seed=seed)
-        model = _model(model, opened)
         lists = {data.name: _name_lists(data, names, share, seeds) for data in opened}
         methods = methods or list(opened[0].methods)
         items = {data.name: data.items(limit) for data in opened}
+        model = _model(model, opened)
         from rfclip.app.engines import start
 
         starting = start(engine, workers, device)
@@ -181,8 +181,8 @@ def ablate(
         common.check_folder(out or RUNS)
         given = common.read_config(config)
         (opened,) = _open(dataset, root=root, count=count, seed=seed)
-        model = _model(model, [opened])
         items = opened.items(limit)
+        model = _model(model, [opened])
         from rfclip.app.engines import start
 
         starting = start(engine, workers, device)

@@ -23,8 +23,8 @@ def segment(
     classes: Annotated[
         list[str],
         typer.Option(
-            help='"cat, dog, grass"; with synonyms "cat, kitten; dog"; a file, one class per line; or a dataset\'s list: '
-            "voc21."
+            help='"cat, dog, grass"; with synonyms "cat, kitten; dog"; a file, one class per line; or a list of the '
+            "field's: voc21."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("rfclip-out"),
