@@ -27,7 +27,12 @@ from rfclip.towers import Tower, read_tower
 
 CHUNK = 64 << 20  # bytes of attention rows, over all heads, that are held at a time
 
-SEGMENTED_BY = {"clip": "plain CLIP", "kk-mean": "without refocusing (kk-mean)", "rf-clip": "RF-CLIP"}
+SEGMENTED_BY = {
+    "clip": "plain CLIP",
+    "kk-mean": "without refocusing (kk-mean)",
+    RF_CLIP: "RF-CLIP",
+    "released": "the code that RF-CLIP's authors released",
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class Explanation:
         distraction, defocused: bool [L, N], T_dis and the tokens that receive its budget, in the refocused tower.
         fiedler: [L, N], the second eigenvector of the graph cut; NaN in blocks without a cut.
         moved: [L, N], what refocusing adds to `received`: negative where a token gives. The last block moves nothing.
-        segmentations: by method, of the original picture; empty without classes.
+        segmentations: of the original picture by plain CLIP, without refocusing, and by RF-CLIP or the released code;
+            empty without classes.
     """
 
     image: Image.Image
@@ -100,6 +106,7 @@ def explain(
     points: Sequence[tuple[float, float]] | None = None,
     layers: Sequence[int] | None = None,
     classes: Classes | None = None,
+    method: str = RF_CLIP,
     short_side: int | None = None,
     backend: str = "auto",
     memory_limit: int = 1 << 30,
@@ -117,6 +124,7 @@ def explain(
         layers: numbers of the blocks, from 1, whose attention matrices to keep; None: four evenly spaced ones, the last
             among them, the nearest being replaced by the one that moves most.
         classes: as for `Segmenter`; None: the picture is not segmented.
+        method: what segments the picture last, "rf-clip" or "released", by its own protocol.
         short_side: of the picture in the tower, in pixels, rounded to patches; None: as the tower was trained.
         backend: as for `rfclip.refocus`.
         memory_limit: the most bytes that the matrices kept may take: 8 T^2 per layer.
@@ -127,6 +135,8 @@ def explain(
             or as `rfclip.refocus`, `to_rgb` and `Segmenter`.
         RuntimeError: the model is already refocused, or in training mode.
     """
+    if method not in (RF_CLIP, "released"):
+        raise ValueError(f"method={method!r}: expected {RF_CLIP!r} or 'released'; others are not explained")
     tower, rgb = read_tower(model), to_rgb(image)
     config = checked_config(model, tower, config)
     tower.check_ready()
@@ -163,18 +173,18 @@ def explain(
     plain = watched(PLAIN)
     segmentations = {}
     if classes is not None:
-        for method in SEGMENTED_BY:
+        for name in ("clip", "kk-mean", method):
             with Segmenter(
                 model,
-                method=method,
-                config=config if method == RF_CLIP else None,
+                method=name,
+                config=config if name == method else None,
                 backend=backend,
                 cuda_graphs=False,  # for a single picture
                 tokenizer=tokenizer,
                 long_side=long_side,
                 cache=cache,
             ) as segmenter:
-                segmentations[method] = segmenter(rgb, classes)
+                segmentations[name] = segmenter(rgb, classes)
     found = {name: np.stack(values) for name, values in refocused.found.items()}
     before, after = plain.view(), refocused.view()
     return Explanation(small, grid, config, places, kept, before, after, **found, segmentations=segmentations)

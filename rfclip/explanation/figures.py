@@ -98,7 +98,7 @@ def describe(found: Explanation) -> str:
             f"instead of {got}."
         )
     if found.segmentations:
-        without, refocused = (found.segmentations[name].labels for name in ("kk-mean", "rf-clip"))
+        _, without, refocused = (each.labels for each in found.segmentations.values())
         said += f" Refocusing changes the class of {100 * (without != refocused).mean():.1f} % of the pixels."
     return said
 
@@ -118,8 +118,8 @@ def draw_overview(found: Explanation) -> Figure:
     titles = [f"block {block + 1}: tokens over the threshold\n(red) and defocused (blue)", "attention received"]
     titles.append("attention of the point")
     if found.segmentations:
-        for row, method in zip(axes, ("kk-mean", "rf-clip"), strict=True):
-            row[3].imshow(found.segmentations[method].overlay())
+        for row, segmented in zip(axes, list(found.segmentations.values())[1:], strict=True):
+            row[3].imshow(segmented.overlay())
         titles.append("segmentation")
     return _titled(figure, axes, titles)
 
@@ -209,10 +209,10 @@ def draw_maps(found: Explanation) -> Figure:
 
 def draw_segmentations(found: Explanation) -> Figure:
     """The picture segmented by plain CLIP, without refocusing, and with it."""
-    figure, axes = _axes(1, len(SEGMENTED_BY), found)
-    for ax, method in zip(axes[0], SEGMENTED_BY, strict=True):
-        ax.imshow(found.segmentations[method].overlay())
-    return _titled(figure, axes, list(SEGMENTED_BY.values()), ("",))
+    figure, axes = _axes(1, len(found.segmentations), found)
+    for ax, segmented in zip(axes[0], found.segmentations.values(), strict=True):
+        ax.imshow(segmented.overlay())
+    return _titled(figure, axes, [SEGMENTED_BY[method] for method in found.segmentations], ("",))
 
 
 def _axes(rows: int, columns: int, found: Explanation, square: bool = False) -> tuple[Figure, np.ndarray]:

@@ -108,15 +108,17 @@ def test_the_layers_of_a_deep_tower(picture):
     assert len(found.layers) == 4 and found.layers[-1] == 8 and set(found.after.attention) == set(found.layers)
 
 
-def test_the_small_clip_with_classes():
+@pytest.mark.parametrize("last", ["rf-clip", "released"])
+def test_the_small_clip_with_classes(last):
     """It has no distraction dimensions: nothing moves, and each method segments the picture as usual."""
     model, scene = load_model(), tiny_folder() / "scene.png"
-    found = explain(model, scene, classes="dog, cactus, grass, sky")
+    found = explain(model, scene, classes="dog, cactus, grass, sky", method=last)
     assert (found.moved == 0).all() and not found.distraction.any()
     np.testing.assert_array_equal(found.before.received, found.after.received)
     assert found.layers == (2, 3, 4, 6)
     assert set(found.before.attention) == set(found.layers)
-    for method in ("clip", "kk-mean", "rf-clip"):
+    assert list(found.segmentations) == ["clip", "kk-mean", last]
+    for method in found.segmentations:
         with rfclip.Segmenter(model, method=method) as segmenter:
             want = segmenter(scene, "dog, cactus, grass, sky")
         np.testing.assert_array_equal(found.segmentations[method].labels, want.labels)
@@ -130,6 +132,7 @@ def test_the_small_clip_with_classes():
         ({"points": [(40, 3)]}, "outside the picture of 40 x 24"),
         ({"short_side": 7}, "at least a patch, 8"),
         ({"memory_limit": 100}, "ask for fewer layers"),
+        ({"method": "naclip"}, "'naclip': expected 'rf-clip' or 'released'"),
     ],
 )
 def test_wrong_arguments(model, picture, options, words):

@@ -12,6 +12,7 @@ from rfclip.app.cli import common
 from rfclip.config import TINY
 from rfclip.extras import require
 from rfclip.files import printable, write_whole
+from rfclip.methods import RF_CLIP
 
 
 def explain(
@@ -23,6 +24,7 @@ def explain(
     classes: Annotated[
         list[str] | None, typer.Option(help=f"As for segment; by default those of {TINY}, and none for other models.")
     ] = None,
+    method: Annotated[str, typer.Option(help="What segments: rf-clip, or released, the authors' own code.")] = RF_CLIP,
     model: common.Model = TINY,
     pretrained: common.Pretrained = None,
     device: common.Device = "cpu",
@@ -67,6 +69,7 @@ def explain(
                             points=places or None,
                             layers=numbers,
                             classes=names or clip.trained_on,
+                            method=method,
                             backend=backend,
                             tokenizer=load_tokenizer(model),
                         )
