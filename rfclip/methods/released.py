@@ -97,11 +97,11 @@ class AdjustedNames(Rule):
     image: ClassVar[Literal["picture", "window"] | None] = "picture"
 
     def __init__(self, share: float, shift: float, distance: float) -> None:
+        require("the protocol of the method released", "evaluate", "scipy")
         self.share, self.shift, self.distance = share, shift, distance
 
     def knows(self, text: Tensor, embed: Callable[[tuple[str, ...]], Tensor]) -> Tensor:
         """The cluster of each name, int64 [K], from 0."""
-        require("the protocol of the method released", "evaluate", "scipy")
         from scipy.cluster.hierarchy import fcluster, linkage
         from scipy.spatial.distance import squareform
 

@@ -15,6 +15,8 @@ from PIL import Image
 
 import rfclip
 from rfclip import RefocusConfig, Segmenter
+from rfclip.methods import Protocol, find_protocol
+from rfclip.plugin import installed
 from rfclip.segment.classes import parse_classes
 from rfclip.segment.windows import resized_as_opencv
 from rfclip.tiny.scenes import CLASSES
@@ -179,6 +181,22 @@ def test_a_refocused_model_keeps_its_config(model, picture):
         assert "forward" in vars(model.visual)
         with pytest.raises(ValueError, match="already refocused"):
             Segmenter(model, config=config)
+
+
+def test_positions_of_a_protocol(model, picture):
+    """They are those of the segmenter's protocol; a model refocused already keeps its own, and another is refused."""
+    released = find_protocol("released", "rf-clip")
+    for method, offset in (("rf-clip", 0.0), ("released", 0.1)):
+        with Segmenter(model, method=method):
+            assert installed(model).tower.position_offset == offset
+    with Segmenter(model, method="kk", protocol=released):
+        assert installed(model).tower.position_offset == 0.1
+    with rfclip.refocus(model, method="kk"):
+        with pytest.raises(
+            ValueError, match="an offset of 0.1, and this model is refocused with 0: give the plain model"
+        ):
+            Segmenter(model, protocol=released)
+        assert Segmenter(model, protocol=Protocol(short_side=300)).windows.short_side == 150
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
