@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from rfclip.datasets import find_dataset, in_paper
+from rfclip.datasets import DATASETS, find_dataset
 from rfclip.datasets.names import ClassNames, class_list
 
 Classes: TypeAlias = str | os.PathLike | Sequence[str | Sequence[str]]
@@ -100,9 +100,10 @@ def shipped_list(name: str) -> ClassNames | None:
     In lists with a background, its general names are the class "background". A name may stand in two classes of a list
     ("bed", in COCO-Object): they score the same, and the first of them wins.
     """
-    if name.strip() not in in_paper():
+    name = name.strip()
+    dataset = find_dataset(name) if name in DATASETS else None
+    if dataset is None or not dataset.paper:  # scenes have no list
         return None
-    dataset = find_dataset(name.strip())
     first, *rest = class_list(dataset.name, "official")
     return [Background(first) if dataset.background else first, *rest]
 

@@ -32,6 +32,20 @@ def test_models(monkeypatch, columns):
         assert "commonpool_l_laion_s1b_b8k" in result.stdout
 
 
+def test_methods_and_their_protocols(monkeypatch):
+    """In general, or on a dataset; a terminal of 80 columns cuts nothing off."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for more, row in (([], "224 / 112"), (["--on", "voc21"], "whole")):
+        result = run("methods", *more)
+        assert result.exit_code == 0 and "…" not in result.stdout
+        rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+        named = {cells[0]: cells[1:] for cells in rows if cells[0]}
+        assert list(named) == [*rfclip.methods.METHODS, "common"]
+        assert named["released"][1] == row and named["common"][:4] == ["336", "224 / 112", "40", "0.1"]
+    assert "AdjustedNames (share 0.1," in " ".join(result.stdout.split())
+    refused(run("methods", "--on", "voc"), "dataset 'voc': expected one of scenes")
+
+
 def test_version():
     done = subprocess.run([sys.executable, "-m", "rfclip", "--version"], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == (f"rfclip {rfclip.__version__}\n", "")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rfclip.datasets import find_dataset, in_paper
-from rfclip.datasets.names import class_list, perturbed, synonyms
+from rfclip.datasets.names import class_list, name_lists, perturbed, synonyms
 
 RENAMED = {"boat": "ship", "diningtable": "table", "tvmonitor": "television monitor"}  # by VOC's official lists
 EVERY = [class_list(dataset, names) for dataset in in_paper() for names in ("official", "plain")]
@@ -150,3 +150,20 @@ def test_ambiguous_synonyms_are_not_taken():
 def test_shares_out_of_range(share):
     with pytest.raises(ValueError, match=rf"share {share}: expected 0 .* to 1"):
         perturbed([("sofa",)], share, 0)
+
+
+def test_lists_by_what_they_are_called(tmp_path):
+    """The background of a list stays as it is; scenes have official names only."""
+    voc21, scenes = find_dataset("voc21").open(root=tmp_path), find_dataset("scenes").open()
+    assert name_lists(voc21) == {"official": voc21.classes}
+    path = tmp_path / "mine.txt"
+    path.write_text("\n".join(f"thing {number}, other {number}" for number in range(21)))
+    lists = name_lists(voc21, ["plain", "synonyms", "official", str(path)], share=1, seeds=range(2))
+    assert list(lists) == ["plain", "synonyms, seed 0", "synonyms, seed 1", "official", str(path)]
+    assert lists[str(path)][20] == ("thing 20", "other 20")
+    for seed in range(2):
+        drawn = lists[f"synonyms, seed {seed}"]
+        assert drawn == perturbed(voc21.classes, 1, seed, 1) and drawn[0] == voc21.classes[0] and drawn != voc21.classes
+    assert name_lists(scenes) == {"official": scenes.classes}
+    with pytest.raises(ValueError, match="names plain: there is no such list for scenes"):
+        name_lists(scenes, ["plain"])
