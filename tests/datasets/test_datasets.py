@@ -303,7 +303,7 @@ def test_scenes_are_items_with_labels_and_single_objects():
 @pytest.mark.parametrize("name", METHODS)
 def test_protocols_know_their_datasets(name):
     for dataset in DATASETS:
-        assert METHODS[name].protocol.on(dataset).window > 0
+        assert METHODS[name].protocol.on(dataset).short_side > 0
     with pytest.raises(ValueError, match="'cityscape': expected one of"):
         METHODS[name].protocol.on("cityscape")
     with pytest.raises(ValueError, match="'photos': expected one of"):
