@@ -95,6 +95,6 @@ class MinMax(Rule):
 
 
 def min_max(maps: Tensor) -> Tensor:
-    """Maps [..., h, w], each less its minimum and over its range; 0 everywhere if it is constant [D]."""
+    """Maps [..., h, w], each less its minimum and over its range; 0 everywhere if it is constant [D], and NaN stays."""
     low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
-    return torch.where(high > low, (maps - low) / (high - low), 0)
+    return torch.where(high == low, 0, (maps - low) / (high - low))

@@ -195,6 +195,8 @@ def test_constant_maps():
     """A blank picture, and names that are all the same."""
     maps = torch.stack([torch.ones(3, 4), torch.arange(12.0).view(3, 4)])
     assert min_max(maps).tolist() == [[[0.0] * 4] * 3, (maps[1] / 11).tolist()]
+    maps[1, 0, 0] = torch.nan  # or the segmenter would not see that a model is damaged
+    assert min_max(maps).isnan().flatten(1).any(dim=1).tolist() == [False, True]
     patches, image = torch.eye(4)[:1, :, None, None].expand(-1, -1, 2, 3), torch.eye(4)[:1]
     for text in (torch.eye(4)[:2], torch.eye(4)[:1].expand(2, -1)):
         assert not FeatureSurgery().window(patches, image, text, None).any()
