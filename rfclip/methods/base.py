@@ -97,7 +97,10 @@ class Method:
         return self.tower.readout(self.stream(patches)[:, 0])
 
     def dense_and_image(self, patches: Tensor, images: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What `dense` and `image` return; a method may have both from one pass."""
+        """What `dense` returns, and the image embedding for the rule of a protocol, which is that of `image` for most.
+
+        A method may have both from one pass.
+        """
         return self.dense(patches, images), self.image(patches)
 
     @property

@@ -1,18 +1,24 @@
-"""Peers whose whole difference is the last block's attention."""
+"""Peers whose whole difference is the last block's attention, and what their protocols do to labels."""
 
 from __future__ import annotations
 
-from functools import reduce
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from rfclip.methods.base import Method
+from rfclip.methods.rule import Rule
+from rfclip.ops import Backend
 from rfclip.ops.numerics import computing_dtype
+from rfclip.ops.reference import BAND
 
 
 class MaskCLIP(Method):
-    """z = O(v): every patch attends to itself; no residual, no MLP [D, as in ClearCLIP's code]."""
+    """z = O(v): every patch attends to itself; no residual, no MLP [D, as in ClearCLIP's code].
+
+    Two options of its code, prompt denoising and key smoothing, are off there by default, and not built here.
+    """
 
     def tokens(self, patches: Tensor) -> Tensor:
         _, (_, _, v) = self.last(patches)
@@ -51,11 +57,41 @@ class NACLIP(Method):
         return self.tower.blocks[-1].project(self.ops.self_attention(k, v, bias, prefix=prefix))[:, prefix:]
 
 
-class CLIPtrase(Method):
-    """u = x[L] + O((SS(q) + SS(k) + SS(v)) v), z = u + MLP(ln_2(u)); its clustering of the picture is left out."""
+class AreaRule(Rule):
+    """Small classes are removed: SCLIP and SC-CLIP on VOC21.
 
-    def tokens(self, patches: Tensor) -> Tensor:
-        x, qkv = self.last(patches)
-        prefix, v = self.tower.prefix, qkv[2]
-        gathered = reduce(torch.add, (self.ops.self_attention(u, v, prefix=prefix) for u in qkv))
-        return self.finished(x, gathered)[:, prefix:]
+    At every pixel one class is the most probable. Of the pixels that are not class 0's, the background's, a class that
+    has no more than `share` is removed: its probability becomes 0. Each pixel then gets the most probable class that is
+    left, to whose probability the threshold applies.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def labels(
+        self,
+        ops: Backend,
+        logits: Tensor,
+        size: tuple[int, int],
+        scale: float,
+        class_of_name: Tensor,
+        threshold: float | None,
+    ) -> Tensor:
+        found = ops.upsample_argmax(logits, size, scale, class_of_name, None)
+        classes = int(class_of_name.max()) + 1
+        areas = found.flatten().bincount(minlength=classes).double()
+        removed = areas <= self.share * areas[1:].sum()
+        removed[0] = False
+        band = max(1, BAND // (len(logits) * size[1]))
+        for top in range(0, size[0], band):
+            rows = range(top, min(top + band, size[0]))
+            probability = ops.class_probabilities(logits, size, scale, class_of_name, classes, rows)
+            best, label = probability.masked_fill(removed[:, None, None], 0).max(dim=0)  # the first of equals
+            found[top : rows.stop] = label if threshold is None else label.where(best >= threshold, -1)
+        return found
+
+
+class AtOnce(Rule):
+    """Logits go from the patches of a whole picture to its own pixels in one step: NACLIP on VOC20 and VOC21."""
+
+    at_once: ClassVar[bool] = True

@@ -135,6 +135,7 @@ class MethodCard:
 
 RF_CLIP = "rf-clip"  # the default method
 OWN, COMMON = "own", "common"  # protocols: each method's, and RF-CLIP's for all
+_AREA: dict[str, Any] = {"rule": "peers:AreaRule", "options": {"share": 0.1}}
 _PAPER = "Target Refocusing via Attention Redistribution, AAAI 2026"
 
 
@@ -151,20 +152,31 @@ METHODS: dict[str, MethodCard] = {
             "maskclip",
             "peers:MaskCLIP",
             "Zhou et al., ECCV 2022",
-            Protocol(short_side=512, threshold=None, datasets={"context59": {"short_side": 520}}),
+            Protocol(
+                short_side=512,
+                window=None,
+                resizing="mmcv",
+                padding="patch",
+                imagenet=True,
+                templates="scene",
+                logit_scale=100.0,
+                threshold=None,
+                datasets={"context59": {"short_side": 520}},
+            ),
         ),
         MethodCard(
             "sclip",
             "peers:SCLIP",
             "Wang et al., ECCV 2024",
             Protocol(
+                resizing="mmcv",
                 datasets={
                     "cityscapes": {"short_side": 560},
                     "coco_stuff": {"short_side": 448},
-                    "voc21": {"logit_scale": 65.0},
+                    "voc21": {"logit_scale": 65.0, **_AREA},
                     "context60": {"logit_scale": 50.0},
                     "coco_object": {"logit_scale": 50.0},
-                }
+                },
             ),
         ),
         MethodCard(
@@ -175,6 +187,8 @@ METHODS: dict[str, MethodCard] = {
                 short_side=448,
                 window=448,
                 stride=224,
+                resizing="mmcv",
+                padding="patch",
                 logit_scale=50.0,
                 threshold=0.5,
                 datasets={
@@ -184,12 +198,35 @@ METHODS: dict[str, MethodCard] = {
                 },
             ),
         ),
-        MethodCard("naclip", "peers:NACLIP", "Hajimiri et al., WACV 2025"),
+        MethodCard(
+            "naclip",
+            "peers:NACLIP",
+            "Hajimiri et al., WACV 2025",
+            Protocol(
+                resizing="mmcv",
+                pamr=True,
+                refined="given",
+                datasets={
+                    "cityscapes": {"short_side": 560},
+                    "voc20": {"window": None, "rule": "peers:AtOnce"},
+                    "voc21": {"window": None, "rule": "peers:AtOnce"},
+                },
+            ),
+        ),
         MethodCard(
             "gem",
             "two_streams:GEM",
             "Bousselham et al., CVPR 2024",
-            Protocol(short_side=448, window=448, stride=224, logit_scale=100.0, threshold=None, datasets={}),
+            Protocol(
+                short_side=448,
+                window=None,
+                resizing="square",
+                templates="photo",
+                logit_scale=1.0,
+                threshold=None,
+                rule="two_streams:MinMax",
+                datasets={},
+            ),
             blocks=6,
             beyond="six more attentions in each of six blocks",
         ),
@@ -197,25 +234,43 @@ METHODS: dict[str, MethodCard] = {
             "clip-surgery",
             "two_streams:CLIPSurgery",
             "Li et al., Pattern Recognition 2025",
-            Protocol(short_side=448, window=448, stride=224, threshold=None, datasets={}),
+            Protocol(
+                short_side=512,
+                window=None,
+                resizing="square",
+                templates="scene",
+                logit_scale=1.0,
+                threshold=None,
+                rule="two_streams:FeatureSurgery",
+                datasets={},
+            ),
             blocks=6,
             beyond="a second attention in each of six blocks",
         ),
         MethodCard(
             "cliptrase",
-            "peers:CLIPtrase",
+            "cliptrase:CLIPtrase",
             "Shao et al., ECCV 2024",
-            Protocol(short_side=224, logit_scale=100.0, threshold=None, datasets={}),
+            Protocol(
+                short_side=224,
+                window=None,
+                resizing="crop",
+                logit_scale=100.0,
+                threshold=None,
+                rule="cliptrase:Regions",
+                datasets={"voc20": {"rule": "cliptrase:RegionsByPicture"}},
+            ),
         ),
         MethodCard(
             "sc-clip",
             "sc_clip:SCCLIP",
             "Bai et al., 2024",
             Protocol(
+                resizing="mmcv",
                 threshold=0.15,
                 datasets={
                     "cityscapes": {"short_side": 560},
-                    "voc21": {"logit_scale": 50.0},
+                    "voc21": {"logit_scale": 50.0, **_AREA},
                     "coco_object": {"logit_scale": 55.0, "threshold": 0.35},
                 },
             ),
@@ -227,6 +282,8 @@ METHODS: dict[str, MethodCard] = {
             "Lan et al., ECCV 2024",
             Protocol(
                 window=336,
+                resizing="mmcv",
+                padding=56,
                 threshold=0.2,
                 datasets={
                     "cityscapes": {"short_side": 448, "window": 224},

@@ -19,9 +19,14 @@ class Rule:
 
     Attributes:
         image: the image embedding that `window` gets: of the "picture" as a whole or of each "window"; None: none.
+        at_once: whether the logits of a picture that is seen as a whole are resized from patches to the pixels of the
+            picture as given, and not to those of the resized picture first; `picture` then gets those of the patches.
+        regional: whether `regions` is to be called.
     """
 
     image: ClassVar[Literal["picture", "window"] | None] = None
+    at_once: ClassVar[bool] = False
+    regional: ClassVar[bool] = False
 
     def knows(self, text: Tensor, embed: Callable[[tuple[str, ...]], Tensor]) -> Tensor | None:
         """What `window` needs to know of a list of names, worked out once.
@@ -60,5 +65,11 @@ class Rule:
         return ops.upsample_argmax(logits, size, scale, class_of_name, threshold)
 
     def regions(self, method: Method, patches: Tensor, labels: Tensor) -> Tensor:
-        """The labels once the picture's own regions have been looked at; patches [1, d, gh, gw] are of the picture."""
+        """The labels [H, W] once the picture's own regions have been looked at.
+
+        Args:
+            method: which can run its tower.
+            patches: the convolved patches [1, d, gh, gw] of the picture as a whole.
+            labels: as `labels` returns them.
+        """
         return labels

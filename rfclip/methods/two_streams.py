@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rfclip.methods.base import QKV, Method
+from rfclip.methods.rule import Rule
 from rfclip.ops.numerics import computing_dtype
 from rfclip.towers import Block
 
@@ -33,7 +36,7 @@ class TwoStreams(Method):
 
 
 class CLIPSurgery(TwoStreams):
-    """SS(v) v in each of the last six blocks; its surgery on the logits of all classes is left out."""
+    """SS(v) v in each of the last six blocks."""
 
     def _gather(self, block: Block, x: Tensor, qkv: QKV) -> Tensor:
         return self.ops.self_attention(qkv[2], qkv[2], prefix=self.tower.prefix)
@@ -56,3 +59,42 @@ class GEM(TwoStreams):
             u = F.normalize(self.ops.self_attention(root * u, u, scale=1.0, prefix=prefix), dim=-1)
             gathered.append(self.ops.self_attention(root * u, v, scale=1.0, prefix=prefix))
         return reduce(torch.add, gathered) / 3
+
+
+class FeatureSurgery(Rule):
+    """CLIP Surgery's maps: what names have in common is removed, and each map stretched to [0, 1] over the patches.
+
+    With g the image embedding, x_i the patches and t_c the K names,
+
+        S[i, c] = w_c <x_i, t_c> - mean over c' of w_c' <x_i, t_c'>,  w_c = K softmax over c of 2 <g, t_c>
+
+    For a single name that is 0, and S[i] = <x_i, t - t_empty> instead, t_empty being the embedding of an empty text.
+    """
+
+    image: ClassVar[Literal["picture", "window"] | None] = "picture"
+    at_once: ClassVar[bool] = True
+
+    def knows(self, text: Tensor, embed: Callable[[tuple[str, ...]], Tensor]) -> Tensor | None:
+        """The embedding of the empty text [1, C] if there is one name."""
+        return embed(("",)) if len(text) == 1 else None
+
+    def window(self, patches: Tensor, image: Tensor | None, text: Tensor, known: Tensor | None) -> Tensor:
+        assert image is not None
+        if known is not None:
+            return min_max(super().window(patches, image, text - known, None))
+        weight = len(text) * (2 * image @ text.T).softmax(dim=-1)  # [B, K]
+        weighted = weight[..., None, None] * super().window(patches, image, text, None)
+        return min_max(weighted - weighted.mean(dim=1, keepdim=True))
+
+
+class MinMax(Rule):
+    """GEM's maps: that of each name is stretched to [0, 1] over the pixels of the resized picture."""
+
+    def picture(self, logits: Tensor) -> Tensor:
+        return min_max(logits)
+
+
+def min_max(maps: Tensor) -> Tensor:
+    """Maps [..., h, w], each less its minimum and over its range; 0 everywhere if it is constant [D], and NaN stays."""
+    low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
+    return torch.where(high == low, 0, (maps - low) / (high - low))

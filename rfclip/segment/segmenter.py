@@ -247,9 +247,9 @@ class Segmenter:
             warnings.warn(NO_SCENE, stacklevel=3)
         names = [self._upload(named) for named in lists]
         pamr = self.protocol.pamr if pamr is None else pamr
-        found = []
-        for named, listed, logits in zip(lists, names, self._logits(rgb, names, pamr), strict=True):
-            labels, dense = self._labels(logits, rgb, named, listed.class_of_name, threshold, probabilities)
+        found, (of_lists, whole) = [], self._logits(rgb, names, pamr)
+        for named, listed, logits in zip(lists, names, of_lists, strict=True):
+            labels, dense = self._labels(logits, whole, rgb, named, listed.class_of_name, threshold, probabilities)
             found.append(Segmentation(rgb, labels, tuple(map(title, named)), dense))
         return found
 
@@ -296,10 +296,12 @@ class Segmenter:
         """A hash of the model's weights and structure."""
         return digest(self.model)
 
-    def _logits(self, rgb: Image.Image, lists: list[Names], pamr: bool) -> list[Tensor]:
+    def _logits(self, rgb: Image.Image, lists: list[Names], pamr: bool) -> tuple[list[Tensor], Tensor | None]:
         """For each list, the logits of all its names in every pixel that is seen: [K, h, w] float32.
 
-        Sizes are those of the resized picture, or of the picture as given where PAMR refined it there.
+        Sizes are those of the resized picture, of its patches where the rule goes to pixels at once, or of the picture
+        as given where PAMR refined it there. Also the convolved patches [1, d, gh, gw] of the picture as a whole, if
+        they are known or the rule needs them.
         """
         tower, windows, method, rule = self.tower, self.windows, self._method, self._rule
         x = windows.picture(rgb, tower)
@@ -311,10 +313,11 @@ class Segmenter:
         names = sum(len(each.text) for each in lists)
         batch = self.batch or max(1, self.memory_limit // windows.bytes_each(tower, size, names))
         own = rule.image == "window" or (rule.image == "picture" and len(corners) == 1)
-        image = None
-        if rule.image == "picture" and not own:
-            (whole,) = replace(windows, window=None).patches(tower, padded, [(0, 0)])
-            image = F.normalize(method.image(whole[None]).float(), dim=-1)
+        image, whole = None, patches[0][None] if len(corners) == 1 else None
+        if whole is None and (rule.regional or rule.image == "picture"):
+            whole = replace(windows, window=None).patches(tower, padded, [(0, 0)])[0][None]
+        if whole is not None and rule.image == "picture" and not own:
+            image = F.normalize(method.image(whole).float(), dim=-1)
         parts: list[list[Tensor]] = [[] for _ in lists]
         for start in range(0, len(corners), batch):
             part = slice(start, start + batch)
@@ -330,7 +333,8 @@ class Segmenter:
             seen_by = None if image is None else image.expand(len(features), -1)
             for found, each in zip(parts, lists, strict=True):
                 found.append(rule.window(features, seen_by, each.text, each.known))
-        return [self._averaged(torch.cat(found), x, corners, size, shape, (top, left), rgb, pamr) for found in parts]
+        of_lists = [self._averaged(torch.cat(each), x, corners, size, shape, (top, left), rgb, pamr) for each in parts]
+        return of_lists, whole
 
     def _averaged(
         self,
@@ -343,35 +347,41 @@ class Segmenter:
         rgb: Image.Image,
         pamr: bool,
     ) -> Tensor:
-        """The logits [K, h, w] of the resized picture x from those of its windows, [W, K, gh, gw]."""
+        """The logits [K, h, w] of the resized picture x from those of its windows, [W, K, gh, gw], as `_logits`."""
         if not logits.isfinite().all():
             raise ValueError(
                 "the model's features of this picture are not finite: its weights are damaged, or overflow "
                 f"in {str(self.tower.weight.dtype).removeprefix('torch.')} (try another precision)"
             )
-        ops, (top, left), (height, width) = self._method.ops, margin, x.shape[1:]
-        averaged = ops.average_windows(logits, corners, size, shape)[:, top : top + height, left : left + width]
+        ops, (top, left), (height, width) = self._method.ops, margin, (x.shape[1], x.shape[2])
+        if self._rule.at_once and len(corners) == 1 and shape == (height, width):
+            averaged = logits[0]
+        else:
+            averaged = ops.average_windows(logits, corners, size, shape)[:, top : top + height, left : left + width]
         averaged = self._rule.picture(averaged)
         if not pamr:
             return averaged
-        if self.protocol.refined == "given":
-            given = self.windows.seen(rgb.height, rgb.width)[2:]
-            x, averaged = (
-                F.interpolate(planes[None], size=given, mode="bilinear", align_corners=False)[0]
-                for planes in (x, averaged)
-            )
+        refined = self.windows.seen(rgb.height, rgb.width)[2:] if self.protocol.refined == "given" else (height, width)
+        x, averaged = (
+            F.interpolate(planes[None], size=refined, mode="bilinear", align_corners=False)[0]
+            for planes in (x, averaged)
+        )
         return ops.pamr(x[None], averaged[None])[0]
 
     def _labels(
         self,
         logits: Tensor,
+        whole: Tensor | None,
         rgb: Image.Image,
         named: ClassNames,
         class_of_name: Tensor,
         threshold: float | None,
         keep: bool,
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Labels [H, W] from logits [K, h, w] and, on request, probabilities [C, H, W], one band of rows at a time."""
+        """Labels [H, W] from logits [K, h, w] and, on request, probabilities [C, H, W], one band of rows at a time.
+
+        Rules change labels, not probabilities.
+        """
         ops = self._method.ops
         top, left, height, width = self.windows.seen(rgb.height, rgb.width)
         seen = slice(top, top + height), slice(left, left + width)
@@ -380,6 +390,8 @@ class Segmenter:
         nothing = np.iinfo(dtype).max
         below = titles.index("background") if "background" in titles else nothing
         found = self._rule.labels(ops, logits, (height, width), self.logit_scale, class_of_name, threshold)
+        if whole is not None and self._rule.regional:
+            found = self._rule.regions(self._method, whole, found)
         labels = np.full((rgb.height, rgb.width), nothing, dtype)
         labels[seen] = np.where((found < 0).cpu(), below, found.cpu())
         if not keep:

@@ -82,7 +82,7 @@ class TextEmbeddings:
     def __call__(self, names: tuple[str, ...]) -> Tensor:
         """As `Segmenter.text_embeddings`."""
         trained: tuple[str, ...] = getattr(self._model, "trained_on", None) or ()
-        strange = [name for name in names if trained and name.lower() not in trained]
+        strange = [name for name in names if trained and name and name.lower() not in trained]
         if strange:
             warnings.warn(
                 f"{TINY} was never trained on {', '.join(map(repr, strange))}; it knows: {', '.join(trained)}",

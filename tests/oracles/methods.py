@@ -18,14 +18,16 @@ def unit(x):
 class Plain:
     """The plain tower on one image: open_clip's own blocks inside, NumPy outside."""
 
-    def __init__(self, model, image):
+    def __init__(self, model, image, offset=0.0):
         self.visual = visual = model.visual
         x = visual.conv1(image[None])
         self.grid = tuple(x.shape[2:])
         positions = visual.positional_embedding
         if self.grid != tuple(visual.grid_size):
             planes = positions[1:].reshape(1, *visual.grid_size, -1).permute(0, 3, 1, 2)
-            planes = F.interpolate(planes, size=self.grid, mode="bicubic", align_corners=False)
+            factors = [(side + offset) / old for side, old in zip(self.grid, visual.grid_size, strict=True)]
+            size = {"scale_factor": factors} if offset else {"size": self.grid}
+            planes = F.interpolate(planes, **size, mode="bicubic", align_corners=False)
             positions = torch.cat([positions[:1], planes[0].flatten(1).T])
         x = torch.cat([visual.class_embedding[None, None], x.flatten(2).transpose(1, 2)], dim=1) + positions
         self.F = [visual.ln_pre(x)]
@@ -225,7 +227,7 @@ def formula(name, model, images):
     """Patch embeddings [B, C, gh, gw] in float64."""
     found = []
     for image in images:
-        p = Plain(model, image)
+        p = Plain(model, image, offset=0.1 if name == "released" else 0.0)
         z = torch.from_numpy(FORMULAS[name](p)[1:])
         found.append((model.visual.ln_post(z) @ model.visual.proj).T.reshape(-1, *p.grid))
     return torch.stack(found)
