@@ -5,11 +5,13 @@ refocused one: blue at the input of block 1, red from block 2 on and green from 
 bright colours have no over-active dimension.
 """
 
+import numpy as np
 import open_clip
 import torch
 import transformers
 from open_clip.model import CLIP
 from open_clip.transformer import Attention, ResidualAttentionBlock
+from PIL import Image
 
 import rfclip
 
@@ -161,6 +163,28 @@ class Dense(torch.nn.Module):
 
     def forward(self, images):
         return rfclip.dense_features(self.model, images)
+
+
+MEAN, STD = (0.3, 0.35, 0.25), (0.2, 0.25, 0.2)  # of the pictures that `photographic_clip` takes
+
+
+def photographic_clip(dtype=torch.float64, **vision):
+    """A `small_clip` whose pictures are normalized so that bright colours of 8 bits are bright enough."""
+    model = small_clip(dtype=dtype, **vision)
+    model.visual.image_mean, model.visual.image_std = MEAN, STD
+    return model
+
+
+def photograph(height, width, seed):
+    """Noise on two grounds with bright squares of one colour, over which some tokens become distraction."""
+    generator = np.random.default_rng(seed)
+    x = 0.5 * generator.standard_normal((height, width, 3))
+    x[:, width // 2 :] += np.sin(np.arange(width - width // 2) / 3)[:, None]
+    for number in range(6):
+        side = min(height, width) // 3
+        top, left = generator.integers(height - side), generator.integers(width - side)
+        x[top : top + side, left : left + side, number % 3] += 2.5
+    return Image.fromarray((255 * (x * STD + MEAN).clip(0, 1)).astype(np.uint8))
 
 
 def pictures(*, count=3, height=32, width=32, seed=0, bright=0.5, colours=(0, 1, 2), dtype=torch.float64):

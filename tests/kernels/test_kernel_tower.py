@@ -6,10 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import relative_error
 from kernel_cases import DEVICE
 from open_clip.transformer import VisionTransformer
-from small_models import DIMS, pictures, small_clip, to_hugging_face
+from small_models import DIMS, photograph, photographic_clip, pictures, small_clip, to_hugging_face
 from torchvision.transforms.v2 import functional as TF
 
 import rfclip
@@ -205,3 +206,19 @@ def test_the_shipped_scene(share, short_side):
     assert clear.mean() > 0.99
     assert np.array_equal(found["triton"].labels[clear], want.labels[clear])
     assert len(np.unique(want.labels)) >= 5
+
+
+@pytest.mark.parametrize("dataset", ["voc21", "cityscapes"])
+def test_labels_of_the_released_evaluation(dataset):
+    """The picture as a whole, and windows with their own image embeddings: as by the reference."""
+    model, picture = photographic_clip(torch.float32).to(DEVICE), photograph(45, 61, seed=0)
+    text = F.normalize(torch.randn(6, 20, generator=torch.Generator().manual_seed(0)), dim=-1)
+    protocol, named = METHODS["released"].protocol.on(dataset), [("a", "b"), ("c",), ("d", "e", "f")]
+    found = []
+    for backend in ("triton", "reference"):
+        options = {"method": "released", "config": rfclip.RefocusConfig(DIMS), "tokenizer": len, "short_side": 48}
+        with rfclip.Segmenter(model, protocol=protocol, backend=backend, **options) as segmenter:
+            segmenter.text_embeddings = lambda names: text[: len(names)]
+            found.append(segmenter.segment(picture, named, probabilities=True))
+    np.testing.assert_allclose(found[0].probabilities, found[1].probabilities, atol=1e-4)
+    assert (found[0].labels == found[1].labels).mean() > 0.999

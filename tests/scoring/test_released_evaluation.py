@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles.released_evaluation import Tower, released_labels
-from PIL import Image
-from small_models import DIMS, small_clip
+from small_models import DIMS, MEAN, STD, photograph, photographic_clip
 
 from rfclip import RefocusConfig
 from rfclip.datasets import find_dataset, in_paper
@@ -31,19 +30,6 @@ BENCHMARKS = {
 }
 CONFIG = RefocusConfig(distraction_dims=DIMS)
 SIZES = [(75, 111), (61, 50), (31, 333)]  # height and width; the last is so long that its short side is under a window
-MEAN, STD = (0.3, 0.35, 0.25), (0.2, 0.25, 0.2)
-
-
-def photograph(height, width, seed):
-    """Noise on two grounds with bright squares of one colour, over which some tokens become distraction."""
-    generator = np.random.default_rng(seed)
-    x = 0.5 * generator.standard_normal((height, width, 3))
-    x[:, width // 2 :] += np.sin(np.arange(width - width // 2) / 3)[:, None]
-    for number in range(6):
-        side = min(height, width) // 3
-        top, left = generator.integers(height - side), generator.integers(width - side)
-        x[top : top + side, left : left + side, number % 3] += 2.5
-    return Image.fromarray((255 * (x * STD + MEAN).clip(0, 1)).astype(np.uint8))
 
 
 @functools.cache
@@ -64,17 +50,11 @@ def embeddings(count):
 def oracle_tower(picture, dims):
     x = (np.asarray(picture) / 255 - np.array(MEAN)) / np.array(STD)
     with torch.no_grad():
-        return Tower(tower(), x, dims, 5)
+        return Tower(photographic_clip(), x, dims, 5)
 
 
 # Like ViT-L/14: patches of another size, more blocks, other windows.
 OTHER = {"image_size": 42, "patch_size": 14, "layers": 6}
-
-
-def tower(dtype=torch.float64, **vision):
-    model = small_clip(dtype=dtype, **vision)
-    model.visual.image_mean, model.visual.image_std = MEAN, STD
-    return model
 
 
 @pytest.fixture
@@ -84,7 +64,7 @@ def scorer():
 
     def make(name, text, dtype=torch.float32, vision=MappingProxyType({}), **options):
         job = Job(config=CONFIG, **{"method": "released"} | options)
-        made = Scorer(job, find_dataset(name).open(root=Path()), tower(dtype, **vision))
+        made = Scorer(job, find_dataset(name).open(root=Path()), photographic_clip(dtype, **vision))
         opened.append(made)
         made.segmenter.text_embeddings = lambda names: text.float()[: len(names)]
         return made
@@ -98,7 +78,7 @@ def wanted(name, dataset, picture, text, vision=MappingProxyType({})):
     short, window, share, shift, distance, threshold = BENCHMARKS[name]
     side = vision.get("image_size", 32)
     return released_labels(
-        tower(**vision),
+        photographic_clip(**vision),
         picture,
         dataset.classes,
         text,
