@@ -107,7 +107,7 @@ class Page:
                 config = replace(config, tau=tau, beta=beta, layers=_numbers(layers))
                 config = injected(config) if inject else config
             own = config if find_method(method).configured else None
-            job = replace(offered, config=own, method=method, pamr=pamr, inject=inject)
+            job = replace(offered, config=own, method=method, pamr=pamr or None, inject=inject)
             with job.segmenter(model, long_side=SHOWN_SIDE, cache=self.folder / "text") as segmenter:
                 named = segmenter.with_background(named, None)
                 with warnings.catch_warnings():
@@ -118,7 +118,7 @@ class Page:
                         segmenter.text_embeddings((name,))
                 progress(0.4, desc="segmenting")
                 began = time.perf_counter()
-                drawn = segmenter.segment(_shrunk(rgb), named, pamr=pamr)
+                drawn = segmenter.segment(_shrunk(rgb), named, pamr=job.pamr)
                 seconds = round(time.perf_counter() - began, 3)
                 self._weights[offered] = self._weights.get(offered) or segmenter.digest()
                 record = described(job, segmenter, named, None, self._weights[offered])

@@ -311,6 +311,25 @@ class Quiet:
         return values
 
 
+@pytest.mark.filterwarnings("ignore:rfclip-tiny")
+def test_a_method_by_its_own_protocol_and_a_list_by_name(tmp_path, monkeypatch):
+    """As `rfclip segment` does it."""
+    from rfclip.app import serve
+    from rfclip.segment.job import Job
+
+    picture, job, saved, save = tiny_folder() / "scene.png", Job("rfclip-tiny", None), [], serve.save
+    monkeypatch.setattr(serve, "save", lambda *given: saved.append(given) or save(*given))
+    page = serve.Page([job], tmp_path)
+    settings = (str(picture), "cityscapes", "released", str(job), 5.0, 0.7, "all", False, 0.0)
+    next(page.segment(*settings, Quiet()))
+    ((found, record, _),) = saved
+    with rfclip.Segmenter(method="released") as segmenter:
+        want = segmenter(picture, "cityscapes")
+    assert np.array_equal(found.labels, want.labels)
+    assert found.classes == want.classes and len(want.classes) == 19
+    assert record["protocol"]["rule"] == "released:AdjustedNames"
+
+
 @pytest.mark.filterwarnings("ignore:rfclip-tiny is a demonstration")
 @pytest.mark.parametrize("size", [(1, 16), (16, 1), (250, 4000), (4000, 3000), (5000, 5000)])
 def test_the_work_is_bounded_by_what_is_shown(tmp_path, monkeypatch, size):
