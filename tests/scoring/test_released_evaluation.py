@@ -33,6 +33,7 @@ SIZES = [(75, 111), (61, 50), (31, 333)]  # height and width; the last is so lon
 
 
 @functools.cache
+@torch.no_grad()
 def seen_patches():
     """Patch embeddings [N, 20] of pictures, by the oracle."""
     found = [oracle_tower(photograph(48, 71, seed), DIMS).patch_embeddings() for seed in range(4)]
@@ -142,6 +143,19 @@ def test_batches_and_backends_agree(name, scorer):
     for option, labels in zip(options, found, strict=True):
         assert (labels == found[0]).mean() > 0.9999, option
     assert len(np.unique(found[0])) > 3
+
+
+@pytest.mark.parametrize("name", ["voc21", "ade20k"])
+def test_what_half_precision_changes(name, scorer):
+    """Little, but more than nothing: docs/method.md says how much, of the authors' runs in fp16."""
+    dataset = find_dataset(name).open(root=Path())
+    text = embeddings(sum(map(len, dataset.classes)))
+    pictures = [photograph(*size, seed) for seed, size in enumerate(SIZES)]
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        with scorer(name, text, dtype) as made:
+            found.append(np.concatenate([made.predict(picture).labels.ravel() for picture in pictures]))
+    assert 0.985 < (found[0] == found[1]).mean() < 1
 
 
 def test_rf_clip_by_the_same_rules(scorer):
