@@ -145,7 +145,7 @@ def test_threshold_with_a_background_class(segmenter, picture):
 
 
 def test_wide_pictures_and_small_ones(segmenter):
-    for size in ((1, 1), (3, 500), (2000, 30), (40, 40)):
+    for size in ((1, 1), (3, 200), (500, 20), (40, 40)):
         result = segmenter(Image.new("RGB", size, "tan"), ["sand", "sky"])
         assert result.labels.shape == size[::-1]
         assert result.overlay().width >= size[0]
