@@ -66,10 +66,12 @@ def test_one_graph_for_all_sizes_but_the_trained_one(backend):
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("method", ["rf-clip", "released"])
 @backends
-def test_exported_with_open_batch_and_size(backend):
+def test_exported_with_open_batch_and_size(backend, method):
+    """The authors' code resizes positions by other factors, except to the trained size, which is among these."""
     model = small_clip(dtype=torch.float32)
-    with rfclip.refocus(model, ONE_BLOCK, backend=backend), torch.no_grad():
+    with rfclip.refocus(model, ONE_BLOCK, method=method, backend=backend), torch.no_grad():
         want = [rfclip.dense_features(model, example(size)) for size in SIZES]
         program = export(model).module()
     for size, features in zip(SIZES, want, strict=True):  # the program keeps the method that it traced

@@ -107,7 +107,7 @@ class Page:
                 config = replace(config, tau=tau, beta=beta, layers=_numbers(layers))
                 config = injected(config) if inject else config
             own = config if find_method(method).configured else None
-            job = replace(offered, config=own, method=method, pamr=pamr or None, inject=inject)
+            job = replace(offered, config=own, method=method, pamr=pamr, inject=inject)
             with job.segmenter(model, long_side=SHOWN_SIDE, cache=self.folder / "text") as segmenter:
                 named = segmenter.with_background(named, None)
                 with warnings.catch_warnings():

@@ -20,6 +20,7 @@ from rfclip.files import stamp
 from rfclip.images import to_rgb
 
 IGNORED = 255
+GUIDE = 'the page "Datasets" of the documentation, docs/datasets.md'
 Pair = tuple[Path, Path]  # a picture and its labels
 Item = dict[str, Any]  # JSON values that identify a picture, among them its name, "image"
 
@@ -114,7 +115,7 @@ class FolderDataset(Dataset):
 
     def __post_init__(self) -> None:
         if self.root is None:
-            raise ValueError(f"{self.name}: --root DIR is missing, the folder that holds the datasets")
+            raise ValueError(f"{self.name}: --root DIR is missing, the folder that holds the datasets; see {GUIDE}")
 
     def find(self, root: Path) -> Iterable[Pair]:
         """The pictures and labels below a root; OSError or ValueError if something is missing or malformed."""
@@ -163,10 +164,7 @@ class FolderDataset(Dataset):
         # People give the folder of the dataset itself, one within it, or the one above all datasets.
         near = [*root.absolute().parents[:4], *below]
         right = next((f"this layout lies below {path}: give --root {path}\n" for path in near if self._lies(path)), "")
-        return (
-            f"{self.name}: {problem}\nexpected below {root}:\n{expected}\nfound there: {seen}\n{right}"
-            "see docs/datasets.md"
-        )
+        return f"{self.name}: {problem}\nexpected below {root}:\n{expected}\nfound there: {seen}\n{right}see {GUIDE}"
 
     def _lies(self, root: Path) -> bool:
         """Whether a picture with its labels lies below another root."""
@@ -250,7 +248,7 @@ def read_indices(path: Path) -> np.ndarray:
     if indices is None:
         instead = (
             "; if these are photographs, pictures and labels are exchanged; if they show labels in colours, take the "
-            "files of indices; see docs/datasets.md"
+            f"files of indices; see {GUIDE}"
         )
         problem = f"{path}: a picture of mode {mode}; labels have one byte per pixel, mode L or P"
         raise ValueError(problem + instead if mode in ("RGB", "RGBA") else problem)

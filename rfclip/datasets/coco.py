@@ -14,7 +14,8 @@ class COCOObject(FolderDataset):
     """Eighty things and background.
 
     "bed" names the background and a class of its own, as in the field's list. Both have the same score, and of equals
-    the first wins: no pixel is ever found to be a bed, and its IoU of 0 counts in the mean.
+    the first wins: no pixel is ever found to be a bed (unless a protocol moves names, as that of `released` does), and
+    its IoU of 0 counts in the mean.
     """
 
     name, title, paper, background = "coco_object", "COCO-Object", by_model(37.9, 41.8), True

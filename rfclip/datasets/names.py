@@ -52,15 +52,19 @@ def class_list(dataset: str, names: str) -> ClassNames:
             commas. (`perturbed` makes "synonyms" of such a list.)
 
     Raises:
-        ValueError: the data set has no such list; or the file cannot be read, has an empty name, or has more or fewer
-            classes than the data set.
+        ValueError: the data set has no such list; or the file cannot be read, has an empty name or one twice, or has
+            more or fewer classes than the data set.
     """
     if names in _FOLDERS:
         shipped = resources.files(__package__) / _FOLDERS[names] / f"{dataset}.txt"
         if not shipped.is_file():
             raise ValueError(f"names {names}: there is no such list for {dataset}, which {_FOLDERS[names]}/ would hold")
         return _parse(shipped.read_text("utf-8"))
-    classes = len(class_list(dataset, "official"))
+    return _file_list(dataset, len(class_list(dataset, "official")), names)
+
+
+def _file_list(dataset: str, classes: int, names: str) -> ClassNames:
+    """As `class_list`, from a user's file."""
     try:
         given = _parse(Path(names).read_text("utf-8-sig"))
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no path at all
@@ -70,6 +74,12 @@ def class_list(dataset: str, names: str) -> ClassNames:
         raise ValueError(
             f"names {names!r}: got {len(given)} lines{empty}; expected {classes}, one per class of {dataset} in the "
             "order of the labels, with names separated by commas"
+        )
+    counts = Counter(name.casefold() for each in given for name in each)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"names {names!r}: {', '.join(map(repr, twice))} given more than once; only one would be found"
         )
     return given
 
@@ -111,21 +121,26 @@ def name_lists(
 
     Args:
         dataset: whose classes they name.
-        wanted: what `--names` takes: official, plain, synonyms (of the official names), or paths.
+        wanted: what `--names` takes: official, plain, synonyms (of the official names, which are then a list of their
+            own as well), or paths.
         share, seeds: as `perturbed` takes them, for each list of synonyms.
 
     Raises:
         ValueError: as `class_list` and `perturbed`.
     """
     lists: dict[str, ClassNames] = {}
+    if "synonyms" in wanted and "official" not in wanted:
+        wanted = ("official", *wanted)
     for names in wanted:
         if names == "official":
             lists[names] = dataset.classes
         elif names == "synonyms":
             fixed = int(dataset.background)
             lists |= {f"synonyms, seed {seed}": perturbed(dataset.classes, share, seed, fixed) for seed in seeds}
-        else:
+        elif names in _FOLDERS:
             lists[names] = class_list(dataset.name, names)
+        else:
+            lists[names] = _file_list(dataset.name, len(dataset.classes), names)
     return lists
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rfclip.datasets.base import IGNORED, read_indices
+from rfclip.datasets.base import GUIDE, IGNORED, read_indices
 from rfclip.extras import require
 from rfclip.files import parse_json, write_whole
 
@@ -40,7 +40,7 @@ def coco_object(root: Path) -> Iterator[Path]:
     folder = root / "coco_stuff164k/annotations/val2017"
     files = {path.stem.removesuffix("_labelTrainIds"): path for path in sorted(folder.glob("*.png"))}
     if not files:
-        raise ValueError(f"coco_object: there is no {folder}/*.png, the labels of COCO-Stuff; see docs/datasets.md")
+        raise ValueError(f"coco_object: there is no {folder}/*.png, the labels of COCO-Stuff; see {GUIDE}")
     out = root / "coco_object/annotations/val2017"
     out.mkdir(parents=True, exist_ok=True)
     from_ids, from_train_ids = {IGNORED: IGNORED}, {IGNORED: IGNORED}
@@ -79,7 +79,7 @@ def context(root: Path) -> Iterator[Path]:
         images = [image for image in record["images"] if image["phase"] == "val"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"context: {path} does not hold the annotations of Pascal Context: {error!r}; see docs/datasets.md"
+            f"context: {path} does not hold the annotations of Pascal Context: {error!r}; see {GUIDE}"
         ) from error
     if not images:
         raise ValueError(f"context: {path} has no image of the validation set")

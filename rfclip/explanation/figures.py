@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from rfclip.explanation.explanation import SEGMENTED_BY, Explanation, busiest
+from rfclip.methods import RF_CLIP
 
 POINTS = ("#00a0ff", "#ff9f00", "#00d060", "#d060ff")  # colours of the query points, in turn
 RED, BLUE = (0.9, 0.1, 0.1), (0.1, 0.35, 0.95)  # tokens that distract, and those that receive
@@ -99,7 +100,11 @@ def describe(found: Explanation) -> str:
         )
     if found.segmentations:
         _, without, refocused = (each.labels for each in found.segmentations.values())
-        said += f" Refocusing changes the class of {100 * (without != refocused).mean():.1f} % of the pixels."
+        changed = f"{100 * (without != refocused).mean():.1f} % of the pixels"
+        if RF_CLIP in found.segmentations:
+            said += f" Refocusing changes the class of {changed}."
+        else:
+            said += f" The released code, by its own protocol, gives another class than kk-mean to {changed}."
     return said
 
 
@@ -208,7 +213,7 @@ def draw_maps(found: Explanation) -> Figure:
 
 
 def draw_segmentations(found: Explanation) -> Figure:
-    """The picture segmented by plain CLIP, without refocusing, and with it."""
+    """The picture segmented by plain CLIP, without refocusing, and by RF-CLIP or the released code."""
     figure, axes = _axes(1, len(found.segmentations), found)
     for ax, segmented in zip(axes[0], found.segmentations.values(), strict=True):
         ax.imshow(segmented.overlay())

@@ -4,7 +4,7 @@ Notation: x[l] is the residual stream that enters block l of L, F[l] = x[l+1] wh
 ln_1(x[L]), SS(u) = softmax(u u^T / sqrt(D)) over all T tokens, O the output projection. A method defines z; its patch
 embeddings are proj(ln_post(z)) without the prefix. [P n] is equation n of RF-CLIP's paper (arXiv 2511.16170) and [D] a
 decision of this project. Where an original has a statistic over a batch, here each image has its own [D]; position
-embeddings are resized by `rfclip.towers` in the same way for all methods [D].
+embeddings are resized by `rfclip.towers` in the same way for all methods but `released` [D].
 """
 
 from __future__ import annotations

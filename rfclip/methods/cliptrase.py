@@ -53,8 +53,10 @@ class Regions(Rule):
     at_once: ClassVar[bool] = True
     regional: ClassVar[bool] = True
 
-    def regions(self, method: Method, patches: Tensor, labels: Tensor) -> Tensor:
+    def __init__(self) -> None:
         require("the protocol of the method cliptrase", "evaluate", "scipy", "sklearn")
+
+    def regions(self, method: Method, patches: Tensor, labels: Tensor) -> Tensor:
         from scipy.ndimage import median_filter
         from sklearn.cluster import DBSCAN
 

@@ -11,7 +11,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal
 
 from rfclip.config import PLAIN, RefocusConfig
-from rfclip.datasets import check_dataset
+from rfclip.datasets import DATASETS, check_dataset
 
 if TYPE_CHECKING:
     from rfclip.methods.base import Method
@@ -75,7 +75,7 @@ class Protocol:
     def beyond(self) -> str:
         """What differs from the common protocol beside sides, scale and threshold, in words."""
         common, said = Protocol(), []
-        for name in ("resizing", "padding", "position_offset", "imagenet", "templates", "pamr"):
+        for name in ("resizing", "padding", "position_offset", "imagenet", "templates", "pamr", "refined"):
             value = getattr(self, name)
             if value != getattr(common, name):
                 said.append(name.replace("_", " ") if value is True else f"{name.replace('_', ' ')} {value}")
@@ -205,11 +205,11 @@ METHODS: dict[str, MethodCard] = {
             Protocol(
                 resizing="mmcv",
                 pamr=True,
-                refined="given",
-                datasets={
-                    "cityscapes": {"short_side": 560},
-                    "voc20": {"window": None, "rule": "peers:AtOnce"},
-                    "voc21": {"window": None, "rule": "peers:AtOnce"},
+                datasets={  # any picture at its own size would take gigabytes
+                    **{name: {"refined": "given"} for name in DATASETS},
+                    "cityscapes": {"short_side": 560, "refined": "given"},
+                    "voc20": {"window": None, "refined": "given", "rule": "peers:AtOnce"},
+                    "voc21": {"window": None, "refined": "given", "rule": "peers:AtOnce"},
                 },
             ),
         ),

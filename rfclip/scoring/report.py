@@ -35,6 +35,7 @@ def finish(run: Run, scorer: Scorer) -> dict[str, Scores]:
     worst = rated[:WORST]
     text = markdown(dataset, every, settings, [(miou, str(item["image"])) for miou, item in worst])
     record = settings | scores.figures(dataset.class_names)
+    record["lists"] = scorer.lists
     if len(every) > 1:
         record["by_names"] = {name: each.figures(dataset.class_names) for name, each in every.items()}
     written_record = json.dumps(record, indent=2) + "\n"
@@ -77,7 +78,7 @@ def rows_of(label: str, title: str, every: dict[str, Scores], paper: float | Non
     first = next(iter(every.values()))
     drawn = [scores for name, scores in every.items() if name.startswith(SYNONYMS)]
     rows = [
-        Row(label, title, scores, paper if name == "official" else None, name, scores.miou - first.miou)
+        Row(label, title, scores, paper if name == "official" else None, name, _gap(scores, first))
         for name, scores in every.items()
         if not name.startswith(SYNONYMS)
     ]
@@ -86,6 +87,10 @@ def rows_of(label: str, title: str, every: dict[str, Scores], paper: float | Non
         for what, each in ((f"mean of {len(drawn)}", Scores.mean(drawn)), ("worst", worst)):
             rows.append(Row(label, title, each, None, f"{SYNONYMS}{what}", each.miou - first.miou))
     return rows
+
+
+def _gap(scores: Scores, first: Scores) -> float | None:
+    return None if scores is first else scores.miou - first.miou
 
 
 def paper_figure(dataset: type[Dataset] | Dataset, model: str, method: str, comparable: bool) -> float | None:
@@ -126,7 +131,7 @@ def _cells(row: Row) -> list[str]:
 
 def _signed(gap: float | None) -> str:
     """A difference in points, or a dash for none."""
-    return f"{100 * gap:+.1f}" if gap else "-"
+    return "-" if gap is None else f"{100 * gap:+.1f}"
 
 
 def _beside_paper(miou: float, paper: float | None) -> list[str]:

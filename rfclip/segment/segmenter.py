@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from rfclip.tiny.scenes import GROUNDS, is_scene
 from rfclip.towers import Tower, read_tower
 from rfclip.towers.loading import check_model, load_model, load_tokenizer
 
-LISTS = 16  # of names that stay on the device
+LISTS = 64  # of names that stay on the device
 NO_SCENE = (
     f"{TINY} is a demonstration: it was trained on drawn scenes of emoji, and a picture here is none, so that its "
     "labels mean nothing. For photographs use OpenAI's CLIP, which is downloaded once: rfclip segment photo.jpg "
@@ -120,11 +120,11 @@ class Segmenter:
         if present is not None and (config is not None or method is not None):
             raise ValueError("config, method: this model is already refocused, with its own")
         card = present.card if present else find_method(method or RF_CLIP)
-        given, protocol = protocol, protocol or card.protocol
-        if present is not None and given is not None and given.position_offset != present.tower.position_offset:
+        protocol = protocol or card.protocol
+        if present is not None and protocol.position_offset != present.tower.position_offset:
             raise ValueError(
-                f"protocol: it resizes position embeddings with an offset of {given.position_offset:g}, and this model "
-                f"is refocused with {present.tower.position_offset:g}: give the plain model, and method="
+                f"protocol: it resizes position embeddings with an offset of {protocol.position_offset:g}, and this "
+                f"model is refocused with {present.tower.position_offset:g}: give the plain model, and method="
             )
         self.protocol, self._rule = protocol, protocol.load_rule()
         self._text = TextEmbeddings(
@@ -296,7 +296,7 @@ class Segmenter:
         """A hash of the model's weights and structure."""
         return digest(self.model)
 
-    def _logits(self, rgb: Image.Image, lists: list[Names], pamr: bool) -> tuple[list[Tensor], Tensor | None]:
+    def _logits(self, rgb: Image.Image, lists: list[Names], pamr: bool) -> tuple[Iterator[Tensor], Tensor | None]:
         """For each list, the logits of all its names in every pixel that is seen: [K, h, w] float32.
 
         Sizes are those of the resized picture, of its patches where the rule goes to pixels at once, or of the picture
@@ -321,7 +321,7 @@ class Segmenter:
         parts: list[list[Tensor]] = [[] for _ in lists]
         for start in range(0, len(corners), batch):
             part = slice(start, start + batch)
-            images = windows.cut(padded, corners[part]) if method.card.sees_images else None
+            images = windows.images(padded, corners[part], tower) if method.card.sees_images else None
             tokens = torch.stack([window.movedim(0, -1) for window in patches[part]])  # as they lie in memory
             tokens = tokens.movedim(-1, 1)
             if own:
@@ -333,7 +333,8 @@ class Segmenter:
             seen_by = None if image is None else image.expand(len(features), -1)
             for found, each in zip(parts, lists, strict=True):
                 found.append(rule.window(features, seen_by, each.text, each.known))
-        of_lists = [self._averaged(torch.cat(each), x, corners, size, shape, (top, left), rgb, pamr) for each in parts]
+        # One list at a time, since the logits of pixels take far more memory than those of patches.
+        of_lists = (self._averaged(torch.cat(each), x, corners, size, shape, (top, left), rgb, pamr) for each in parts)
         return of_lists, whole
 
     def _averaged(

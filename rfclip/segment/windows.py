@@ -131,10 +131,14 @@ class Windows:
         last = 0 if self.window is None else max(0, length - self.window)
         return [*range(0, last, self.stride), last]
 
-    def cut(self, x: Tensor, corners: list[Corner]) -> Tensor:
-        """The windows of a picture [3, h, w] at these corners, [W, 3, height, width]."""
+    def images(self, x: Tensor, corners: list[Corner], tower: Tower) -> Tensor:
+        """The windows of a picture [3, h, w] at these corners, [W, 3, height, width], normalized for the tower."""
         height, width = self.size(*x.shape[1:])
-        return torch.stack([x[:, top : top + height, left : left + width] for top, left in corners])
+        cut = torch.stack([x[:, top : top + height, left : left + width] for top, left in corners])
+        if not self.imagenet:
+            return cut
+        mean, std = (x.new_tensor(value)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
+        return TF.normalize(cut * std + mean, list(tower.image_mean), list(tower.image_std))
 
     def patches(self, tower: Tower, x: Tensor, corners: list[Corner]) -> list[Tensor]:
         """Views [d, gh, gw] of each window's convolved patches, from the picture [3, h, w].

@@ -262,7 +262,7 @@ class Tower:
         height, width = patches.shape[2:]
         x = patches.flatten(2).transpose(1, 2)
         prefix, position = self._embeddings()
-        # A size that an exporter leaves open may be the trained one: resizing to that changes no bit.
+        # A size that an exporter leaves open may be the trained one: resizing to that changes nothing.
         if any(isinstance(side, torch.SymInt) for side in (height, width)) or (height, width) != self.grid_size:
             trained = position[self.prefix :].unflatten(0, self.grid_size)
             resized = resize_positions(trained, (height, width), self.position_offset)

@@ -33,8 +33,11 @@ def resize_positions(trained: Tensor, grid: tuple[int, int], offset: float = 0.0
     """
     dtype, (height, width) = computing_dtype(trained), grid
     if torch.compiler.is_compiling() or detect_fake_mode(trained) is not None:
+        if offset:
+            rows, columns = _traced(trained, grid, offset, dtype)
+            return matmul(columns, matmul(rows, trained.to(dtype).flatten(1)).unflatten(1, trained.shape[1:]))
         planes = trained.to(dtype).permute(2, 0, 1)[None]
-        return _bicubic(planes, grid, offset)[0].permute(1, 2, 0)
+        return F.interpolate(planes, size=grid, mode="bicubic", align_corners=False)[0].permute(1, 2, 0)
     rows = resizing(trained.shape[0], height, offset, dtype, trained.device)
     columns = resizing(trained.shape[1], width, offset, dtype, trained.device)
     return matmul(columns, matmul(rows, trained.flatten(1)).unflatten(1, trained.shape[1:]))
@@ -47,6 +50,29 @@ def resizing(old: int, new: int, offset: float, dtype: torch.dtype, device: torc
     basis = torch.eye(old, dtype=torch.float64, device="cpu")[None, :, :, None]
     resized = _bicubic(basis, (new, 1), offset)
     return resized[0, :, :, 0].T.contiguous().to(dtype).to(device)
+
+
+def _traced(trained: Tensor, grid: tuple[int, int], offset: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The matrices of `resizing` with an offset for a grid that an exporter may leave open, in operations on tensors.
+
+    Where that turns out to be the trained grid, the offset does not apply.
+    """
+    places = [torch.arange(new, dtype=dtype, device=trained.device) for new in grid]
+    sides = [place[-1] + 1 for place in places]
+    same = (sides[0] == trained.shape[0]) & (sides[1] == trained.shape[1])
+    offsets = torch.where(same, 0.0, offset)
+    matrices = []
+    for place, side, old in zip(places, sides, trained.shape[:2], strict=True):
+        source = (place + 0.5) * (old / (side + offsets)) - 0.5
+        low, columns, taps = source.floor(), torch.arange(old, device=trained.device), []
+        for tap in range(-1, 3):
+            t = (source - low - tap).abs()
+            near = ((1.25 * t - 2.25) * t) * t + 1  # a = -0.75, as in PyTorch
+            far = ((-0.75 * t + 3.75) * t - 6) * t + 3
+            index = (low + tap).clamp(0, old - 1)
+            taps.append(torch.where(t <= 1, near, far)[:, None] * (index[:, None] == columns))
+        matrices.append(torch.stack(taps).sum(dim=0))
+    return matrices[0], matrices[1]
 
 
 def _bicubic(planes: Tensor, grid: tuple[int, int], offset: float) -> Tensor:

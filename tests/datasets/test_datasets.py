@@ -17,6 +17,7 @@ from PIL import Image
 import rfclip.datasets
 import rfclip.reference
 from rfclip.datasets import DATASETS, find_dataset, in_paper
+from rfclip.datasets.base import GUIDE
 from rfclip.methods import METHODS, Protocol
 
 
@@ -180,7 +181,7 @@ def test_photographs_in_place_of_labels(tmp_path, name):
     image, labels = dataset.pairs()[0]
     Image.open(image).save(labels)
     with pytest.raises(
-        ValueError, match="mode RGB; .*pictures and labels are exchanged.*see docs/datasets.md"
+        ValueError, match="mode RGB; .*pictures and labels are exchanged.*see the page .*docs/datasets.md"
     ) as refused:
         dataset.items()
     assert str(labels) in str(refused.value)
@@ -208,7 +209,7 @@ def test_missing_data_shows_the_layout(tmp_path, name):
             dataset.open(root=root).items()
         assert all(line in str(refused.value) for line in dataset.layout)
         assert "found there: nothing" in str(refused.value)
-        assert str(refused.value).endswith("\nsee docs/datasets.md")
+        assert str(refused.value).endswith(f"\nsee {GUIDE}")
         assert "download" not in str(refused.value) and "Errno" not in str(refused.value)
     assert str(refused.value).startswith(f"{name}: the root {root} does not exist\n")
     make(tmp_path, name)

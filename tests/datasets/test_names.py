@@ -164,6 +164,12 @@ def test_lists_by_what_they_are_called(tmp_path):
     for seed in range(2):
         drawn = lists[f"synonyms, seed {seed}"]
         assert drawn == perturbed(voc21.classes, 1, seed, 1) and drawn[0] == voc21.classes[0] and drawn != voc21.classes
+    assert list(name_lists(voc21, ["synonyms"], seeds=[3])) == ["official", "synonyms, seed 3"]
     assert name_lists(scenes) == {"official": scenes.classes}
+    path.write_text("\n".join(f"thing {number}" for number in range(56)))
+    assert name_lists(scenes, [str(path)])[str(path)][55] == ("thing 55",)
+    path.write_text("\n".join(f"thing {number}" for number in [*range(20), 3]))
+    with pytest.raises(ValueError, match="'thing 3' given more than once; only one would be found"):
+        name_lists(voc21, [str(path)])
     with pytest.raises(ValueError, match="names plain: there is no such list for scenes"):
         name_lists(scenes, ["plain"])

@@ -58,5 +58,5 @@ def test_prepare(tmp_path):
         result = run("prepare", name, "--root", tmp_path)
         assert result.exit_code == 2 and words in result.output
     for prepare in (coco_object, context):
-        with pytest.raises(ValueError, match="see docs/datasets.md"):
+        with pytest.raises(ValueError, match="docs/datasets.md"):
             list(prepare(tmp_path / "nowhere"))

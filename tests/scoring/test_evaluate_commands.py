@@ -167,9 +167,19 @@ def test_several_lists_of_names_share_a_pass(folder, monkeypatch):
     assert [row[1].split(",")[0] for row in rows if row[0]] == ["official", "plain", "synonyms", "synonyms"]
     assert "| synonyms, seed 1 |" in Path("several/result.md").read_text()
     refused(run(*given, "--names", "plain", "--out", "official"), "holds another run", "names was {'official'")
+    assert found["lists"]["plain"][1] == ["aeroplane"] and found["lists"]["synonyms, seed 1"][0][0] == "sky"
     with Path("mine.txt").open("w") as file:
         file.writelines(f"thing {number}\n" for number in range(20))
     refused(run(*given, "--names", "mine.txt"), "got 20 lines; expected 21")
+    drawn = run(*given, "--names", "synonyms", "--seeds", 1)
+    assert drawn.exit_code == 0 and Path("rfclip-runs/voc21-kk-synonyms/table.md").exists()
+    assert [
+        row.split("|")[2].strip() for row in Path("rfclip-runs/voc21-kk-synonyms/table.md").read_text().splitlines()[4:]
+    ] == [
+        "official",
+        "synonyms, mean of 1",
+        "synonyms, worst",
+    ]
 
 
 @pytest.mark.usefixtures("one_prompt")
@@ -184,12 +194,13 @@ def test_protocols(folder):
     }
     settings = {}
     for name, words in said.items():
-        result = run(*given, "--protocol", name, "--out", name)
+        result = run(*given, "--protocol", name, "--out", "runs")
         assert result.exit_code == 0, result.output
         assert words in " ".join(result.stdout.split())
-        assert words in Path(name, "table.md").read_text()
+        mark = "" if name == "own" else f"-{name}"
+        assert words in Path("runs", f"table{mark}.md").read_text()
         for method in ("voc21-clearclip", "voc21"):
-            settings[name, method] = json.loads(Path(name, method, "run.json").read_text())
+            settings[name, method] = json.loads(Path("runs", method + mark, "run.json").read_text())
     asked = ("short_side", "window", "stride", "logit_scale", "threshold")
     seen = {key: [each[name] for name in asked] for key, each in settings.items()}
     assert seen["own", "voc21-clearclip"] != seen["common", "voc21-clearclip"] == seen["common", "voc21"]

@@ -48,7 +48,10 @@ Names = Annotated[
         "pass through the tower.",
     ),
 ]
-Share = Annotated[float, typer.Option(min=0.0, max=1.0, help="--names synonyms: the share of the names replaced.")]
+Share = Annotated[
+    float,
+    typer.Option(min=0.0, max=1.0, help="--names synonyms: how much of the names that have synonyms is replaced."),
+]
 Seeds = Annotated[int, typer.Option(min=1, help="--names synonyms: how many draws to score, mean and worst.")]
 RunFolder = Annotated[
     Path | None, typer.Option(help="Folder of the run, below rfclip-runs by default; an interrupted run resumes there.")
@@ -69,7 +72,8 @@ def evaluate(
         typer.Argument(metavar="NAME", help=f"One of {', '.join(DATASETS)}."),
     ] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="The eight datasets of the paper's table 2, beside its figures.")
+        bool,
+        typer.Option("--all", help="The eight of the paper's table 2; with --method released, beside its figures."),
     ] = False,
     root: Root = None,
     limit: Limit = None,
@@ -133,18 +137,18 @@ def evaluate(
                 for name, config in _possible(clip, methods, own, method == "all")
             }
             single = len(opened) * len(jobs) == 1
-            out = out or RUNS.joinpath(*([_run_name(opened[0].name, *jobs)] if single else []))
+            marks = _marks(protocol, names)
+            out = out or RUNS.joinpath(*([_run_name(opened[0].name, *jobs) + marks] if single else []))
             for name, job in jobs.items():
                 for data in opened:
-                    folder = out if single else out / _run_name(data.name, name)
+                    folder = out if single else out / (_run_name(data.name, name) + marks)
                     scores = _score(job, data, items[data.name], folder, clip, where, overwrite, lists[data.name])
                     rows += rows_of(name, data.title, scores, paper_figure(data, model, name, comparable))
             if sheet is not None:
-                _draw_sheet(sheet, opened[0], items[opened[0].name], jobs, clip, where)
+                _draw_sheet(sheet, opened[0], items[opened[0].name], jobs, clip, where, lists[opened[0].name])
         title = f"{model}, {pretrained or 'its own weights'}{_with_distraction(inject_distraction)}"
-        _print_table(
-            "method", rows, f"{title}; {_about(protocol)}; names: {names}", None if single else out / "table.md"
-        )
+        title += f"; {_about(protocol)}; names: {names}"
+        _print_table("method", rows, title, out / ("table.md" if single else f"table{marks}.md"))
         common.answer(f"Written to {out}.")
         if not inject_distraction and refocusing == RefocusConfig(distraction_dims=()):
             common.answer("This model has no distraction dimensions: rf-clip equals kk-mean here.")
@@ -231,7 +235,7 @@ def prepare(
 
 
 def _check_installed(command: str) -> None:
-    require(command, "evaluate", "matplotlib", "torchmetrics")
+    require(command, "evaluate", "matplotlib", "torchmetrics", "scipy", "sklearn")
 
 
 def _open(name: str | None, **options: object) -> list[Dataset]:
@@ -298,6 +302,14 @@ def _possible(
         yield name, own
 
 
+def _marks(protocol: str, names: str) -> str:
+    """What a folder's name says of another protocol or other names than the default, so that each run has its own."""
+    parts = [protocol] * (protocol != OWN)
+    if names != "official":
+        parts.append("+".join(Path(part.strip()).stem for part in names.split(",")))
+    return "".join(f"-{part}" for part in parts)
+
+
 def _run_name(dataset: str, method: str) -> str:
     return dataset if method == "rf-clip" else f"{dataset}-{method}"
 
@@ -332,14 +344,20 @@ def _score(
 
 
 def _draw_sheet(
-    path: Path, dataset: Dataset, items: list[Item], jobs: dict[str, Job], clip: nn.Module, engine: Engine
+    path: Path,
+    dataset: Dataset,
+    items: list[Item],
+    jobs: dict[str, Job],
+    clip: nn.Module,
+    engine: Engine,
+    lists: dict[str, ClassNames],
 ) -> None:
     from rfclip.scoring.run import Scorer
     from rfclip.scoring.sheet import contact_sheet
 
     def scorers() -> Iterator[tuple[str, Scorer]]:
         for name, job in jobs.items():
-            with Scorer(job, dataset, clip, engine.here) as scorer:
+            with Scorer(job, dataset, clip, engine.here, lists) as scorer:
                 yield name, scorer
 
     figure = contact_sheet(dataset, items, scorers())
@@ -347,8 +365,8 @@ def _draw_sheet(
     write_whole({path: lambda part: figure.savefig(part, format="png", dpi=100)})
 
 
-def _print_table(heading: str, rows: list[Row], title: str, path: Path | None) -> None:
-    """On the terminal and, if a path is given, in Markdown."""
+def _print_table(heading: str, rows: list[Row], title: str, path: Path) -> None:
+    """On the terminal, and in Markdown."""
     from rfclip.scoring.report import table
 
     heads, cells = table(rows, heading)
@@ -358,6 +376,5 @@ def _print_table(heading: str, rows: list[Row], title: str, path: Path | None) -
     for row in cells:
         shown.add_row(*row)
     common.out_console.print(shown)
-    if path is not None:
-        lines = [f"# {title}", "", *(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *cells)), ""]
-        write_whole({path: lambda part: part.write_text("\n".join(lines), "utf-8")})
+    lines = [f"# {title}", "", *(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *cells)), ""]
+    write_whole({path: lambda part: part.write_text("\n".join(lines), "utf-8")})

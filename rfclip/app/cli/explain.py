@@ -44,6 +44,8 @@ def explain(
         failed += clashing
         places, numbers = _places(points or []), _numbers(layers)
         names = common.given_once("--classes", classes) if classes else None
+        if method not in (RF_CLIP, "released"):
+            raise ValueError(f"--method {method}: expected {RF_CLIP} or released")
         common.check_folder(out)
         given = common.read_config(config)
         from rfclip import simulated_distraction
@@ -77,6 +79,7 @@ def explain(
                     facts = {
                         "model": model,
                         "weights": pretrained or "its own",
+                        "method": method,
                         "injected distraction": inject_distraction,
                     }
                     page = figures.report(seen, pictures, printable(file.name), facts)
