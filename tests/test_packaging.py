@@ -16,6 +16,7 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "open_clip": "open_clip_torch",
     "pillow_jxl": "pillow-jxl-plugin",
+    "sklearn": "scikit-learn",
 }  # of modules that have another name
 BROUGHT = {"triton", "fastapi", "starlette", "uvicorn"}  # by torch, where it runs; by Gradio, whose server they are
 

@@ -52,19 +52,20 @@ def class_list(dataset: str, names: str) -> ClassNames:
             commas. (`perturbed` makes "synonyms" of such a list.)
 
     Raises:
-        ValueError: the data set has no such list; or the file cannot be read, has an empty name or one twice, or has
-            more or fewer classes than the data set.
+        ValueError: the data set has no such list; or the file cannot be read, has an empty name, or one twice that the
+            official list has once, or has more or fewer classes than the data set.
     """
     if names in _FOLDERS:
         shipped = resources.files(__package__) / _FOLDERS[names] / f"{dataset}.txt"
         if not shipped.is_file():
             raise ValueError(f"names {names}: there is no such list for {dataset}, which {_FOLDERS[names]}/ would hold")
         return _parse(shipped.read_text("utf-8"))
-    return _file_list(dataset, len(class_list(dataset, "official")), names)
+    return _file_list(dataset, class_list(dataset, "official"), names)
 
 
-def _file_list(dataset: str, classes: int, names: str) -> ClassNames:
+def _file_list(dataset: str, official: ClassNames, names: str) -> ClassNames:
     """As `class_list`, from a user's file."""
+    classes = len(official)
     try:
         given = _parse(Path(names).read_text("utf-8-sig"))
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no path at all
@@ -75,8 +76,8 @@ def _file_list(dataset: str, classes: int, names: str) -> ClassNames:
             f"names {names!r}: got {len(given)} lines{empty}; expected {classes}, one per class of {dataset} in the "
             "order of the labels, with names separated by commas"
         )
-    counts = Counter(name.casefold() for each in given for name in each)
-    twice = [name for name, count in counts.items() if count > 1]
+    counts, usual = (Counter(name.casefold() for each in listed for name in each) for listed in (given, official))
+    twice = [name for name, count in counts.items() if count > max(1, usual[name])]  # "bed" is, in COCO-Object's
     if twice:
         raise ValueError(
             f"names {names!r}: {', '.join(map(repr, twice))} given more than once; only one would be found"
@@ -140,7 +141,7 @@ def name_lists(
         elif names in _FOLDERS:
             lists[names] = class_list(dataset.name, names)
         else:
-            lists[names] = _file_list(dataset.name, len(dataset.classes), names)
+            lists[names] = _file_list(dataset.name, dataset.classes, names)
     return lists
 
 

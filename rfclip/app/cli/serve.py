@@ -38,7 +38,7 @@ def serve(
     for number in signals:
         signal.signal(number, stop)
     with common.clear_errors(), temporary_folder() as folder:
-        require("the page", "serve", "gradio", "matplotlib")
+        require("the page", "serve", "gradio", "matplotlib", "scipy", "sklearn")
         refocusing = common.read_config(config)
         # Set before Gradio is imported, which then makes the folder; files in it already are not copied.
         os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
