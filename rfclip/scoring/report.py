@@ -28,21 +28,21 @@ def finish(run: Run, scorer: Scorer) -> dict[str, Scores]:
 
     The figures are those of the first list; `result.json` has those of all lists under "by_names" if there are several.
     """
-    dataset, settings = scorer.dataset, run.settings
+    dataset, class_names, settings = scorer.dataset, scorer.class_names, run.settings
     found = {name: run.scores(len(dataset.classes), name) for name in scorer.lists}
     every = {name: scores for name, (scores, _) in found.items()}
     scores, rated = next(iter(found.values()))
     worst = rated[:WORST]
-    text = markdown(dataset, every, settings, [(miou, str(item["image"])) for miou, item in worst])
-    record = settings | scores.figures(dataset.class_names)
+    text = markdown(dataset, class_names, every, settings, [(miou, str(item["image"])) for miou, item in worst])
+    record = settings | scores.figures(class_names)
     record["lists"] = scorer.lists
     if len(every) > 1:
-        record["by_names"] = {name: each.figures(dataset.class_names) for name, each in every.items()}
+        record["by_names"] = {name: each.figures(class_names) for name, each in every.items()}
     written_record = json.dumps(record, indent=2) + "\n"
     writers: tuple[Callable[[Path], object], ...] = (
         lambda part: part.write_text(written_record, "utf-8"),
         lambda part: part.write_text(text, "utf-8"),
-        lambda part: confusion_figure(dataset, scores).savefig(part, format="png", dpi=150),
+        lambda part: confusion_figure(dataset, class_names, scores).savefig(part, format="png", dpi=150),
     )
     saves = {run.folder / name: writer for name, writer in zip(RESULTS, writers, strict=True)}
     for rank, (_, item) in enumerate(worst, 1):
@@ -139,7 +139,11 @@ def _beside_paper(miou: float, paper: float | None) -> list[str]:
 
 
 def markdown(
-    dataset: Dataset, every: dict[str, Scores], settings: dict[str, object], worst: list[tuple[float, str]]
+    dataset: Dataset,
+    class_names: list[str],
+    every: dict[str, Scores],
+    settings: dict[str, object],
+    worst: list[tuple[float, str]],
 ) -> str:
     """The figures, those of each class, the worst pictures, and the settings; by list of names if there are several."""
     scores = next(iter(every.values()))
@@ -159,7 +163,7 @@ def markdown(
         lines += ["", "The rest is by the first list of names."]
     lines += ["", "| class | IoU % | share of the pixels % |", "| --- | --- | --- |"]
     shares = scores.confusion.sum(axis=1) / max(1, scores.confusion.sum())
-    for name, iou, share in zip(dataset.class_names, scores.iou, shares, strict=True):
+    for name, iou, share in zip(class_names, scores.iou, shares, strict=True):
         lines.append(f"| {name} | {'-' if np.isnan(iou) else f'{100 * iou:.2f}'} | {100 * share:.2f} |")
     lines += [
         "",
@@ -173,9 +177,9 @@ def markdown(
     return "\n".join(lines)
 
 
-def confusion_figure(dataset: Dataset, scores: Scores) -> Figure:
+def confusion_figure(dataset: Dataset, class_names: list[str], scores: Scores) -> Figure:
     """The confusion matrix, each row in shares of its label's pixels."""
-    confusion, names = scores.confusion, dataset.class_names
+    confusion, names = scores.confusion, class_names
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     side = min(20.0, 4 + 0.18 * len(names))
     figure = Figure(figsize=(side, side), layout="constrained")

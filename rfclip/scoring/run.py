@@ -71,6 +71,12 @@ class Scorer:
             job.segmenter(model, device=device, protocol=protocol, long_side=_long_side(model))
         )
 
+    @property
+    def class_names(self) -> list[str]:
+        """One name per class, for tables: the first in the first list of names, or "background"."""
+        names = [names[0] for names in next(iter(self.lists.values()))]
+        return ["background", *names[1:]] if self.dataset.background else names
+
     def close(self) -> None:
         """Restore the model."""
         self._open.close()
@@ -113,7 +119,7 @@ class Scorer:
         predicted = {}
         for name, found in zip(self.lists, each, strict=True):
             labels = np.where(found.labels == found.nothing, 0, found.labels) if dataset.background else found.labels
-            predicted[name] = replace(found, labels=labels, classes=tuple(dataset.class_names))
+            predicted[name] = replace(found, labels=labels, classes=tuple(self.class_names))
         return predicted
 
     def counted(self, labels: np.ndarray) -> np.ndarray:

@@ -167,6 +167,14 @@ def test_several_lists_of_names_share_a_pass(folder, monkeypatch):
     assert [row[1].split(",")[0] for row in rows if row[0]] == ["official", "plain", "synonyms", "synonyms"]
     assert "| synonyms, seed 1 |" in Path("several/result.md").read_text()
     refused(run(*given, "--names", "plain", "--out", "official"), "holds another run", "names was {'official'")
+    plain = json.loads(Path("plain/result.json").read_text())
+    assert list(plain["iou"])[:5] == [
+        "background",
+        "aeroplane",
+        "bicycle",
+        "bird",
+        "boat",
+    ]  # "ship" in the official list
     assert found["lists"]["plain"][1] == ["aeroplane"] and found["lists"]["synonyms, seed 1"][0][0] == "sky"
     with Path("mine.txt").open("w") as file:
         file.writelines(f"thing {number}\n" for number in range(20))
