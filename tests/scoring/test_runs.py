@@ -136,6 +136,17 @@ def test_names_that_are_not_utf_8(tmp_path):
     assert "p\\xff.jpg" in (tmp_path / "run/result.md").read_text()
 
 
+def test_pixels_beyond_a_crop_do_not_count(tmp_path):
+    """CLIPtrase sees the square at the centre of a picture; other methods see all of it."""
+    dataset, labels = find_dataset("voc20").open(root=make(tmp_path, "voc20")), halves(1, 2).astype(np.uint8)
+    with Scorer(Job(method="cliptrase"), dataset) as scorer:
+        counted = scorer.counted(labels)
+    assert (counted[:, 4:20] == labels[:, 4:20]).all()
+    assert (counted[:, :4] == 255).all() and (counted[:, 20:] == 255).all()
+    with Scorer(Job(method="kk"), dataset) as scorer:
+        assert (scorer.counted(labels) == labels).all()
+
+
 def test_tables():
     scores = Scores(5, 1.0, np.array([[60, 20], [0, 20]]))
     row = Row("rf-clip", "VOC21", scores, 64.8)

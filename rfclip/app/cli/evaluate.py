@@ -163,7 +163,6 @@ def ablate(
     seed: Seed = None,
     batch: Batch = None,
     pamr: common.Pamr = None,
-    protocol: common.ProtocolName = OWN,
     inject_distraction: common.Inject = 0.0,
     model: Model = None,
     pretrained: common.Pretrained = None,
@@ -180,7 +179,6 @@ def ablate(
         from rfclip.scoring.ablations import check_ablation, variants
 
         check_ablation(ablation)
-        find_protocol(protocol, RF_CLIP)
         _check_installed("ablate")
         common.check_folder(out or RUNS)
         given = common.read_config(config)
@@ -201,7 +199,7 @@ def ablate(
             refocusing = _injected(refocusing, inject_distraction)
             assert refocusing is not None
             configs = variants(ablation, refocusing, len(read_tower(clip).blocks))
-            more: dict[str, Any] = {"batch": batch, "pamr": pamr, "inject": inject_distraction, "protocol": protocol}
+            more: dict[str, Any] = {"batch": batch, "pamr": pamr, "inject": inject_distraction}
             shared = Job(model, pretrained, None, RF_CLIP, backend, device, **more)
             scored: dict[RefocusConfig, Scores] = {}  # the full method appears more than once in a table
             for number, (label, choice) in enumerate(configs.items(), 1):
@@ -210,7 +208,7 @@ def ablate(
                     folder = out / f"variant-{number}"
                     (scored[choice],) = _score(job, opened, items, folder, clip, where, overwrite).values()
                 rows.append(Row(label, opened.title, scored[choice]))
-        title = f"ablation {ablation}, {model}{_with_distraction(inject_distraction)}; {_about(protocol)}"
+        title = f"ablation {ablation}, {model}{_with_distraction(inject_distraction)}"
         _print_table("variant", rows, title, out / "ablation.md")
         common.answer(f"Written to {out}.")
 
