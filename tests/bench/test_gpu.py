@@ -78,7 +78,7 @@ def test_where_the_time_goes():
     assert plain == "32x32, batch 1, fp32, plain" and refocused == "32x32, batch 1, fp32, refocused"
     with torch.inference_mode():
         *rows, other, whole = run().values()
-    assert len(rows) > 2 and rows == sorted(rows, key=lambda row: -row["µs a forward"])
+    assert len(rows) > 5 and rows == sorted(rows, key=lambda row: -row["µs a forward"])
     assert rows[-1]["µs a forward"] >= 0.01 * whole["µs a forward"]
     for figure in ("launches", "µs a forward"):
         assert sum(row[figure] for row in [*rows, other]) == pytest.approx(whole[figure])
