@@ -32,7 +32,7 @@ from rfclip.datasets.names import ClassNames
 from rfclip.explanation import explain, figures
 from rfclip.files import OUTPUTS
 from rfclip.images import to_rgb
-from rfclip.methods import METHODS, RF_CLIP, find_method
+from rfclip.methods import METHODS, OWN, RF_CLIP, find_method
 from rfclip.segment.classes import Background, parse_classes, shipped_list, split_classes
 from rfclip.segment.job import Job
 from rfclip.segment.result import Segmentation, palette
@@ -383,10 +383,15 @@ STYLE = """
 
 
 def choices(
-    model: str, pretrained: str | None, config: RefocusConfig | None, device: str = "cpu", backend: str = "auto"
+    model: str,
+    pretrained: str | None,
+    config: RefocusConfig | None,
+    device: str = "cpu",
+    backend: str = "auto",
+    protocol: str = OWN,
 ) -> list[Job]:
     """The model given, the bundled one, and those whose distraction dimensions are known."""
-    first = Job(model, pretrained, config, device=device, backend=backend)
+    first = Job(model, pretrained, config, device=device, backend=backend, protocol=protocol)
     known = [(name, tag) for name, tag in PRESETS if tag is not None]
     others = [(name, tag) for name, tag in [(TINY, None), *known] if (name, tag) != (model, pretrained)]
     return [first, *(replace(first, model=name, pretrained=tag, config=None) for name, tag in others)]

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from rfclip.config import PLAIN, RefocusConfig
 from rfclip.images import ImageLike, to_rgb
-from rfclip.methods import METHODS, RF_CLIP
+from rfclip.methods import METHODS, OWN, RF_CLIP, find_protocol
 from rfclip.methods.rf_clip import RFCLIP, Observed
 from rfclip.ops import operations
 from rfclip.ops.numerics import matmul
@@ -107,6 +107,7 @@ def explain(
     layers: Sequence[int] | None = None,
     classes: Classes | None = None,
     method: str = RF_CLIP,
+    protocol: str = OWN,
     short_side: int | None = None,
     backend: str = "auto",
     memory_limit: int = 1 << 30,
@@ -124,7 +125,8 @@ def explain(
         layers: numbers of the blocks, from 1, whose attention matrices to keep; None: four evenly spaced ones, the last
             among them, the nearest being replaced by the one that moves most.
         classes: as for `Segmenter`; None: the picture is not segmented.
-        method: what segments the picture last, "rf-clip" or "released", by its own protocol.
+        method: what segments the picture last, "rf-clip" or "released".
+        protocol: by which it is segmented, as `rfclip.methods.find_protocol` takes it.
         short_side: of the picture in the tower, in pixels, rounded to patches; None: as the tower was trained.
         backend: as for `rfclip.refocus`.
         memory_limit: the most bytes that the matrices kept may take: 8 T^2 per layer.
@@ -177,6 +179,7 @@ def explain(
             with Segmenter(
                 model,
                 method=name,
+                protocol=find_protocol(protocol, name),
                 config=config if name == method else None,
                 backend=backend,
                 cuda_graphs=False,  # for a single picture

@@ -104,7 +104,7 @@ def describe(found: Explanation) -> str:
         if RF_CLIP in found.segmentations:
             said += f" Refocusing changes the class of {changed}."
         else:
-            said += f" The released code, by its own protocol, gives another class than kk-mean to {changed}."
+            said += f" The released code gives another class than kk-mean to {changed}."
     return said
 
 

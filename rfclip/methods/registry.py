@@ -333,15 +333,18 @@ METHODS: dict[str, MethodCard] = {
 def find_protocol(name: str, method: str) -> Protocol:
     """The protocol called "own" (the method's), "common" (RF-CLIP's), or by the name of another method whose it is.
 
+    Args:
+        name: with a dataset behind a colon, "own:voc21", as it is there, whatever is segmented.
+        method: whose own protocol is meant.
+
     Raises:
-        ValueError: there is no such protocol.
+        ValueError: there is no such protocol, or dataset.
     """
-    if name == COMMON:
-        return Protocol()
-    card = METHODS.get(method if name == OWN else name)
-    if card is None:
+    whose, colon, dataset = name.partition(":")
+    known = {COMMON: Protocol(), OWN: find_method(method).protocol} | {each: METHODS[each].protocol for each in METHODS}
+    if whose not in known:
         raise ValueError(f"protocol {name!r}: expected {OWN!r}, {COMMON!r}, or one of {', '.join(METHODS)}")
-    return card.protocol
+    return replace(known[whose].on(dataset), datasets={}) if colon else known[whose]
 
 
 def find_method(name: str) -> MethodCard:

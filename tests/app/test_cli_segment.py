@@ -16,8 +16,8 @@ from miniatures import scene
 from PIL import Image
 
 import rfclip
-import rfclip.methods
 from rfclip import RefocusConfig
+from rfclip.methods import METHODS
 from rfclip.tiny.scenes import CLASSES, GROUNDS, make_scene
 from rfclip.towers.loading import tiny_folder
 
@@ -214,7 +214,20 @@ def test_segment_by_another_method(folder):
         expected = segmenter("picture.png", "cat, grass, sky").labels
     assert np.array_equal(np.asarray(Image.open("rfclip-out/picture.mask.png")), expected)
     refused(segment("picture.png", "--method", "lseg"), "method='lseg'", "naclip")
-    assert all(name in run("methods").stdout for name in rfclip.methods.METHODS)
+    assert all(name in run("methods").stdout for name in METHODS)
+
+
+def test_segment_as_on_a_benchmark(folder):
+    """`released` sees pictures of VOC21 as a whole."""
+    scene(1).save("picture.png")
+    assert segment("picture.png", "--method", "released", "--protocol", "own:voc21", classes="voc21").exit_code == 0
+    record = json.loads(Path("rfclip-out/picture.json").read_text())
+    assert record["window"] is None and record["protocol"]["options"]["share"] == 0.1
+    with rfclip.Segmenter(method="released", protocol=METHODS["released"].protocol.on("voc21")) as segmenter:
+        with pytest.warns(UserWarning, match="never trained"):
+            expected = segmenter("picture.png", "voc21").labels
+    assert np.array_equal(np.asarray(Image.open("rfclip-out/picture.mask.png")), expected)
+    refused(segment("picture.png", "--protocol", "own:voc"), "dataset 'voc'", "voc21")
 
 
 # What goes wrong ------------------------------------------------------------------------------------------------------

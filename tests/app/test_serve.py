@@ -19,6 +19,7 @@ from PIL import Image
 from serving import free_port, leftovers, started, stopped
 
 import rfclip
+from rfclip.methods import find_protocol
 from rfclip.towers.loading import tiny_folder
 
 gradio = pytest.importorskip("gradio", reason='no Gradio: pip install "rfclip[serve]"')
@@ -312,22 +313,24 @@ class Quiet:
 
 
 @pytest.mark.filterwarnings("ignore:rfclip-tiny")
-def test_a_method_by_its_own_protocol_and_a_list_by_name(tmp_path, monkeypatch):
+@pytest.mark.parametrize("protocol", ["own", "own:cityscapes"])
+def test_a_method_by_its_own_protocol_and_a_list_by_name(tmp_path, monkeypatch, protocol):
     """As `rfclip segment` does it."""
     from rfclip.app import serve
-    from rfclip.segment.job import Job
 
-    picture, job, saved, save = tiny_folder() / "scene.png", Job("rfclip-tiny", None), [], serve.save
+    job = serve.choices("rfclip-tiny", None, None, protocol=protocol)[0]
+    picture, saved, save = tiny_folder() / "scene.png", [], serve.save
     monkeypatch.setattr(serve, "save", lambda *given: saved.append(given) or save(*given))
     page = serve.Page([job], tmp_path)
     settings = (str(picture), "cityscapes", "released", str(job), 5.0, 0.7, "all", False, 0.0)
     next(page.segment(*settings, Quiet()))
     ((found, record, _),) = saved
-    with rfclip.Segmenter(method="released") as segmenter:
+    with rfclip.Segmenter(method="released", protocol=find_protocol(protocol, "released")) as segmenter:
         want = segmenter(picture, "cityscapes")
     assert np.array_equal(found.labels, want.labels)
     assert found.classes == want.classes and len(want.classes) == 19
-    assert record["protocol"]["rule"] == "released:AdjustedNames"
+    rule = "AdjustedNames" if protocol == "own" else "AdjustedNamesByWindow"
+    assert record["protocol"]["rule"] == f"released:{rule}"
 
 
 @pytest.mark.filterwarnings("ignore:rfclip-tiny is a demonstration")

@@ -8,6 +8,7 @@ from small_models import DIMS, small_clip, to_hugging_face
 import rfclip
 from rfclip import RefocusConfig
 from rfclip.explanation import explain, explanation
+from rfclip.methods import find_protocol
 from rfclip.ops import operations
 from rfclip.towers import read_tower
 from rfclip.towers.loading import load_model, tiny_folder
@@ -108,18 +109,18 @@ def test_the_layers_of_a_deep_tower(picture):
     assert len(found.layers) == 4 and found.layers[-1] == 8 and set(found.after.attention) == set(found.layers)
 
 
-@pytest.mark.parametrize("last", ["rf-clip", "released"])
-def test_the_small_clip_with_classes(last):
+@pytest.mark.parametrize("last, protocol", [("rf-clip", "own"), ("released", "own"), ("released", "own:voc21")])
+def test_the_small_clip_with_classes(last, protocol):
     """It has no distraction dimensions: nothing moves, and each method segments the picture as usual."""
     model, scene = load_model(), tiny_folder() / "scene.png"
-    found = explain(model, scene, classes="dog, cactus, grass, sky", method=last)
+    found = explain(model, scene, classes="dog, cactus, grass, sky", method=last, protocol=protocol)
     assert (found.moved == 0).all() and not found.distraction.any()
     np.testing.assert_array_equal(found.before.received, found.after.received)
     assert found.layers == (2, 3, 4, 6)
     assert set(found.before.attention) == set(found.layers)
     assert list(found.segmentations) == ["clip", "kk-mean", last]
     for method in found.segmentations:
-        with rfclip.Segmenter(model, method=method) as segmenter:
+        with rfclip.Segmenter(model, method=method, protocol=find_protocol(protocol, method)) as segmenter:
             want = segmenter(scene, "dog, cactus, grass, sky")
         np.testing.assert_array_equal(found.segmentations[method].labels, want.labels)
 

@@ -1,5 +1,7 @@
 """Every method's own protocol: its constants, and its rules against independent ones in float64."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import rfclip
 from rfclip.datasets import in_paper
-from rfclip.methods import METHODS, Protocol
+from rfclip.methods import METHODS, Protocol, find_protocol
 from rfclip.methods import proxyclip as proxyclip_file
 from rfclip.methods.cliptrase import dbscan_constants
 from rfclip.methods.peers import AreaRule
@@ -124,6 +126,8 @@ def test_the_protocols():
             protocol = METHODS[method].protocol.on(dataset)
             want = COMMON | own | datasets.get(dataset, {})
             assert {key: getattr(protocol, key) for key in COMMON} == want, (method, dataset)
+            fixed = find_protocol(f"own:{dataset}", method)
+            assert fixed == replace(protocol, datasets={}) == fixed.on("cityscapes")
 
 
 # The area rule

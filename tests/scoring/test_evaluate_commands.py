@@ -179,7 +179,9 @@ def test_several_lists_of_names_share_a_pass(folder, monkeypatch):
     with Path("mine.txt").open("w") as file:
         file.writelines(f"thing {number}\n" for number in range(20))
     refused(run(*given, "--names", "mine.txt"), "got 20 lines; expected 21")
-    drawn = run(*given, "--names", "synonyms", "--seeds", 1)
+    drawn = run(*given, "--names", "synonyms", "--seeds", 1, "--seed", 1, "--share", 1)
+    last = json.loads(Path("rfclip-runs/voc21-kk-synonyms/result.json").read_text())["lists"]
+    assert last["synonyms, seed 1"] == found["lists"]["synonyms, seed 1"] != found["lists"]["synonyms, seed 0"]
     assert drawn.exit_code == 0 and Path("rfclip-runs/voc21-kk-synonyms/table.md").exists()
     assert [
         row.split("|")[2].strip() for row in Path("rfclip-runs/voc21-kk-synonyms/table.md").read_text().splitlines()[4:]
@@ -243,6 +245,9 @@ def test_photographs_need_a_model_that_knows_them(folder):
         (["voc21", "--root", ".", "--limit", 0], "--limit"),
         (["scenes", "--root", "."], "--root does not apply to scenes"),
         (["voc21", "--seed", 0], "--seed does not apply to voc21"),
+        (["scenes", "--share", 0.5], "--share goes with --names synonyms"),
+        (["scenes", "--seeds", 2, "--names", "plain"], "--seeds goes with --names synonyms"),
+        (["scenes", "--protocol", "own:voc"], "dataset 'voc'"),
         (["voc21", "--count", 5], "--count does not apply to voc21"),
         (["scenes", "--sheet", "."], "--out .: expected a file"),
         (["voc21", "--method", "lseg"], "expected one of clip"),

@@ -104,7 +104,7 @@ def test_every_benchmark_is_here():
 
 @pytest.mark.parametrize(
     ("name", "vision"),
-    [*((name, {}) for name in BENCHMARKS), ("voc21", OTHER), ("context60", OTHER)],
+    [(name, vision) for name in BENCHMARKS for vision in ({}, OTHER)],
     ids=lambda value: "other-tower" if value is OTHER else str(value or ""),
 )
 @torch.inference_mode()

@@ -46,7 +46,7 @@ ProtocolName = Annotated[
     typer.Option(
         "--protocol",
         help="How pictures are seen and labels decided: own (as the method's paper does it), common (as RF-CLIP's "
-        "does, for all), or a method whose way it is.",
+        "does, for all), or a method whose way it is; with a dataset, own:voc21, as it is there.",
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]

@@ -49,10 +49,17 @@ Names = Annotated[
     ),
 ]
 Share = Annotated[
-    float,
-    typer.Option(min=0.0, max=1.0, help="--names synonyms: how much of the names that have synonyms is replaced."),
+    float | None,
+    typer.Option(
+        min=0.0, max=1.0, help="--names synonyms: how much of the names that have synonyms is replaced; 0.5 by default."
+    ),
 ]
-Seeds = Annotated[int, typer.Option(min=1, help="--names synonyms: how many draws to score, mean and worst.")]
+Seeds = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="--names synonyms: how many draws, from --seed on, of which the mean and worst show; 5 by default."
+    ),
+]
 RunFolder = Annotated[
     Path | None, typer.Option(help="Folder of the run, below rfclip-runs by default; an interrupted run resumes there.")
 ]
@@ -84,8 +91,8 @@ def evaluate(
     method: Methods = None,
     protocol: common.ProtocolName = OWN,
     names: Names = "official",
-    share: Share = 0.5,
-    seeds: Seeds = 5,
+    share: Share = None,
+    seeds: Seeds = None,
     inject_distraction: common.Inject = 0.0,
     model: Model = None,
     pretrained: common.Pretrained = None,
@@ -112,8 +119,12 @@ def evaluate(
         methods = common.method_names(method) if method else []
         find_protocol(protocol, RF_CLIP)
         given = common.read_config(config)
-        opened = _open(None if every else dataset, root=root, count=count, seed=seed)
-        lists = {data.name: _name_lists(data, names, share, seeds) for data in opened}
+        wanted = list(dict.fromkeys(part.strip() for part in names.split(",")))
+        if "synonyms" not in wanted and not share is seeds is None:
+            raise ValueError(f"--{'seeds' if share is None else 'share'} goes with --names synonyms")
+        of_scenes = None if "synonyms" in wanted and dataset != "scenes" else seed
+        opened = _open(None if every else dataset, root=root, count=count, seed=of_scenes)
+        lists = {data.name: _name_lists(data, wanted, share, seeds, seed or 0) for data in opened}
         methods = methods or list(opened[0].methods)
         items = {data.name: data.items(limit) for data in opened}
         model = _model(model, opened)
@@ -258,16 +269,19 @@ def _model(given: str | None, opened: list[Dataset]) -> str:
     return given or TINY
 
 
-def _name_lists(dataset: Dataset, names: str, share: float, seeds: int) -> dict[str, ClassNames]:
+def _name_lists(
+    dataset: Dataset, wanted: list[str], share: float | None, seeds: int | None, first: int
+) -> dict[str, ClassNames]:
     from rfclip.datasets.names import name_lists
 
-    return name_lists(dataset, list(dict.fromkeys(part.strip() for part in names.split(","))), share, range(seeds))
+    return name_lists(dataset, wanted, 0.5 if share is None else share, range(first, first + (seeds or 5)))
 
 
 def _about(protocol: str) -> str:
     """A protocol in a title."""
+    whose, colon, dataset = protocol.partition(":")
     said = {OWN: "each method by its own protocol", COMMON: "the common protocol, RF-CLIP's"}
-    return said.get(protocol, f"the protocol of {protocol}")
+    return said.get(whose, f"the protocol of {whose}") + (f" for {dataset}" if colon else "")
 
 
 def _injected(config: RefocusConfig | None, share: float) -> RefocusConfig | None:
@@ -302,7 +316,7 @@ def _possible(
 
 def _marks(protocol: str, names: str) -> str:
     """What a folder's name says of another protocol or other names than the default, so that each run has its own."""
-    parts = [protocol] * (protocol != OWN)
+    parts = [protocol.replace(":", "-")] * (protocol != OWN)
     if names != "official":
         parts.append("+".join(Path(part.strip()).stem for part in names.split(",")))
     return "".join(f"-{part}" for part in parts)

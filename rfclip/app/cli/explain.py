@@ -12,7 +12,7 @@ from rfclip.app.cli import common
 from rfclip.config import TINY
 from rfclip.extras import require
 from rfclip.files import printable, write_whole
-from rfclip.methods import RF_CLIP
+from rfclip.methods import OWN, RF_CLIP, find_protocol
 
 
 def explain(
@@ -25,6 +25,7 @@ def explain(
         list[str] | None, typer.Option(help=f"As for segment; by default those of {TINY}, and none for other models.")
     ] = None,
     method: Annotated[str, typer.Option(help="What segments: rf-clip, or released, the authors' own code.")] = RF_CLIP,
+    protocol: common.ProtocolName = OWN,
     model: common.Model = TINY,
     pretrained: common.Pretrained = None,
     device: common.Device = "cpu",
@@ -46,6 +47,7 @@ def explain(
         names = common.given_once("--classes", classes) if classes else None
         if method not in (RF_CLIP, "released"):
             raise ValueError(f"--method {method}: expected {RF_CLIP} or released")
+        find_protocol(protocol, method)
         common.check_folder(out)
         given = common.read_config(config)
         from rfclip import simulated_distraction
@@ -72,6 +74,7 @@ def explain(
                             layers=numbers,
                             classes=names or clip.trained_on,
                             method=method,
+                            protocol=protocol,
                             backend=backend,
                             tokenizer=load_tokenizer(model),
                         )
@@ -80,6 +83,7 @@ def explain(
                         "model": model,
                         "weights": pretrained or "its own",
                         "method": method,
+                        "protocol": protocol,
                         "injected distraction": inject_distraction,
                     }
                     page = figures.report(seen, pictures, printable(file.name), facts)

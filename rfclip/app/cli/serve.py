@@ -13,6 +13,7 @@ from rfclip.app.cli import common
 from rfclip.app.folder import temporary_folder
 from rfclip.config import TINY, canonical_name
 from rfclip.extras import require
+from rfclip.methods import OWN, RF_CLIP, find_protocol
 
 
 def serve(
@@ -23,6 +24,7 @@ def serve(
     device: common.Device = "cpu",
     backend: common.Backend = "auto",
     config: common.Config = None,
+    protocol: common.ProtocolName = OWN,
 ) -> None:
     """Serve a page to try it in the browser, until Ctrl-C."""
     signals = [signal.SIGINT, signal.SIGTERM]
@@ -40,6 +42,7 @@ def serve(
     with common.clear_errors(), temporary_folder() as folder:
         require("the page", "serve", "gradio", "matplotlib", "scipy", "sklearn")
         refocusing = common.read_config(config)
+        find_protocol(protocol, RF_CLIP)
         # Set before Gradio is imported, which then makes the folder; files in it already are not copied.
         os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -50,6 +53,6 @@ def serve(
         name = canonical_name(model)
         if name != TINY:
             check_model(name, pretrained)
-        jobs = page.choices(name, pretrained, refocusing, device, backend)
+        jobs = page.choices(name, pretrained, refocusing, device, backend, protocol)
         page.serve(jobs, folder, host, port, common.say)
     os._exit(0)  # Python's own end aborts if a thread is still inside torch, in a request
