@@ -223,9 +223,12 @@ def test_segment_as_on_a_benchmark(folder):
     assert segment("picture.png", "--method", "released", "--protocol", "own:voc21", classes="voc21").exit_code == 0
     record = json.loads(Path("rfclip-out/picture.json").read_text())
     assert record["window"] is None and record["protocol"]["options"]["share"] == 0.1
-    with rfclip.Segmenter(method="released", protocol=METHODS["released"].protocol.on("voc21")) as segmenter:
-        with pytest.warns(UserWarning, match="never trained"):
-            expected = segmenter("picture.png", "voc21").labels
+    protocol = METHODS["released"].protocol.on("voc21")
+    with (
+        rfclip.Segmenter(method="released", protocol=protocol) as segmenter,
+        pytest.warns(UserWarning, match="never trained"),
+    ):
+        expected = segmenter("picture.png", "voc21").labels
     assert np.array_equal(np.asarray(Image.open("rfclip-out/picture.mask.png")), expected)
     refused(segment("picture.png", "--protocol", "own:voc"), "dataset 'voc'", "voc21")
 
