@@ -39,7 +39,7 @@ def find_model(name: str, pretrained: str | None = None) -> tuple[str, str | Non
         openai = "/" in name and pretrained is None and OPENAI[1] in open_clip.list_pretrained_tags_by_model(model)
         return model, OPENAI[1] if openai else pretrained
     head, slash, rest = name.partition("/")
-    if not slash or pretrained is not None:
+    if not slash or pretrained not in (None, head):
         return name, pretrained
     model = known(rest)
     if model is not None and head.lower() in open_clip.list_pretrained_tags_by_model(model):
