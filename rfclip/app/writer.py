@@ -11,12 +11,14 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rfclip.app.fetch import read
+from rfclip.app.sources import is_url
 from rfclip.datasets.names import ClassNames
 from rfclip.files import OUTPUTS, parse_json, printable, stamp, write_whole
-from rfclip.images import to_rgb
 from rfclip.outputs import encode, read_rows, shards, write_shard
 from rfclip.segment.classes import Background, title
 from rfclip.segment.job import Job
@@ -72,7 +74,7 @@ class Writer:
             try:
                 began, before = time.perf_counter(), _stamp(picture["path"])
                 found = self.segmenter.segment(
-                    to_rgb(picture["path"]), self.named, threshold=self.record["threshold"], pamr=self.job.pamr
+                    read(picture["path"]), self.named, threshold=self.record["threshold"], pamr=self.job.pamr
                 )
                 row: dict[str, Any] = {"image": printable(picture["image"]), "path": printable(picture["path"])}
                 row |= before | {"width": found.image.width, "height": found.image.height}
@@ -109,12 +111,12 @@ def save(found: Segmentation, record: dict[str, Any], files: dict[str, Path], ma
 
 
 def plan_files(
-    found: list[tuple[Path, Path]], out: Path, record: dict[str, Any], overwrite: bool
+    found: Sequence[tuple[Path | str, Path]], out: Path, record: dict[str, Any], overwrite: bool
 ) -> tuple[list[dict], int, list[tuple[str, str]]]:
     """Tasks for a `Writer`, one per picture; how many pictures have results; and those with files in the way, and why.
 
     `found` are pictures and, below the folder `out`, the paths of their results without suffix. A picture that has
-    changed since is segmented again.
+    changed since is segmented again, as far as that is known: of an address it is not.
 
     Raises:
         ValueError: a result there was made with other settings, and is not to be overwritten.
@@ -142,7 +144,7 @@ def plan_files(
 
 
 def plan_shards(
-    found: list[tuple[Path, Path]], out: Path, record: dict[str, object], overwrite: bool
+    found: Sequence[tuple[Path | str, Path]], out: Path, record: dict[str, object], overwrite: bool
 ) -> tuple[list[dict], int, list[Path]]:
     """Tasks for a `Writer`, one per Parquet file; how many pictures are already in such files; what to remove last.
 
@@ -172,16 +174,21 @@ def plan_shards(
     return tasks, len(found) - len(todo), stale
 
 
-def _picture(path: Path) -> dict[str, str]:
-    return {"path": os.path.realpath(path), "image": str(path)}
+def _picture(path: Path | str) -> dict[str, Any]:
+    return {"path": _place(path), "image": str(path)}
 
 
-def _record_of(file: Path, path: Path) -> dict[str, Any] | None:
+def _place(path: Path | str) -> str:
+    """What tells a picture from all others: its path without links, or its address."""
+    return str(path) if is_url(path) else os.path.realpath(path)
+
+
+def _record_of(file: Path, path: Path | str) -> dict[str, Any] | None:
     """What a JSON file says of the results next to it, if they are of this picture."""
     try:
         record = parse_json(file.read_text("utf-8"))
         classes = [{key: value for key, value in entry.items() if key != "share"} for entry in record["classes"]]
-        return record | {"classes": classes} if record["path"] == printable(os.path.realpath(path)) else None
+        return record | {"classes": classes} if record["path"] == printable(_place(path)) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
