@@ -10,7 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-OUTPUTS = (".mask.png", ".overlay.png", ".json")  # endings of the files that `rfclip segment` writes per picture
+# Endings of the files that `rfclip segment` writes: per picture, per video, and any of them.
+OUTPUTS = (".mask.png", ".overlay.png", ".json")
+VIDEO_OUTPUTS = (".overlay.mp4", ".json")
+RESULTS = (*OUTPUTS, *VIDEO_OUTPUTS)
 
 
 def printable(path: Path | str) -> str:

@@ -19,7 +19,7 @@ from rich.status import Status
 
 from rfclip.app.sources import result_name
 from rfclip.config import TINY, BackendName, PrecisionName, RefocusConfig
-from rfclip.files import OUTPUTS, same_name
+from rfclip.files import RESULTS, same_name
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +147,7 @@ def progress() -> Progress:
 def find_images(given: list[str]) -> tuple[list[tuple[Path | str, Path]], list[tuple[str, str]]]:
     """Pictures as (file, path of its result below the output folder, without suffix), and what was not found.
 
-    In place of a file there may be an address, as text.
+    In place of a file there may be an address or a camera, as text.
 
     What a folder holds beside pictures and earlier outputs is printed, one line per suffix, with the reason.
     """
@@ -159,14 +159,14 @@ def find_images(given: list[str]) -> tuple[list[tuple[Path | str, Path]], list[t
         if named is not None:
             files, reason = [(item, named)], ""
         elif path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.endswith(OUTPUTS)]
+            inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.endswith(RESULTS)]
             files = [(file, file.relative_to(path)) for file in _readable(inside, item)]
             reason = "no picture in this folder"
         elif path.exists():
             files, reason = [(path, Path(path.name))], ""
         else:
             names = sorted(glob.glob(item, recursive=True))
-            matched = [Path(name) for name in names if os.path.isfile(name) and not name.endswith(OUTPUTS)]
+            matched = [Path(name) for name in names if os.path.isfile(name) and not name.endswith(RESULTS)]
             files = [(file, Path(file.name)) for file in matched]
             reason = "no such file, and no file matches it as a pattern"
         for file, result in files:
