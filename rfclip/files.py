@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-# Endings of the files that `rfclip segment` writes: per picture, per video, and any of them.
+# Endings of the files that `rfclip segment` writes: per picture, video and picture in tiles, and any of them.
 OUTPUTS = (".mask.png", ".overlay.png", ".json")
 VIDEO_OUTPUTS = (".overlay.mp4", ".json")
-RESULTS = (*OUTPUTS, *VIDEO_OUTPUTS)
+TILED_OUTPUTS = (".mask.tif", ".overlay.png", ".json")
+RESULTS = (*OUTPUTS, *VIDEO_OUTPUTS, *TILED_OUTPUTS)
 
 
 def printable(path: Path | str) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from rfclip.app.fetch import read
+from rfclip.app.large import label_large
 from rfclip.app.sources import KINDS, is_path
 from rfclip.app.video import label_video
 from rfclip.datasets.names import ClassNames
@@ -114,19 +115,29 @@ class Writer:
 
     def _label(self, picture: dict, row: dict[str, Any], began: float) -> None:
         """Write the results of what is no plain picture."""
-        source, settings, facts = picture["path"], picture["settings"], dict[str, Any]()
+        source, settings, facts, shown = picture["path"], picture["settings"], dict[str, Any](), list[Segmentation]()
         watch = partial(self.watch, Path(picture["image"]).name)
 
         def video(part: Path) -> None:
             facts.update(label_video(source, settings["frame_stride"], self._segment, part, watch))
 
+        def mask(part: Path) -> None:
+            options = {"threshold": self.record["threshold"], "pamr": self.job.pamr}
+            found, small = label_large(source, settings, self.segmenter, self.named, part, watch, **options)
+            facts.update(found)
+            shown.append(small)
+
+        def overlay(part: Path) -> None:
+            shown[0].overlay().save(part, format="PNG")
+
         def record(part: Path) -> None:
             seconds = {"seconds": round(time.perf_counter() - began, 3)}
             part.write_text(_text(row | facts | seconds | self.record | settings, facts["shares"]), "utf-8")
 
+        saves = {"video": (video, record), "tiled": (mask, overlay, record)}[settings["kind"]]
         files = list(map(Path, picture["files"]))
         files[0].parent.mkdir(parents=True, exist_ok=True)
-        write_whole(dict(zip(files, (video, record), strict=True)), self.mark)
+        write_whole(dict(zip(files, saves, strict=True)), self.mark)
 
 
 def save(found: Segmentation, record: dict[str, Any], files: dict[str, Path], mark: str = "") -> None:

@@ -262,4 +262,4 @@ def test_what_goes_with_videos_only(monkeypatch):
     pytest.importorskip("pyarrow")
     result = segment("clip.mp4", "a.png", "--format", "parquet")
     assert result.exit_code == 1
-    assert "failed: clip.mp4: only pictures become masks in Parquet" in result.stderr
+    assert "failed: clip.mp4: only plain pictures become masks in Parquet" in result.stderr

@@ -56,13 +56,30 @@ def segment(
     stride: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Of videos, segment every N-th frame, and label all of them.")
     ] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help="See pictures tile by tile at S times their own size, and write masks as GeoTIFF; 1 by default for "
+            "georeferenced and very large pictures, which always go so.",
+        ),
+    ] = None,
+    bands: Annotated[
+        str | None,
+        typer.Option(metavar="R,G,B", help="Of such pictures, the bands that are red, green and blue, as in 4,3,2."),
+    ] = None,
+    values: Annotated[
+        str | None,
+        typer.Option("--range", metavar="LOW,HIGH", help="Of such pictures, the values that are black and white."),
+    ] = None,
     engine: common.EngineName = "local",
     workers: common.Workers = None,
     overwrite: common.Overwrite = False,
 ) -> None:
     """Segment pictures by class names: an indexed mask, an overlay and a JSON file for each.
 
-    A picture may be an https address. A video, or a camera such as camera:0, becomes a labelled video and a JSON file.
+    A picture may be an https address. A video, or a camera such as camera:0, becomes a labelled video and a JSON file;
+    a georeferenced or very large picture a georeferenced mask, a small overlay and a JSON file.
     """
     with common.clear_errors():
         found, failed = common.find_images(images)
@@ -82,7 +99,15 @@ def segment(
             failed += clashing
         else:
             require("--format parquet", "parquet", "pyarrow")
-        settings, unfit = special(found, stride=stride, files=format == "png", here=engine == "local")
+        settings, unfit = special(
+            found,
+            stride=stride,
+            scale=scale,
+            bands=bands,
+            values=values,
+            files=format == "png",
+            here=engine == "local",
+        )
         found, failed = [each for each in found if str(each[0]) not in dict(unfit)], failed + unfit
         common.check_folder(out)
         from rfclip.app.engines import start
