@@ -7,9 +7,9 @@ import glob
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -17,11 +17,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 
+from rfclip.app.sources import result_name
 from rfclip.config import TINY, BackendName, PrecisionName, RefocusConfig
-from rfclip.files import OUTPUTS, same_name
+from rfclip.files import RESULTS, same_name
 
 if TYPE_CHECKING:
     import torch
+
+PictureT = TypeVar("PictureT", bound=Path | str)
 
 out_console = Console()
 console = Console(stderr=True)
@@ -141,28 +144,33 @@ def progress() -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def find_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[str, str]]]:
+def find_images(given: list[str]) -> tuple[list[tuple[Path | str, Path]], list[tuple[str, str]]]:
     """Pictures as (file, path of its result below the output folder, without suffix), and what was not found.
+
+    In place of a file there may be an address or a camera, as text.
 
     What a folder holds beside pictures and earlier outputs is printed, one line per suffix, with the reason.
     """
-    found: dict[Path, tuple[Path, Path]] = {}
+    found: dict[Path | str, tuple[Path | str, Path]] = {}
     missing = []
     for item in given:
-        path = Path(item)
-        if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.endswith(OUTPUTS)]
+        path, named = Path(item), result_name(item)
+        files: Sequence[tuple[Path | str, Path]]
+        if named is not None:
+            files, reason = [(item, named)], ""
+        elif path.is_dir():
+            inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.endswith(RESULTS)]
             files = [(file, file.relative_to(path)) for file in _readable(inside, item)]
             reason = "no picture in this folder"
         elif path.exists():
             files, reason = [(path, Path(path.name))], ""
         else:
             names = sorted(glob.glob(item, recursive=True))
-            matched = [Path(name) for name in names if os.path.isfile(name) and not name.endswith(OUTPUTS)]
+            matched = [Path(name) for name in names if os.path.isfile(name) and not name.endswith(RESULTS)]
             files = [(file, Path(file.name)) for file in matched]
             reason = "no such file, and no file matches it as a pattern"
         for file, result in files:
-            found.setdefault(file.resolve(), (file, result))
+            found.setdefault(file if isinstance(file, str) else file.resolve(), (file, result))
         if not files:
             missing.append((item, reason))
     # Without suffix as far as that is unique, among each other and among those that keep theirs.
@@ -194,14 +202,16 @@ def _readable(files: list[Path], folder: str) -> list[Path]:
 
 
 def some_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[str, str]]]:
-    """As `find_images`; ValueError if there is no picture at all."""
+    """As `find_images`, for commands that read files only; ValueError if there is no picture at all."""
     found, missing = find_images(given)
-    if not found:
+    files = [(file, result) for file, result in found if isinstance(file, Path)]
+    missing += [(file, "not a file; only `rfclip segment` takes it") for file, _ in found if isinstance(file, str)]
+    if not files:
         raise ValueError("; ".join(f"{name}: {reason}" for name, reason in missing))
-    return found, missing
+    return files, missing
 
 
-def distinct(images: list[tuple[Path, Path]]) -> tuple[list[tuple[Path, Path]], list[tuple[str, str]]]:
+def distinct(images: Sequence[tuple[PictureT, Path]]) -> tuple[list[tuple[PictureT, Path]], list[tuple[str, str]]]:
     """Pictures whose results have names of their own, and the others, which would overwrite each other, and why."""
     counts = Counter(same_name(result) for _, result in images)
     failed = [

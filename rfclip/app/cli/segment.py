@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from rfclip.app.cli import common
+from rfclip.app.sources import special
 from rfclip.config import TINY
 from rfclip.extras import require
 from rfclip.methods import OWN
@@ -52,11 +53,34 @@ def segment(
         Literal["png", "parquet"],
         typer.Option(help="png: three files per picture; parquet: run-length masks, many pictures per file."),
     ] = "png",
+    stride: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of videos, segment every N-th frame, and label all of them.")
+    ] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help="See pictures tile by tile at S times their own size, and write masks as GeoTIFF; 1 by default for "
+            "georeferenced and very large pictures, which always go so.",
+        ),
+    ] = None,
+    bands: Annotated[
+        str | None,
+        typer.Option(metavar="R,G,B", help="Of such pictures, the bands that are red, green and blue, as in 4,3,2."),
+    ] = None,
+    values: Annotated[
+        str | None,
+        typer.Option("--range", metavar="LOW,HIGH", help="Of such pictures, the values that are black and white."),
+    ] = None,
     engine: common.EngineName = "local",
     workers: common.Workers = None,
     overwrite: common.Overwrite = False,
 ) -> None:
-    """Segment pictures by class names: an indexed mask, an overlay and a JSON file for each."""
+    """Segment pictures by class names: an indexed mask, an overlay and a JSON file for each.
+
+    A picture may be an https address. A video, or a camera such as camera:0, becomes a labelled video and a JSON file;
+    a georeferenced or very large picture a georeferenced mask, a small overlay and a JSON file.
+    """
     with common.clear_errors():
         found, failed = common.find_images(images)
         from rfclip.methods import find_method, find_protocol
@@ -75,6 +99,16 @@ def segment(
             failed += clashing
         else:
             require("--format parquet", "parquet", "pyarrow")
+        settings, unfit = special(
+            found,
+            stride=stride,
+            scale=scale,
+            bands=bands,
+            values=values,
+            files=format == "png",
+            here=engine == "local",
+        )
+        found, failed = [each for each in found if str(each[0]) not in dict(unfit)], failed + unfit
         common.check_folder(out)
         from rfclip.app.engines import start
 
@@ -101,14 +135,21 @@ def segment(
                 record = described(job, segmenter, named, threshold)
                 stale: list[Path] = []
                 if format == "png":
-                    tasks, skipped, clashing = plan_files(found, out, record, overwrite)
+                    tasks, skipped, clashing = plan_files(found, out, record, overwrite, settings)
                     failed += clashing
                 else:
                     tasks, skipped, stale = plan_shards(found, out, record, overwrite)
                 with common.progress() as progress:
                     bar = progress.add_task("segmenting", total=sum(len(task["pictures"]) for task in tasks))
+                    part = progress.add_task("", visible=False)
+
+                    def watch(name: str, done: int, total: int | None) -> None:
+                        progress.update(part, description=name, completed=done, total=total, visible=done != total)
+
                     there = partial(Writer, job.elsewhere(), named, record, mark=mark)
-                    for result in where.results(lambda: Writer(job, named, record, segmenter, mark), there, tasks):
+                    for result in where.results(
+                        lambda: Writer(job, named, record, segmenter, mark, watch), there, tasks
+                    ):
                         done += result["done"]
                         failed += map(tuple, result["failed"])
                         rate.add(result["done"] + len(result["failed"]))
