@@ -162,9 +162,7 @@ class OpenCLIPTower(Tower):
 def _similar(name: str) -> str:
     """Names that somebody who wrote an unknown one may have meant."""
     if "/" in name:
-        return (
-            f": for one on the Hugging Face hub, write hf-hub:{name} (open_clip's) or transformers:{name} (a CLIPModel)"
-        )
+        return f": on the Hugging Face hub, hf-hub:{name} is open_clip's, and transformers:{name} a CLIPModel"
     names = {known.casefold(): known for known in [TINY, *filter(can_refocus, open_clip.list_models())]}
     close = difflib.get_close_matches(name.casefold(), names, n=3, cutoff=0.5)
     return f": did you mean {' or '.join(names[each] for each in close)}?" if close else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import os
 import warnings
 from collections import Counter
@@ -20,6 +21,7 @@ from rich.status import Status
 from rfclip.app.sources import result_name
 from rfclip.config import TINY, BackendName, PrecisionName, RefocusConfig
 from rfclip.files import RESULTS, same_name
+from rfclip.methods import METHODS
 
 if TYPE_CHECKING:
     import torch
@@ -33,12 +35,24 @@ Images = Annotated[
     list[str],
     typer.Argument(metavar="IMAGE...", help="Files, folders, or quoted globs; earlier outputs are skipped."),
 ]
-Model = Annotated[str, typer.Option(help="A model; `rfclip models` lists them.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="A model; `rfclip models` lists them.")]
+ClassLists = Annotated[
+    list[str],
+    typer.Option(
+        "--classes",
+        "-c",
+        help='"cat, dog, grass"; with synonyms "cat, kitten; dog"; a file, one class per line; or a list of the '
+        "field's: voc21. Several add up.",
+    ),
+]
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag for the weights, or a path to safetensors.")]
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option("--device", "-d", help="Where to run: cpu, cuda, cuda:1, mps.")]
 Config = Annotated[Path | None, typer.Option(help="RF-CLIP's settings in JSON, as `rfclip calibrate` writes them.")]
 Precision = Annotated[PrecisionName, typer.Option(help="Of the weights and of the image tower.")]
-MethodName = Annotated[str, typer.Option("--method", help="One of `rfclip methods`.")]
+MethodName = Annotated[
+    str, typer.Option("--method", help="One of `rfclip methods`.", autocompletion=lambda: list(METHODS))
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
 Backend = Annotated[BackendName, typer.Option(help="See `rfclip info` for what auto chooses.")]
 Pamr = Annotated[
     bool | None,
@@ -107,11 +121,9 @@ def answer(text: str) -> None:
     out_console.print(escape(text), highlight=False, soft_wrap=True)
 
 
-def given_once(option: str, values: list[str]) -> str:
-    """The value of an option of which click would silently keep the last."""
-    if len(values) > 1:
-        raise ValueError(f'{option} was given {len(values)} times: give all in one, as in {option} "cat, dog, grass"')
-    return values[0]
+def answer_json(value: object) -> None:
+    """Print a JSON value to standard output."""
+    out_console.print_json(json.dumps(value, ensure_ascii=False), highlight=False)
 
 
 def check_new(out: Path | None, overwrite: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,15 +21,17 @@ from rfclip.methods import OWN
 
 def segment(
     images: common.Images,
-    classes: Annotated[
-        list[str],
+    classes: common.ClassLists,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("rfclip-out"),
+    model: Annotated[
+        str | None,
         typer.Option(
-            help='"cat, dog, grass"; with synonyms "cat, kitten; dog"; a file, one class per line; or a list of the '
-            "field's: voc21."
+            "--model",
+            "-m",
+            help="A model; `rfclip models` lists them. By default OpenAI's ViT-B/16, downloaded once (600 MB), or for "
+            f"drawn scenes like the bundled one {TINY}.",
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("rfclip-out"),
-    model: common.Model = TINY,
+    ] = None,
     pretrained: common.Pretrained = None,
     device: common.Device = "cpu",
     precision: common.Precision = "fp32",
@@ -38,7 +40,9 @@ def segment(
     config: common.Config = None,
     threshold: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help='Pixels less probable than this get no class, or "background".'),
+        typer.Option(
+            "--threshold", "-t", min=0.0, max=1.0, help='Pixels less probable than this get no class, or "background".'
+        ),
     ] = None,
     background: Annotated[
         bool | None,
@@ -75,6 +79,7 @@ def segment(
     engine: common.EngineName = "local",
     workers: common.Workers = None,
     overwrite: common.Overwrite = False,
+    as_json: common.Json = False,
 ) -> None:
     """Segment pictures by class names: an indexed mask, an overlay and a JSON file for each.
 
@@ -84,9 +89,9 @@ def segment(
     with common.clear_errors():
         found, failed = common.find_images(images)
         from rfclip.methods import find_method, find_protocol
-        from rfclip.segment.classes import parse_classes
+        from rfclip.segment.classes import parse_lists
 
-        named = parse_classes(common.given_once("--classes", classes))
+        named = parse_lists(classes)
         if len(named) + bool(background) > 255:
             raise ValueError(f"--classes: got {len(named)}; an indexed mask holds at most 255, the background included")
         if threshold is not None and not 0 <= threshold <= 1:  # Typer before 0.25 lets NaN pass
@@ -119,6 +124,8 @@ def segment(
             from rfclip.app.writer import Writer, described, plan_files, plan_shards
             from rfclip.segment.job import Job
 
+            if model is None:
+                model, pretrained = _model_for([file for file, _ in found], pretrained)
             job = Job(model, pretrained, refocusing, method, backend, device, precision, pamr=pamr, protocol=protocol)
             # What is left once the workers are gone was theirs.
             with swept(out, mark), starting as where, contextlib.ExitStack() as stack:
@@ -156,6 +163,10 @@ def segment(
                         progress.update(bar, completed=rate.count)
                 for path in stale if done else []:
                     path.unlink()
+    if as_json:
+        reasons = [{"image": image, "reason": reason} for image, reason in failed]
+        common.answer_json({"out": str(out), "done": done, "skipped": skipped, "failed": reasons})
+        raise typer.Exit(1 if failed else 0)
     common.print_failed(failed)
     counts = [f"{done} segmented into {out}"]
     counts += [f"{skipped} skipped, since results exist (--overwrite replaces them)"] if skipped else []
@@ -163,6 +174,24 @@ def segment(
     counts += [str(rate)] if str(rate) else []
     common.say("; ".join(counts))
     raise typer.Exit(1 if failed else 0)
+
+
+def _model_for(files: Sequence[Path | str], pretrained: str | None) -> tuple[str, str | None]:
+    """The model for pictures if none is given, by the first that can be opened: the bundled one for its own scenes."""
+    if pretrained is not None:
+        raise ValueError(f"--pretrained {pretrained}: give the --model as well that has these weights")
+    from PIL import Image
+
+    from rfclip.tiny.scenes import is_scene
+    from rfclip.towers.loading import OPENAI
+
+    for file in files:
+        with contextlib.suppress(Exception), Image.open(file) as picture:  # what cannot be read is told later
+            if not is_scene(picture):
+                break
+            return TINY, None
+    common.say(f"model: {OPENAI[0]} with OpenAI's weights; --model takes another")
+    return OPENAI
 
 
 @contextlib.contextmanager
