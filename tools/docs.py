@@ -24,6 +24,7 @@ from markdown.postprocessors import Postprocessor
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((\.\./[^)#\s]*)(#[^)\s]*)?\)")
 ENTRY = re.compile(r"^- \[`([\w.]+)`\]\((?:\.\./)+([\w/]+)\.py\): .*(?:\n  .*)*", re.MULTILINE)
+MATH = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHIM = "https://unpkg.com/iframe-worker/shim"  # what the theme asks for where search runs from a disk
 
 
@@ -55,7 +56,7 @@ def write_pages(docs: Path, target: Path) -> None:
     sources: set[Path] = set()
     for path in docs.rglob("*.md"):
         page = path.relative_to(docs)
-        text = path.read_text("utf-8")
+        text = MATH.sub(r"$$\n\1$$", path.read_text("utf-8"))
         if "reference" in page.parts or page.stem == "configuration":
             text = ENTRY.sub(_documented, text)
         text = LINK.sub(lambda found, page=page: _on_the_site(found, docs, page, sources), text)
