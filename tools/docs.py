@@ -22,7 +22,7 @@ from markdown.extensions import Extension
 from markdown.postprocessors import Postprocessor
 
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
-LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((\.\./[^)#\s]*)(#[^)\s]*)?\)")
+LINK = re.compile(r"(?<![!`])\[([^\]]+)\]\((\.\./[^)#\s]*)(#[^)\s]*)?\)")
 ENTRY = re.compile(r"^- \[`([\w.]+)`\]\((?:\.\./)+([\w/]+)\.py\): .*(?:\n  .*)*", re.MULTILINE)
 MATH = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHIM = "https://unpkg.com/iframe-worker/shim"  # what the theme asks for where search runs from a disk

@@ -109,12 +109,22 @@ def test_links_and_search_from_the_disk(site, page):
     assert all(url.startswith(("file:", "data:", "blob:")) for url in page.asked)
 
 
+WIDE = """
+[...document.querySelectorAll("table, math[display=block], pre")].filter(part => {
+  const scrolls = element =>
+    element && (/auto|scroll/.test(getComputedStyle(element).overflowX) || scrolls(element.parentElement))
+  return part.getBoundingClientRect().width > innerWidth && !scrolls(part)
+}).length
+"""
+
+
 @needs_chromium
 def test_every_page_fits_a_phone(site, pages, page):
     for path in pages:
         if "source" not in path.parts:
             page.goto(path.as_uri(), wait_until="domcontentloaded")
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
+            assert page.evaluate(WIDE) == 0, path  # what is wider than the screen scrolls
 
 
 @needs_chromium
