@@ -74,4 +74,4 @@ $(OLDEST)/ready: pyproject.toml $(READY)
 	touch $@
 
 clean:
-	rm -rf .venv demo build gpu-bundle *.egg-info
+	rm -rf .venv .cache demo build gpu-bundle *.egg-info

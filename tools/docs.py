@@ -22,7 +22,7 @@ from markdown.extensions import Extension
 from markdown.postprocessors import Postprocessor
 
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
-LINK = re.compile(r"(?<![!`])\[([^\]]+)\]\((\.\./[^)#\s]*)(#[^)\s]*)?\)")
+LINK = re.compile(r"(?<![!`])\[([^\]]+)\]\((\.\./[^)#\s]*)(?:#[^)\s]*)?\)")
 ENTRY = re.compile(r"^- \[`([\w.]+)`\]\((?:\.\./)+([\w/]+)\.py\): .*(?:\n  .*)*", re.MULTILINE)
 MATH = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHIM = "https://unpkg.com/iframe-worker/shim"  # what the theme asks for where search runs from a disk
@@ -75,13 +75,12 @@ def _documented(found: re.Match[str]) -> str:
 
 
 def _on_the_site(found: re.Match[str], docs: Path, page: Path, sources: set[Path]) -> str:
-    text, link, anchor = found.groups()
+    """A link of a page as it is on the site; a source that it leads to is added to `sources`."""
+    text, link = found.groups()
     target = Path(os.path.normpath(docs / page.parent / link))
     if target.is_relative_to(docs):
         return found[0]
-    if target == docs.parent / "README.md":
-        return f"[{text}]({os.path.relpath('index.md', page.parent)}{anchor or ''})"
-    if target.suffix != ".py":
+    if target.suffix != ".py":  # nor has the site what this leads to
         return text
     source = target.relative_to(docs.parent)
     sources.add(source)
