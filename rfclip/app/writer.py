@@ -20,10 +20,11 @@ from rfclip.images import to_rgb
 from rfclip.outputs import encode, read_rows, shards, write_shard
 from rfclip.segment.classes import Background, title
 from rfclip.segment.job import Job
-from rfclip.segment.result import Segmentation
+from rfclip.segment.result import Segmentation, writers
 from rfclip.segment.segmenter import Segmenter
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # after which no other file can be written either
+FOUND = ("share", "confidence")  # what a record says of a class that depends on the picture
 SHARD = 8, 64  # pictures in a Parquet file, when there are few pictures and when there are many
 
 
@@ -72,7 +73,11 @@ class Writer:
             try:
                 began, before = time.perf_counter(), _stamp(picture["path"])
                 found = self.segmenter.segment(
-                    to_rgb(picture["path"]), self.named, threshold=self.record["threshold"], pamr=self.job.pamr
+                    to_rgb(picture["path"]),
+                    self.named,
+                    threshold=self.record["threshold"],
+                    confidence="shard" not in task,
+                    pamr=self.job.pamr,
                 )
                 row: dict[str, Any] = {"image": printable(picture["image"]), "path": printable(picture["path"])}
                 row |= before | {"width": found.image.width, "height": found.image.height}
@@ -94,18 +99,10 @@ class Writer:
 
 def save(found: Segmentation, record: dict[str, Any], files: dict[str, Path], mark: str = "") -> None:
     """Write those of `OUTPUTS` that `files` has a path for; the record is a row and what `described` says."""
-    shares = found.shares
-    classes = [entry | {"share": shares[entry["name"]]} for entry in record["classes"]]
-    text = json.dumps(record | {"classes": classes}, indent=2, ensure_ascii=False) + "\n"
-    mask, overlay, written = OUTPUTS
-    saves = {
-        mask: lambda part: found.mask().save(part, format="PNG"),
-        overlay: lambda part: found.overlay().save(part, format="PNG"),
-        written: lambda part: part.write_text(text, "utf-8"),
-    }
     for path in files.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole({path: saves[output] for output, path in files.items()}, mark)
+    write = writers(found, record)
+    write_whole({path: write[output] for output, path in files.items()}, mark)
 
 
 def plan_files(
@@ -180,7 +177,7 @@ def _record_of(file: Path, path: Path) -> dict[str, Any] | None:
     """What a JSON file says of the results next to it, if they are of this picture."""
     try:
         record = parse_json(file.read_text("utf-8"))
-        classes = [{key: value for key, value in entry.items() if key != "share"} for entry in record["classes"]]
+        classes = [{key: value for key, value in entry.items() if key not in FOUND} for entry in record["classes"]]
         return record | {"classes": classes} if record["path"] == printable(os.path.realpath(path)) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

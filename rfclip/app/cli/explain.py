@@ -53,7 +53,6 @@ def explain(
         from rfclip import simulated_distraction
         from rfclip.explanation import explain as look
         from rfclip.explanation import figures
-        from rfclip.towers.loading import load_tokenizer
 
         found = _without_results(found, out, set(figures.CAPTIONS))
         clip, refocusing = common.load(model, pretrained, device, given, ["rf-clip"])
@@ -76,7 +75,6 @@ def explain(
                             method=method,
                             protocol=protocol,
                             backend=backend,
-                            tokenizer=load_tokenizer(model),
                         )
                     pictures = {name: figures.png(figure) for name, figure in figures.draw(seen).items()}
                     facts = {
