@@ -124,12 +124,15 @@ def segment(
             from rfclip.app.writer import Writer, described, plan_files, plan_shards
             from rfclip.segment.job import Job
 
+            default = model is None
             if model is None:
                 model, pretrained = _model_for([file for file, _ in found], pretrained)
             job = Job(model, pretrained, refocusing, method, backend, device, precision, pamr=pamr, protocol=protocol)
             # What is left once the workers are gone was theirs.
             with swept(out, mark), starting as where, contextlib.ExitStack() as stack:
                 common.available(where.here)
+                if default and model != TINY:
+                    common.say(f"model: {model} with OpenAI's weights; --model takes another")
                 with common.loading(model):
                     segmenter = stack.enter_context(job.segmenter(device=where.here))
                 given, named = len(named), segmenter.with_background(named, background)
@@ -190,7 +193,6 @@ def _model_for(files: Sequence[Path | str], pretrained: str | None) -> tuple[str
             if not is_scene(picture):
                 break
             return TINY, None
-    common.say(f"model: {OPENAI[0]} with OpenAI's weights; --model takes another")
     return OPENAI
 
 
