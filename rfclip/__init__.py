@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 try:
     from rfclip._version import __version__
 except ImportError:  # a checkout that was never installed
-    __version__ = "0+unknown"
+    __version__ = "0.dev0"
 
 _MODULE_OF = {
     "Calibration": "calibration",
