@@ -7,7 +7,7 @@ READY := .venv/ready
 OLDEST_PYTHON ?= 3.10
 OLDEST := build/oldest
 
-.PHONY: demo test test-oldest lint report docs bench gpu gpu-bundle clean
+.PHONY: demo test test-oldest lint report docs dist bench gpu gpu-bundle clean
 
 demo: $(READY)
 	$(BIN)/rfclip segment rfclip/tiny/scene.png --classes "dog, cactus, octopus, sailboat, cat, bus, grass, sky" --out demo --overwrite
@@ -41,6 +41,12 @@ report: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
+# The source distribution and the wheel, in dist/, as PyPI will take them.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+
 # Operations, towers, memory and segmentation: build/bench/bench.md, about half an hour on two cores.
 bench: $(READY)
 	$(BIN)/python -m bench
@@ -70,4 +76,4 @@ $(OLDEST)/ready: pyproject.toml $(READY)
 	touch $@
 
 clean:
-	rm -rf .venv demo build gpu-bundle *.egg-info
+	rm -rf .venv demo build dist gpu-bundle *.egg-info
