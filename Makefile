@@ -7,7 +7,7 @@ READY := .venv/ready
 OLDEST_PYTHON ?= 3.10
 OLDEST := build/oldest
 
-.PHONY: demo test test-oldest lint report docs dist bench gpu gpu-bundle clean
+.PHONY: demo test test-oldest lint report docs dist hf-kernels bench gpu gpu-bundle clean
 
 demo: $(READY)
 	$(BIN)/rfclip segment rfclip/tiny/scene.png --classes "dog, cactus, octopus, sailboat, cat, bus, grass, sky" --out demo --overwrite
@@ -46,6 +46,10 @@ dist: $(READY)
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/python -m twine check --strict dist/*
+
+# The Triton kernels as Hugging Face's `kernels` loads them, in build/hf-kernels.
+hf-kernels: $(READY)
+	$(BIN)/python -m tools.hf_kernels
 
 # Operations, towers, memory and segmentation: build/bench/bench.md, about half an hour on two cores.
 bench: $(READY)
