@@ -33,9 +33,10 @@ lint: $(READY)
 	$(BIN)/mypy
 
 # Compiles the kernels for eight GPU architectures, counts what they compute and move, and fails on spills; needs no GPU.
+# TARGETS=sm_90,gfx942 is for these alone.
 report: $(READY)
 	mkdir -p build
-	$(BIN)/python -m tools.kernel_report > build/kernels.md
+	$(BIN)/python -m tools.kernel_report $(if $(TARGETS),--targets $(TARGETS)) > build/kernels.md
 
 # The documentation site, in build/site; the variable hides the theme's notice about its own future.
 docs: $(READY)
