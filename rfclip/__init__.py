@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from rfclip.segment.text import text_embeddings
     from rfclip.towers.loading import load_model
 
-__version__ = "0.1.0"
+try:
+    from rfclip._version import __version__
+except ImportError:  # a checkout that was never installed
+    __version__ = "0.dev0"
 
 _MODULE_OF = {
     "Calibration": "calibration",

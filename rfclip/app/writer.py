@@ -27,7 +27,7 @@ from rfclip.datasets.names import ClassNames
 from rfclip.files import OUTPUTS, parse_json, printable, stamp, write_whole
 from rfclip.outputs import encode, read_rows, shards, write_shard
 from rfclip.segment.classes import Background, title
-from rfclip.segment.job import Job
+from rfclip.segment.job import Job, differing
 from rfclip.segment.result import Segmentation, writers
 from rfclip.segment.segmenter import Segmenter
 
@@ -254,9 +254,9 @@ def _record_of(file: Path, path: Path | str) -> dict[str, Any] | None:
 
 def _check_settings(path: Path, before: dict[str, Any], record: dict[str, Any]) -> None:
     """Refuse results of other settings; what an older version did not write down does not count."""
-    differing = [key for key in record if key in before and before[key] != record[key]]
-    if differing:
-        raise ValueError(f"{path} was made with other {', '.join(differing)}: another --out, or --overwrite")
+    others = differing([key for key in record if key in before], before, record)
+    if others:
+        raise ValueError(f"{path} was made with other {', '.join(others)}: another --out, or --overwrite")
 
 
 def _stamp(path: Path | str) -> dict[str, int]:

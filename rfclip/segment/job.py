@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,16 @@ class Job:
             "inject_distraction": self.inject,
             "rfclip": __version__,
         }
+
+
+def differing(keys: Iterable[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings among `keys` in which results differ; the development versions before a release are one version."""
+
+    def value(settings: Mapping[str, Any], key: str) -> Any:
+        found = settings.get(key)
+        return re.sub(r"\.dev.*", ".dev", found) if key == "rfclip" and isinstance(found, str) else found
+
+    return [key for key in keys if value(before, key) != value(now, key)]
 
 
 def _without_folder(name: str) -> str:
