@@ -34,8 +34,9 @@ from rfclip.files import OUTPUTS
 from rfclip.images import to_rgb
 from rfclip.methods import METHODS, OWN, RF_CLIP, find_method
 from rfclip.segment.classes import Background, parse_classes, shipped_list, split_classes
+from rfclip.segment.drawing import as_seen
 from rfclip.segment.job import Job
-from rfclip.segment.result import Segmentation, palette
+from rfclip.segment.result import Segmentation
 from rfclip.simulated_distraction import inject_distraction, injected
 from rfclip.tiny.scenes import CLASSES, make_scene
 from rfclip.towers import Tower, read_tower
@@ -368,7 +369,7 @@ def _picture(figure: Figure) -> Image.Image:
 
 def _legend(found: Segmentation) -> str:
     """Each class with its colour and share, largest first, as HTML."""
-    rows = sorted(zip(found.shares.items(), palette(len(found.classes)), strict=True), key=lambda row: -row[0][1])
+    rows = sorted(zip(found.shares.items(), map(as_seen, found.palette), strict=True), key=lambda row: -row[0][1])
     cells = (
         f'<li><span style="background:rgb{colour}"></span>{html.escape(name)} <b>{100 * share:.1f} %</b></li>'
         for (name, share), colour in rows
