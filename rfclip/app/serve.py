@@ -285,7 +285,7 @@ class Page:
                         with gr.Row():
                             x = gr.Number(label="X, from the left", minimum=0, precision=0, min_width=100)
                             y = gr.Number(label="Y, from the top", minimum=0, precision=0, min_width=100)
-                            look = gr.Button("Show attention", min_width=140, elem_id="look")
+                            look = gr.Button("Show attention", elem_id="look")
                     attention = gr.HTML(elem_id="attention")
                     maps = gr.HTML(elem_id="maps")
             one = {"concurrency_limit": 1, "concurrency_id": "tower", "api_visibility": "private"}
@@ -410,7 +410,10 @@ class ErrorsOnPage:
     ) -> None:
         self._caught.__exit__(kind, error, trace)
         self._lock.release()
-        for message in {str(warned.message) for warned in self._warned if warned.category is UserWarning}:
+        said = {str(warned.message) for warned in self._warned if warned.category is UserWarning}
+        for message in (
+            said if kind is not GeneratorExit else ()
+        ):  # then the visitor has left, and Gradio would print it
             gr.Warning(html.escape(for_page(message)))
         if isinstance(error, ValueError | OSError | RuntimeError | MemoryError):  # torch out of memory: RuntimeError
             raise gr.Error(html.escape(for_page(str(error))), duration=None, print_exception=False) from error
@@ -476,8 +479,8 @@ STYLE = (
 #legend li span {display: inline-block; width: 1em; height: 1em; margin-right: .4em; border: 1px solid}
 #results, #attention {scroll-margin: 1rem}
 #results .html-container {padding: 0}
-#look {flex-grow: 0; align-self: end}
-#scenes .grid-container {grid-template-columns: repeat(4, 1fr)}
+#look {flex: 1 0 11rem; align-self: end}
+#scenes .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr))}
 #file .or {color: inherit}
 #scenes .caption-label {display: none}  /* it names the picture for those who do not see it */
 """
