@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from rfclip.app.sources import camera
-from rfclip.segment.result import Segmentation, _with_legend, palette
+from rfclip.segment.drawing import as_seen, with_legend
+from rfclip.segment.result import Segmentation
 
 if TYPE_CHECKING:
     import av
@@ -153,9 +154,8 @@ def _upright(frame: av.VideoFrame, ratio: Fraction | None) -> Image.Image:
 
 def _drawn(found: Segmentation) -> Image.Image:
     """A labelled frame above a legend of all classes, which stays the same, with even sides."""
-    picture = _with_legend(
-        found.overlay(legend=False), list(zip(found.classes, palette(len(found.classes)), strict=True))
-    )
+    colours = map(as_seen, found.palette)
+    picture = with_legend(found.overlay(legend=False), list(zip(found.classes, colours, strict=True)))
     return ImageOps.expand(picture, (0, 0, picture.width % 2, picture.height % 2), "white")
 
 

@@ -1,4 +1,4 @@
-"""The outcome for one picture, and how it is drawn."""
+"""The outcome for one picture."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from rfclip.extras import require
 from rfclip.files import OUTPUTS, write_whole
+from rfclip.segment.drawing import ALPHA, Colour, as_seen, class_colours, outlined, tinted, with_legend
 
 if TYPE_CHECKING:
     import supervision
-
-Colour = tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,6 +36,7 @@ class Segmentation:
         probabilities: [C, H, W] float32, the largest among each class's names, if asked for, else None.
         confidence: [C], the mean probability of each class over the pixels that have its label, NaN where there are
             none; None if it was not asked for.
+        colours: of the classes in pictures, if not those that go by their names.
     """
 
     image: Image.Image
@@ -44,6 +44,7 @@ class Segmentation:
     classes: tuple[str, ...]
     probabilities: np.ndarray | None = None
     confidence: np.ndarray | None = None
+    colours: tuple[Colour, ...] | None = None
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The mask of a class, bool [H, W].
@@ -201,8 +202,16 @@ class Segmentation:
             for index in self.present
         ]
 
+    @property
+    def palette(self) -> tuple[Colour, ...]:
+        """The colour of each class, RGB; "background" is gray."""
+        if self.colours is not None:
+            return self.colours
+        colours = class_colours(self.classes)
+        return tuple(colours[name] for name in self.classes)
+
     def mask(self) -> Image.Image:
-        """An indexed picture: pixel values are labels, colours those of the overlay.
+        """An indexed picture: pixel values are labels, colours those of the classes, and black for no class.
 
         Raises:
             ValueError: there are more classes than an indexed picture holds, 255.
@@ -210,22 +219,28 @@ class Segmentation:
         if self.labels.dtype != np.uint8:
             raise ValueError(f"{len(self.classes)} classes: an indexed picture holds at most 255; use .labels")
         mask = Image.fromarray(self.labels)
-        mask.putpalette([channel for colour in palette(255) for channel in colour] + [0, 0, 0])
+        colours = (*self.palette, *[(0, 0, 0)] * (256 - len(self.classes)))
+        mask.putpalette([channel for colour in colours for channel in colour])
         return mask
 
-    def overlay(self, alpha: float = 0.55, legend: bool = True) -> Image.Image:
-        """The picture tinted by its labels and, by default, a legend below: the classes present, largest first."""
-        colours = palette(len(self.classes))
-        table = np.zeros((self.nothing + 1, 3), np.uint8)
-        table[: len(colours)] = colours
-        blend = Image.blend(self.image, Image.fromarray(table[self.labels]), alpha)
-        picture = Image.composite(blend, self.image, Image.fromarray(self.labels != self.nothing))
+    def overlay(self, alpha: float = ALPHA, legend: bool = True, contours: bool = False) -> Image.Image:
+        """The picture in gray, tinted by its labels.
+
+        Args:
+            alpha: opacity of the colours, from 0 to 1.
+            legend: add one below: the classes present, largest first, in their colours as seen.
+            contours: draw lines between the labels.
+        """
+        colours = dict(enumerate(self.palette))
+        picture = tinted(self.image, self.labels, colours, alpha)
+        if contours:
+            picture = outlined(picture, self.labels)
         if not legend:
             return picture
         areas = self._areas()
         present = [int(index) for index in np.argsort(-areas, kind="stable") if areas[index]]
-        entries = [(f"{self.classes[i]} {100 * areas[i] / self.labels.size:.0f} %", colours[i]) for i in present]
-        return _with_legend(picture, entries)
+        rows = [(f"{self.classes[i]} {100 * areas[i] / self.labels.size:.0f} %", colours[i]) for i in present]
+        return with_legend(picture, [(text, as_seen(colour, alpha)) for text, colour in rows])
 
 
 def writers(found: Segmentation, record: Mapping[str, Any] | None = None) -> dict[str, Callable[[Path], Any]]:
@@ -264,36 +279,3 @@ def _without_straight(ring: np.ndarray) -> np.ndarray:
     """A ring without the points at which it goes straight on."""
     before, after = ring - np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0) - ring
     return ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]]
-
-
-def palette(count: int) -> list[Colour]:
-    """`count` colours, each as unlike the earlier ones as possible (Glasbey's method); they repeat after 256."""
-    import colorcet  # slow to import
-
-    def colour(index: int) -> Colour:
-        red, green, blue = colorcet.glasbey_bw_minc_20_minl_30[index % 256]
-        return round(255 * red), round(255 * green), round(255 * blue)
-
-    return [colour(index) for index in range(count)]
-
-
-def _with_legend(picture: Image.Image, entries: list[tuple[str, Colour]]) -> Image.Image:
-    """The picture, on a canvas at least 240 pixels wide, above rows of colour swatches with their names."""
-    size = max(12, min(picture.size) // 28)
-    font = ImageFont.load_default(size)
-    width, line = max(picture.width, 240), round(size * 1.7)
-    rows, x, y = [], size // 2, size // 2
-    for text, colour in entries:
-        wide = round(font.getlength(text)) + 2 * size + size // 2
-        if x + wide > width and x > size:
-            x, y = size // 2, y + line
-        rows.append((x, y, text, colour))
-        x += wide
-    canvas = Image.new("RGB", (width, picture.height + (y + line if entries else 0)), "white")
-    canvas.paste(picture, ((width - picture.width) // 2, 0))
-    draw = ImageDraw.Draw(canvas)
-    for x, y, text, colour in rows:
-        top = picture.height + y
-        draw.rectangle((x, top, x + size, top + size), fill=colour, outline="black")
-        draw.text((x + round(1.4 * size), top + size / 2), text, fill="black", font=font, anchor="lm")
-    return canvas
