@@ -34,7 +34,7 @@ DRIVERS = {b"II": "GTiff", b"MM": "GTiff", b"\xff\xd8": "JPEG", b"\x89P": "PNG"}
 )
 CACHE = 256  # MB of decoded tiles that GDAL keeps
 BLOCK = 2048  # pixels: the side of what is segmented at a time, at most
-SOURCE = 8192  # pixels: the side of what is read from a file at a time, at most, to be resized
+SOURCE = 4096  # pixels: the side of what is read from a file at a time, at most, to be resized
 TILE = 512  # pixels: the side of the mask's tiles, roughly
 SHOWN = 2048  # pixels: the longer side of the overlay, at most
 PAMR = 10 * 16  # pixels: how far PAMR's ten iterations reach
@@ -84,7 +84,8 @@ class Raster:
         window = Window.from_slices((down.first, down.stop), (across.first, across.stop))
         pixels = dataset.read(self.bands, window=window)
         there = (dataset.dataset_mask(window=window) > 0) & np.isfinite(pixels).all(axis=0)
-        pixels = np.where(there, pixels, np.zeros((), pixels.dtype)).transpose(1, 2, 0)
+        pixels[:, ~there] = 0
+        pixels = pixels.transpose(1, 2, 0)
         colours = _colours(dataset, self.bands)
         image = self._bytes(pixels if colours is None else colours[pixels[..., 0]])
         image.paste("white", mask=Image.fromarray(~there))
@@ -99,7 +100,7 @@ class Raster:
     def _bytes(self, pixels: np.ndarray) -> Image.Image:
         if self.values is not None:
             low, high = self.values
-            pixels = np.clip((pixels.astype(np.float64) - low) / (high - low), 0, 1)
+            pixels = np.clip((pixels.astype(np.result_type(pixels, np.float32)) - low) / (high - low), 0, 1)
         elif pixels.dtype.kind == "f":
             if not (pixels.min() >= 0 and pixels.max() <= 1):
                 raise ValueError(
@@ -180,10 +181,10 @@ def label_large(
         size = raster.height, raster.width
         with _opened(source, settings, min(1, SHOWN / max(size)) * settings["scale"]) as small:
             shown = _shown(small, source)
-        tile = math.lcm(16, windows.stride)  # so that a block is of whole tiles, and begins where a window does
-        tile *= max(1, TILE // tile)
         side = math.isqrt(segmenter.memory_limit // (16 * sum(map(len, named))))  # logits of float32, and as much again
-        side = tile * max(1, min(BLOCK, raster.side, side) // tile)
+        side, unit = min(BLOCK, raster.side, side), math.lcm(16, windows.stride)
+        tile = unit * max(1, min(TILE, side) // unit)
+        side = tile * max(1, side // tile)  # so that a block is of whole tiles, and begins where a window does
         areas = raster.areas(side)
         pixels, data = np.zeros(256, np.int64), 0
         with _created(path, raster, tile, names) as write:

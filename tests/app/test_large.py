@@ -21,24 +21,12 @@ from rfclip.segment.classes import parse_classes
 from rfclip.tiny.scenes import MARK, make_scene
 
 rasterio = pytest.importorskip("rasterio")
+pytest.importorskip("av")
+from source_files import PLACE, write_raster  # noqa: E402
+
 pytestmark = [pytest.mark.usefixtures("folder"), pytest.mark.filterwarnings("ignore:rfclip-tiny is a demonstration")]
 
 SETTINGS = {"kind": "tiled", "scale": 1.0, "bands": None, "range": None}
-PLACE = {"crs": "EPSG:32632", "transform": rasterio.Affine(0.5, 0, 500_000, 0, -0.25, 5_400_000)}
-
-
-def write(path, array, colours=None, driver="GTiff", **options):
-    """Write an array [H, W] or [H, W, bands]."""
-    array = array[..., None] if array.ndim == 2 else array
-    height, width, count = array.shape
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        with rasterio.open(
-            path, "w", driver=driver, width=width, height=height, count=count, dtype=array.dtype, **options
-        ) as file:
-            file.write(array.transpose(2, 0, 1))
-            if colours is not None:
-                file.write_colormap(1, colours)
 
 
 def picture(height=240, width=350):
@@ -98,7 +86,7 @@ def opened(path, **settings):
 def test_blocks_have_no_seams(small_blocks, segmenter, options):
     """Every label is that of the picture segmented at once; windows at the borders are flush with them."""
     told = []
-    write("big.tif", picture(), **PLACE)
+    write_raster("big.tif", picture(), **PLACE)
     facts, small = label_large(
         "big.tif",
         SETTINGS,
@@ -120,7 +108,7 @@ def test_blocks_have_no_seams(small_blocks, segmenter, options):
 
 @pytest.mark.parametrize("overviews", [False, True])
 def test_scaled_blocks_have_no_seams(small_blocks, segmenter, overviews):
-    write("big.tif", picture(400, 600), **PLACE)
+    write_raster("big.tif", picture(400, 600), **PLACE)
     if overviews:
         with rasterio.open("big.tif", "r+") as file:
             file.build_overviews([2], rasterio.enums.Resampling.average)
@@ -136,7 +124,7 @@ def test_parts_are_those_of_the_whole():
     rng = np.random.default_rng(0)
     pixels = rng.integers(1, 256, (301, 407, 3), dtype=np.uint8)
     pixels[rng.random((301, 407)) < 0.1] = 0
-    write("a.tif", pixels, nodata=0)
+    write_raster("a.tif", pixels, nodata=0)
     for scale in (1.0, 0.71, 0.13, 1.6):
         with opened("a.tif", scale=scale) as raster:
             height, width = raster.height, raster.width
@@ -155,7 +143,7 @@ def test_pixels_without_data_are_in_no_class(small_blocks, monkeypatch, segmente
     pixels = np.dstack([picture(), np.full((240, 350), 255, np.uint8)])
     pixels[:224, :230, 3] = 0
     pixels[230:, 320:, 3] = 0
-    write("big.tif", pixels, photometric="rgb", alpha="yes", **PLACE)
+    write_raster("big.tif", pixels, photometric="rgb", alpha="yes", **PLACE)
     seen, look = [], rfclip.Segmenter.segment
     monkeypatch.setattr(rfclip.Segmenter, "segment", lambda *args, **more: seen.append(args) or look(*args, **more))
     facts, _ = label("big.tif", segmenter)
@@ -166,7 +154,7 @@ def test_pixels_without_data_are_in_no_class(small_blocks, monkeypatch, segmente
 
 
 def test_more_names_make_smaller_blocks(monkeypatch, segmenter):
-    write("big.tif", picture(130, 250), **PLACE)
+    write_raster("big.tif", picture(130, 250), **PLACE)
     monkeypatch.setattr(segmenter, "memory_limit", 16 * 5 * 112**2)
     monkeypatch.setattr(large, "TILE", 112)
     told = []
@@ -190,19 +178,19 @@ def test_samples_of_other_kinds():
     """As in any picture where that is known, and over the range given."""
     rng = np.random.default_rng(1)
     wide = rng.integers(0, 65536, (40, 30, 3), dtype=np.uint16)
-    write("wide.tif", wide)
+    write_raster("wide.tif", wide)
     assert np.array_equal(seen("wide.tif")[0], to_rgb(wide))
     assert np.array_equal(seen("wide.tif", range=[0, 65535])[0], to_rgb(wide))
     share = rng.random((40, 30, 3), dtype=np.float32)
-    write("float.tif", share)
+    write_raster("float.tif", share)
     assert np.array_equal(seen("float.tif")[0], to_rgb(share))
     reflectance = (share * 3000 - 100).astype(np.int16)
-    write("signed.tif", reflectance)
+    write_raster("signed.tif", reflectance)
     found, _ = seen("signed.tif", range=[-100.0, 2900.0])
     assert np.abs(found.astype(int) - np.round(share * 255)).max() <= 1
     assert seen("signed.tif", range=[5000.0, 6000.0])[0].max() == 0
     for path, values in (("signed.tif", "int16"), ("far.tif", "from 2 to 3")):
-        write("far.tif", share + 2)
+        write_raster("far.tif", share + 2)
         with pytest.raises(ValueError, match=f"{values}.*--range LOW,HIGH"):
             seen(path)
 
@@ -210,7 +198,7 @@ def test_samples_of_other_kinds():
 def test_bands():
     rng = np.random.default_rng(2)
     pixels = rng.integers(0, 256, (40, 30, 4), dtype=np.uint8)
-    write("four.tif", pixels, photometric="minisblack", alpha="no", **PLACE)
+    write_raster("four.tif", pixels, photometric="minisblack", alpha="no", **PLACE)
     assert np.array_equal(seen("four.tif")[0], pixels[..., :3])
     assert np.array_equal(seen("four.tif", bands=[4, 3, 2])[0], pixels[..., 3:0:-1])
     with pytest.raises(ValueError, match="--bands 5,1,1: it has 4"):
@@ -218,17 +206,17 @@ def test_bands():
     with rasterio.open("four.tif", "r+") as file:
         file.colorinterp = [getattr(rasterio.enums.ColorInterp, name) for name in ("blue", "green", "red", "gray")]
     assert np.array_equal(seen("four.tif")[0], pixels[..., 2::-1])
-    write("one.tif", pixels[..., 0])
+    write_raster("one.tif", pixels[..., 0])
     assert np.array_equal(seen("one.tif")[0], np.repeat(pixels[..., :1], 3, axis=-1))
     colours = {index: (index, 255 - index, 7) for index in range(256)}
-    write("indexed.tif", pixels[..., 0], colours)
+    write_raster("indexed.tif", pixels[..., 0], colours)
     assert np.array_equal(seen("indexed.tif")[0], np.array([colours[i] for i in range(256)], np.uint8)[pixels[..., 0]])
 
 
 def test_what_is_not_finite_is_no_data():
     share = np.full((40, 30, 3), 0.5, np.float32)
     share[3, 4, 1] = np.nan
-    write("float.tif", share)
+    write_raster("float.tif", share)
     with opened("float.tif") as raster:
         image, there = raster.read((0, 0, 40, 30))
     assert np.argwhere(~there).tolist() == [[3, 4]]
@@ -236,7 +224,7 @@ def test_what_is_not_finite_is_no_data():
 
 
 def test_dark_pictures_are_told_of(segmenter):
-    write("dark.tif", (picture(130, 130).astype(np.uint16) * 12), **PLACE)
+    write_raster("dark.tif", (picture(130, 130).astype(np.uint16) * 12), **PLACE)
     with pytest.warns(UserWarning, match="dark.tif is nearly black, so that little is seen: give --range LOW,HIGH"):
         label("dark.tif", segmenter)
     bright, _ = seen("dark.tif", range=[0, 12 * 255])
@@ -244,7 +232,7 @@ def test_dark_pictures_are_told_of(segmenter):
 
 
 def test_scenes_are_known(segmenter):
-    write("big.tif", picture(130, 130), **PLACE)
+    write_raster("big.tif", picture(130, 130), **PLACE)
     with rasterio.open("big.tif", "r+") as file:
         file.update_tags(TIFFTAG_SOFTWARE=MARK["Software"])
     with warnings.catch_warnings():
@@ -256,11 +244,11 @@ def test_scenes_are_known(segmenter):
 
 
 def test_what_cannot_be_read(segmenter, monkeypatch):
-    write("a.tif", picture(), tiled=True, compress="deflate")
+    write_raster("a.tif", picture(), tiled=True, compress="deflate")
     data = Path("a.tif").read_bytes()
     Path("cut.tif").write_bytes(data[: len(data) // 2])
     Path("list.vrt").write_text("<VRTDataset rasterXSize='300' rasterYSize='300'></VRTDataset>")
-    write("inverted.tif", picture(130, 130)[..., 0], photometric="miniswhite")
+    write_raster("inverted.tif", picture(130, 130)[..., 0], photometric="miniswhite")
     for path, reason in (
         ("cut.tif", "cut.tif cannot be read tile by tile"),
         ("list.vrt", "it is no TIFF, JPEG, PNG or JPEG 2000"),
@@ -273,14 +261,14 @@ def test_what_cannot_be_read(segmenter, monkeypatch):
     turned.save("turned.jpg", exif=turned.getexif())
     with pytest.raises(ValueError, match="EXIF orientation"):
         label("turned.jpg", segmenter)
-    write("flat.tif", picture(130, 130), blockysize=130, compress="deflate")
+    write_raster("flat.tif", picture(130, 130), blockysize=130, compress="deflate")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     with pytest.raises(ValueError, match="its tiles are of 130 x 130 pixels"):
         label("flat.tif", segmenter)
 
 
 def test_smaller_than_a_window(segmenter):
-    write("a.tif", picture(100, 130), **PLACE)
+    write_raster("a.tif", picture(100, 130), **PLACE)
     with pytest.raises(ValueError, match="it has 100 pixels along a side, and a window has 112: give a larger --scale"):
         label("a.tif", segmenter)
     label("a.tif", segmenter, scale=1.12)
@@ -290,7 +278,7 @@ def test_smaller_than_a_window(segmenter):
 
 @pytest.mark.parametrize("method, name", [("cliptrase", "own:voc21"), ("sclip", "own:voc21"), ("released", "own")])
 def test_protocols_that_see_pictures_as_a_whole(method, name):
-    write("a.tif", picture(130, 130))
+    write_raster("a.tif", picture(130, 130))
     with (
         rfclip.Segmenter(method=method, protocol=find_protocol(name, method), cache=False) as other,
         pytest.raises(ValueError, match="looks at pictures as a whole.*--protocol common"),
@@ -300,7 +288,7 @@ def test_protocols_that_see_pictures_as_a_whole(method, name):
 
 def test_a_full_disk_is_told_of(segmenter):
     resource = pytest.importorskip("resource")
-    write("big.tif", np.random.default_rng(0).integers(0, 256, (250, 250, 3), dtype=np.uint8), **PLACE)
+    write_raster("big.tif", np.random.default_rng(0).integers(0, 256, (250, 250, 3), dtype=np.uint8), **PLACE)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (700, limits[1]))
     try:
@@ -315,7 +303,7 @@ def test_a_full_disk_is_told_of(segmenter):
 
 def test_a_georeferenced_picture_beside_others():
     Path("in").mkdir()
-    write("in/field.tif", picture(150, 180), nodata=0, **PLACE)
+    write_raster("in/field.tif", picture(150, 180), nodata=0, **PLACE)
     scene(1).save("in/a.png")
     result = segment("in", "--scale", "0.8", "--threshold", "0.2", "--bands", "1,2,3")
     assert result.exit_code == 1
@@ -351,7 +339,7 @@ def test_a_georeferenced_picture_beside_others():
 
 
 def test_the_transform_is_scaled(segmenter):
-    write("a.tif", picture(300, 400), **PLACE)
+    write_raster("a.tif", picture(300, 400), **PLACE)
     label("a.tif", segmenter, scale=0.5)
     with rasterio.open("mask.tif") as file:
         assert file.shape == (150, 200)
@@ -363,7 +351,7 @@ def test_pictures_beyond_the_limit(monkeypatch, name, driver):
     """A BigTIFF without place as whole slides are, and files of other formats."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
     tiles = {"tiled": True, "compress": "jpeg", "photometric": "ycbcr", "BIGTIFF": "YES"} if driver == "GTiff" else {}
-    write(name, picture(330, 310), driver=driver, **tiles)
+    write_raster(name, picture(330, 310), driver=driver, **tiles)
     result = segment(name)
     assert result.exit_code == 0, result.output
     with warnings.catch_warnings():
@@ -373,9 +361,9 @@ def test_pictures_beyond_the_limit(monkeypatch, name, driver):
 
 
 def test_which_pictures_go_so(monkeypatch):
-    write("field.tif", picture(20, 20), **PLACE)
-    write("plain.tif", picture(20, 20))
-    write("plain.png", picture(20, 20), driver="PNG")
+    write_raster("field.tif", picture(20, 20), **PLACE)
+    write_raster("plain.tif", picture(20, 20))
+    write_raster("plain.png", picture(20, 20), driver="PNG")
     Path("damaged.tif").write_bytes(b"II*\0\0")
     Path("text.png").write_text("no picture")
     found = [(path, path) for path in map(Path, ("field.tif", "plain.tif", "plain.png", "damaged.tif", "text.png"))]
