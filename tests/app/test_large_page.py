@@ -19,7 +19,7 @@ from source_files import PLACE, make_clip, write_raster  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:rfclip-tiny is a demonstration")
 PAGE = Path(__file__).parents[2].joinpath("docs/large.md").read_text("utf-8").replace("20_000", "400")
-STEP = re.compile(r"^    rfclip (?P<command>[^\n]*)$|^```py\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+STEP = re.compile(r"^    rfclip (?P<command>(?:\\\n|[^\n])*)$|^```py\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -51,7 +51,8 @@ def test_the_page(web):
         if step["code"]:
             exec(compile(step["code"], "docs/large.md", "exec"), {})
         elif "camera:0" not in step["command"]:  # there may be one
-            result = run(*shlex.split(step["command"].replace("https://example.org", web)))
+            command = shlex.split(step["command"].replace("\\\n", "").replace("https://example.org", web))
+            result = run(*command, *([] if "--model" in command else ["--model", "rfclip-tiny"]))
             assert result.exit_code == 0, result.output
             done.append(step["command"].split()[1].rpartition("/")[2])
     assert done == ["photo.jpg", "clip.mp4", "field.tif", "sentinel.tif", "slide.svs", "big.tif"]
