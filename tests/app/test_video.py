@@ -19,25 +19,13 @@ from rfclip.files import write_whole
 from rfclip.segment.result import Segmentation
 
 av = pytest.importorskip("av")
+pytest.importorskip("rasterio")
+from source_files import make_clip  # noqa: E402
+
 pytestmark = [pytest.mark.usefixtures("folder"), pytest.mark.filterwarnings("ignore:rfclip-tiny is a demonstration")]
 
 CLASSES = ("dark", "light")
 TIMES = [0, 2, 3, 7, 8, 10, 15, 16]  # in 1 / 25 seconds
-
-
-def make_clip(path, times=range(6), height=41, width=63, ratio=None, codec="mpeg4", options=None):
-    """A clip that is dark at the left, up to a border that moves right by eight pixels a frame."""
-    with av.open(str(path), "w", options=options or {}) as clip:
-        stream = clip.add_stream(codec, rate=25)
-        stream.width, stream.height, stream.pix_fmt, stream.gop_size = width, height, "yuv420p", 4
-        stream.codec_context.sample_aspect_ratio = ratio or Fraction(1)
-        for number, time in enumerate(times):
-            pixels = np.full((height, width, 3), 230, np.uint8)
-            pixels[:, : 8 * number] = 20
-            frame = av.VideoFrame.from_ndarray(pixels)
-            frame.pts, frame.time_base = time, Fraction(1, 25)
-            clip.mux(stream.encode(frame))
-        clip.mux(stream.encode())
 
 
 def frames_of(path):
