@@ -131,14 +131,14 @@ class Segmentation:
         return {"width": width, "height": height, "classes": classes, "nothing": self.nothing}
 
     def polygons(self) -> dict[str, list[list[np.ndarray]]]:
-        """The outlines of each class that has pixels.
+        """The outlines of each class.
 
         Returns:
-            For each class its polygons, each a list of rings: the outer one, then those of its holes. A ring is
+            For each class its polygons, none if it has no pixels, each a list of rings: the outer one, then those of its holes. A ring is
             [N, 2] float64, x and y in pixels from the picture's upper left corner, and closes from the last point to
             the first. Outlines run half-way between pixels: the centre of a pixel is inside if it has the label.
         """
-        return {self.classes[index]: _rings(self.labels == index) for index in self.present}
+        return {name: _rings(self[name]) for name in self.classes}
 
     def coco(self, image_id: int = 0) -> list[dict[str, Any]]:
         """COCO's annotations, one per class that has pixels.
