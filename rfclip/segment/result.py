@@ -134,9 +134,10 @@ class Segmentation:
         """The outlines of each class.
 
         Returns:
-            For each class its polygons, none if it has no pixels, each a list of rings: the outer one, then those of its holes. A ring is
-            [N, 2] float64, x and y in pixels from the picture's upper left corner, and closes from the last point to
-            the first. Outlines run half-way between pixels: the centre of a pixel is inside if it has the label.
+            For each class its polygons, none if it has no pixels, each a list of rings: the outer one, then those of
+            its holes. A ring is [N, 2] float64, x and y in pixels from the picture's upper left corner, and closes from
+            the last point to the first. Outlines run half-way between pixels: the centre of a pixel is inside if it has
+            the label.
         """
         return {name: _rings(self[name]) for name in self.classes}
 
