@@ -36,7 +36,8 @@ Root = Annotated[Path | None, typer.Option(help="Folder of the datasets; a wrong
 Limit = Annotated[int | None, typer.Option(min=1, help="Score only the first so many pictures.")]
 Batch = Annotated[int | None, typer.Option(min=1, help="Windows at a time in the image tower.")]
 Model = Annotated[
-    str | None, typer.Option(help=f"A model; `rfclip models` lists them. Scenes are scored on {TINY} by default.")
+    str | None,
+    typer.Option("--model", "-m", help=f"A model; `rfclip models` lists them. Scenes are scored on {TINY} by default."),
 ]
 Count = Annotated[int | None, typer.Option(min=1, help="scenes: how many, 300 by default.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="scenes: another seed gives other scenes; 0 by default.")]
@@ -61,7 +62,10 @@ Seeds = Annotated[
     ),
 ]
 RunFolder = Annotated[
-    Path | None, typer.Option(help="Folder of the run, below rfclip-runs by default; an interrupted run resumes there.")
+    Path | None,
+    typer.Option(
+        "--out", "-o", help="Folder of the run, below rfclip-runs by default; an interrupted run resumes there."
+    ),
 ]
 Methods = Annotated[
     str | None,
