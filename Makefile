@@ -7,7 +7,7 @@ READY := .venv/ready
 OLDEST_PYTHON ?= 3.10
 OLDEST := build/oldest
 
-.PHONY: demo test test-oldest lint report docs bench gpu gpu-bundle clean
+.PHONY: demo test test-oldest lint report docs dist hf-kernels bench gpu gpu-bundle clean
 
 demo: $(READY)
 	$(BIN)/rfclip segment rfclip/tiny/scene.png --classes "dog, cactus, octopus, sailboat, cat, bus, grass, sky" --out demo --overwrite
@@ -33,13 +33,28 @@ lint: $(READY)
 	$(BIN)/mypy
 
 # Compiles the kernels for eight GPU architectures, counts what they compute and move, and fails on spills; needs no GPU.
+# TARGETS=sm_90,gfx942 is for these alone.
 report: $(READY)
 	mkdir -p build
-	$(BIN)/python -m tools.kernel_report > build/kernels.md
+	$(BIN)/python -m tools.kernel_report $(if $(TARGETS),--targets $(TARGETS)) > build/kernels.md
 
-# The documentation site, in build/site; the variable hides the theme's notice about its own future.
+# The documentation site, in build/site.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	$(BIN)/python -m tools.docs
+
+# The page of the command line, from the commands' types and help.
+docs/command-line.md: $(wildcard rfclip/app/cli/*.py)
+	$(BIN)/python -m typer rfclip.app.cli utils docs --name rfclip --title "Command line" --output $@
+
+# The source distribution and the wheel, in dist/, as PyPI will take them.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+
+# The Triton kernels as Hugging Face's `kernels` loads them, in build/hf-kernels.
+hf-kernels: $(READY)
+	$(BIN)/python -m tools.hf_kernels
 
 # Operations, towers, memory and segmentation: build/bench/bench.md, about half an hour on two cores.
 bench: $(READY)
@@ -70,4 +85,4 @@ $(OLDEST)/ready: pyproject.toml $(READY)
 	touch $@
 
 clean:
-	rm -rf .venv demo build gpu-bundle *.egg-info
+	rm -rf .venv .cache demo build dist gpu-bundle *.egg-info

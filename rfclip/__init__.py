@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from rfclip.plugin import dense_features, refocus
     from rfclip.segment.result import Segmentation
     from rfclip.segment.segmenter import Segmenter
+    from rfclip.segment.text import text_embeddings
     from rfclip.towers.loading import load_model
 
-__version__ = "0.1.0"
+try:
+    from rfclip._version import __version__
+except ImportError:  # a checkout that was never installed
+    __version__ = "0.dev0"
 
 _MODULE_OF = {
     "Calibration": "calibration",
@@ -30,6 +34,7 @@ _MODULE_OF = {
     "explain": "explanation",
     "load_model": "towers.loading",
     "refocus": "plugin",
+    "text_embeddings": "segment.text",
 }
 _MODULES = ("config", "methods", "outputs", "reference")  # also reached as attributes of a bare `import rfclip`
 __all__ = [
@@ -44,6 +49,7 @@ __all__ = [
     "explain",
     "load_model",
     "refocus",
+    "text_embeddings",
 ]
 
 

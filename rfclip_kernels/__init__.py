@@ -3,15 +3,18 @@
 Every function here is a method of `rfclip_kernels.operations.Operations`, whose docstring is its contract, run by a
 kernel: `rfclip_kernels.refocused_attention(q, k, v, distraction, target, beta)`. Kernels are imported on first use, so
 that this package also imports where Triton is missing. `use_tiles` is the one name here that is no operation.
+
+The package runs under any name, as Hugging Face's `kernels` gives it one (see tools/hf_kernels.py): its imports are
+relative, and its operators are in the namespace of its name.
 """
 
 from functools import cache
 from importlib import import_module
 from typing import Any
 
-from rfclip_kernels.operations import Operations
-from rfclip_kernels.registry import KERNELS
-from rfclip_kernels.tiles import use_tiles as use_tiles
+from .operations import Operations
+from .registry import KERNELS
+from .tiles import use_tiles as use_tiles
 
 __all__ = list(KERNELS)
 

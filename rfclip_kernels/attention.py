@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels import tiles
-from rfclip_kernels.launch import check_launch, interpreted, on_device, strides, wrap_triton
+from . import tiles
+from .launch import check_launch, interpreted, on_device, strides, wrap_triton
 
 BLOCK_PATCHES = 512
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -382,7 +382,7 @@ def constants(kernel: str, x: Tensor, prefix: int) -> dict[str, Any]:
     return chosen.options | {"D": D, "BD": max(16, triton.next_power_of_2(D)), "PRECISION": precision(x)}
 
 
-@triton_op("rfclip::order_patches", mutates_args={})
+@triton_op(f"{__package__}::order_patches", mutates_args={})
 def ordered_patches(distraction: Tensor, target: Tensor) -> Tensor:
     """The patches of each image in the order of `order_patches`, int32 [B, N + 1], from masks [B, N]."""
     B, N = distraction.shape
@@ -401,7 +401,7 @@ def ordered_patches(distraction: Tensor, target: Tensor) -> Tensor:
     return order
 
 
-@triton_op("rfclip::refocused_attention", mutates_args={})
+@triton_op(f"{__package__}::refocused_attention", mutates_args={})
 def _refocused_attention(
     q: Tensor, k: Tensor, v: Tensor, target: Tensor, order: Tensor, beta: float, scale: float, prefix: int
 ) -> Tensor:
@@ -432,7 +432,7 @@ def _refocused_attention(
     return out
 
 
-@triton_op("rfclip::self_attention", mutates_args={})
+@triton_op(f"{__package__}::self_attention", mutates_args={})
 def _self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, prefix: int, drop: bool) -> Tensor:
     L, B, H, T, D = u.shape
     gh, gw = (1, 1) if bias is None else ((side + 1) // 2 for side in bias.shape)
@@ -462,7 +462,7 @@ def _self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, pre
     return out
 
 
-@triton_op("rfclip::proxy_attention", mutates_args={})
+@triton_op(f"{__package__}::proxy_attention", mutates_args={})
 def _proxy_attention(keys: Tensor, v: Tensor, normalizers: Tensor, scale: float, prefix: int) -> Tensor:
     L, B, H, T, D = keys.shape
     out = v.new_empty((B, T - prefix, H, D))

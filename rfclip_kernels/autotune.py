@@ -31,11 +31,11 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils._pytree import tree_leaves
 
-import rfclip_kernels
-from rfclip_kernels import tiles
-from rfclip_kernels.launch import interpreted
-from rfclip_kernels.registry import EXAMPLES, Sizes
-from rfclip_kernels.tiles import Entry, Tiles
+from . import launchers, tiles
+from .launch import interpreted
+from .operations import Operations
+from .registry import EXAMPLES, Sizes
+from .tiles import Entry, Tiles
 
 Jobs: TypeAlias = "dict[Tiles, AsyncResult[str | None]]"
 
@@ -161,15 +161,16 @@ def entry_of(kernel: str, sizes: Sizes) -> Entry:
 
 def calls_of(kernel: str, sizes: Sizes) -> list[Callable[[], object]]:
     """Its examples; the keys' order is given, as the cut gives it."""
-    from rfclip_kernels.attention import ordered_patches
+    from .attention import ordered_patches
 
     found: list[Callable[[], object]] = []
+    operations = Operations(launchers())
     for example in EXAMPLES:
         if example.name in TIMED[kernel]:
             inputs: dict[str, Any] = example.inputs(sizes)
             if kernel == "refocused_attention":
                 inputs["order"] = ordered_patches(inputs["distraction"], inputs["target"])
-            found.append(partial(getattr(rfclip_kernels, example.operation), **inputs))
+            found.append(partial(getattr(operations, example.operation), **inputs))
     return found
 
 

@@ -31,11 +31,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels import tiles as tables
-from rfclip_kernels.attention import fp16_unit, order_patches, ordered_patches
-from rfclip_kernels.defocus import launch_defocus_mask
-from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
-from rfclip_kernels.similarity import empty_affinity
+from . import tiles as tables
+from .attention import fp16_unit, order_patches, ordered_patches
+from .defocus import launch_defocus_mask
+from .launch import check_launch, on_device, strides, wrap_triton
+from .similarity import empty_affinity
 
 WIDTH = 7  # vectors that are multiplied at once; with 1, eight
 ROUNDS, FROM_START = 5, 3  # that resolve y, and those that a start leaves
@@ -613,7 +613,7 @@ def _cut(
     return out, target, order
 
 
-@triton_op("rfclip::fiedler_vector", mutates_args={})
+@triton_op(f"{__package__}::fiedler_vector", mutates_args={})
 def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
     B, N, _ = similarity.shape
     affinity = empty_affinity(similarity, N, torch.float32)
@@ -632,7 +632,7 @@ def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
         return _cut(affinity, None if start is None else start[:, None], None, ROUNDS, FROM_START)[0][:, 0]
 
 
-@triton_op("rfclip::defocused_tokens", mutates_args={})
+@triton_op(f"{__package__}::defocused_tokens", mutates_args={})
 def _defocused_tokens(affinity: Tensor, distraction: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     B, N, _ = affinity.shape
     if not B:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels.launch import check_launch, on_device, wrap_triton
+from .launch import check_launch, on_device, wrap_triton
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def redistribute_kernel(
         tl.store(p_x, b_mean.to(x_ptr.dtype.element_ty), mask=b_exists)
 
 
-@triton_op("rfclip::distraction_scores", mutates_args={})
+@triton_op(f"{__package__}::distraction_scores", mutates_args={})
 def _distraction_scores(x: Tensor, dims: list[int], threshold: float | None, shifted: bool) -> Tensor:
     B, N, d = x.shape
     out = x.new_empty((B, N), dtype=torch.float32 if threshold is None else torch.bool)
@@ -145,7 +145,7 @@ def _distraction_scores(x: Tensor, dims: list[int], threshold: float | None, shi
     return out
 
 
-@triton_op("rfclip::redistribute_embeddings_", mutates_args={"x"})
+@triton_op(f"{__package__}::redistribute_embeddings_", mutates_args={"x"})
 def _redistribute_embeddings_(x: Tensor, mask: Tensor, dims: list[int], gh: int, gw: int, size: int) -> None:
     B, N, _ = x.shape
     if B:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfclip_kernels import checks
-from rfclip_kernels.checks import tensor_sizes
+from . import checks
+from .checks import tensor_sizes
 
 
 def computing_dtype(tensor: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rfclip_kernels.operations import affinity_dtype
+from .operations import affinity_dtype
 
 Inputs = dict[str, object]
 

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels import tiles
-from rfclip_kernels.attention import dot, precision
-from rfclip_kernels.launch import check_launch, on_device, strides, wrap_triton
+from . import tiles
+from .attention import dot, precision
+from .launch import check_launch, on_device, strides, wrap_triton
 
 BLOCK_WIDTH = 256
 
@@ -107,7 +107,7 @@ def cosine_aggregation_kernel(
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
 
 
-@triton_op("rfclip::blend_embeddings_", mutates_args={"x"})
+@triton_op(f"{__package__}::blend_embeddings_", mutates_args={"x"})
 def _blend_embeddings_(x: Tensor, mask: Tensor, gh: int, gw: int) -> None:
     B, N, d = x.shape
     if B:
@@ -125,7 +125,7 @@ def _blend_embeddings_(x: Tensor, mask: Tensor, gh: int, gw: int) -> None:
             )
 
 
-@triton_op("rfclip::cosine_aggregation", mutates_args={})
+@triton_op(f"{__package__}::cosine_aggregation", mutates_args={})
 def _cosine_aggregation(guide: Tensor, x: Tensor, cut: float) -> Tensor:
     B, N, d = guide.shape
     e = x.shape[2]

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from rfclip_kernels.attention import LOG2E
-from rfclip_kernels.distraction import dimensions, mean_of_neighbours, neighbours, token_score
-from rfclip_kernels.launch import check_launch, interpreted, on_device, strides, wrap_triton
+from .attention import LOG2E
+from .distraction import dimensions, mean_of_neighbours, neighbours, token_score
+from .launch import check_launch, interpreted, on_device, strides, wrap_triton
 
 BLOCK_NUMBERS = 1024
 
@@ -134,7 +134,7 @@ def quick_gelu_kernel(
     tl.store(out_ptr + o_n, b_out.to(out_ptr.dtype.element_ty), mask=o_n < n)
 
 
-@triton_op("rfclip::layer_norm", mutates_args={})
+@triton_op(f"{__package__}::layer_norm", mutates_args={})
 def _layer_norm(
     x: Tensor,
     branch: Tensor | None,
@@ -191,7 +191,7 @@ def _layer_norm(
     return total, out, mask, before
 
 
-@triton_op("rfclip::quick_gelu", mutates_args={})
+@triton_op(f"{__package__}::quick_gelu", mutates_args={})
 def _quick_gelu(x: Tensor) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfclip_kernels.launch import interpreted
+from .launch import interpreted
 
 FORMAT = "rfclip tiles 1"
 SHIPPED = Path(__file__).with_name("tiles.json")

@@ -45,8 +45,11 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: a relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            relocatable = path.parent == ROOT / "rfclip_kernels"
+            own = node.level or (node.module or "").startswith("rfclip_kernels")
+            assert node.level == (relocatable and bool(own)), f"{path}: from {'.' * node.level}{node.module}"
+            parts = ["rfclip_kernels"] * node.level + [node.module] * bool(node.module)
+            yield from (".".join([*parts, alias.name]) for alias in node.names)
 
 
 FILES = [path for package in ("rfclip", "rfclip_kernels") for path in sorted((ROOT / package).rglob("*.py"))]

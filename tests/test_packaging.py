@@ -1,16 +1,20 @@
-"""What pyproject.toml declares agrees with the code: the packages imported, the extras named, the files installed."""
+"""What pyproject.toml declares agrees with the code: the packages imported, the extras named, the files built."""
 
 import ast
+import re
+import shutil
+import subprocess
 import sys
-from fnmatch import fnmatch
+import tarfile
+import zipfile
 
+import pytest
 from distributions import BASE, EXTRAS, PYPROJECT, ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from setuptools import find_packages
 from test_layers import FILES, imports
 
-PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
+PROJECT = PYPROJECT["project"]
 FOR_USERS = {extra: needs for extra, needs in EXTRAS.items() if extra not in ("all", "dev", "test")}
 DISTRIBUTIONS = {
     "PIL": "pillow",
@@ -55,18 +59,69 @@ def test_all_is_all():
     assert Requirement("rfclip[all,test]") in EXTRAS["dev"]
 
 
-def test_every_file_is_installed():
-    packages = find_packages(ROOT, include=SETUPTOOLS["packages"]["find"]["include"])
-    folders = {ROOT / package.replace(".", "/"): package for package in packages}
-    kept = [path for top in ("rfclip", "rfclip_kernels") for path in (ROOT / top).rglob("*") if path.is_file()]
-    for path in kept:
-        if path.suffix == ".pyc":
-            continue
-        inside = next(folder for folder in path.parents if folder in folders)
-        if path.suffix == ".py":
-            assert inside == path.parent, f"{path.parent} is not a package"
-        else:
-            patterns = SETUPTOOLS["package-data"][folders[inside]]
-            assert any(fnmatch(path.relative_to(inside).as_posix(), pattern) for pattern in patterns), path
-    assert {ROOT / "rfclip/py.typed", ROOT / "rfclip_kernels/py.typed"} <= set(kept)
-    assert all((ROOT / path).is_file() for path in (PROJECT["readme"], *PROJECT["license-files"]))
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A copy of the checkout, committed and tagged as version 1.2.3."""
+    copy = tmp_path_factory.mktemp("released") / "rfclip"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "build", ".*_cache", "__pycache__"))
+    (copy / "rfclip/tiny/open_clip_model.safetensors").write_bytes(b"")  # which takes long to compress
+    for command in ("init", "add --all", "commit --message all", "tag v1.2.3"):
+        author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *author, *command.split()], cwd=copy, check=True, capture_output=True)
+    return copy
+
+
+def test_what_is_built(released, tmp_path):
+    """Both distributions have every file, the version is that of the tag, and PyPI will show the README."""
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, released]
+    subprocess.run(command, check=True, capture_output=True)
+    wheel, source = tmp_path / "rfclip-1.2.3-py3-none-any.whl", tmp_path / "rfclip-1.2.3.tar.gz"
+    assert set(tmp_path.iterdir()) == {wheel, source}
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", wheel, source], check=True)
+    tracked = subprocess.run(["git", "ls-files"], cwd=released, check=True, capture_output=True, text=True).stdout
+    every, generated = set(tracked.splitlines()), {"rfclip/_version.py"}
+    with tarfile.open(source) as archive:
+        found = {each.name.partition("/")[2] for each in archive if each.isfile()}
+    assert {name for name in found if ".egg-info/" not in name} == every | generated | {"PKG-INFO", "setup.cfg"}
+    with zipfile.ZipFile(wheel) as archive:
+        found = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert found == {name for name in every if name.startswith(("rfclip/", "rfclip_kernels/"))} | generated
+        assert b"__version__ = version = '1.2.3'" in archive.read("rfclip/_version.py")
+    assert {"rfclip/py.typed", "rfclip_kernels/py.typed"} < every
+    assert {"README.md", *PROJECT["license-files"]} < every
+
+
+def test_pypi_shows_the_pictures(released, tmp_path):
+    """With an address, no link of the description is relative, and each leads to a file there."""
+    project = released / "pyproject.toml"
+    address = "https://example.org/somebody/rfclip"
+    before = project.read_text()
+    project.write_text(before.replace("Paper = ", f'Source = "{address}"\nPaper = ', 1))
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path]
+    subprocess.run(command, cwd=released, check=True, capture_output=True)
+    project.write_text(before)
+    shown = (tmp_path / "rfclip.egg-info/PKG-INFO").read_text()
+    readme = (ROOT / "README.md").read_text()
+    relative = re.findall(r"\]\((?!https?:)([^)#]+)", readme)
+    assert len(relative) > 10 and "](docs/" not in shown and "](rfclip/" not in shown
+    for path in relative:
+        kind = "raw" if path.endswith(".png") else "blob"
+        assert f"]({address}/{kind}/HEAD/{path}" in shown and (ROOT / path).is_file()
+
+
+def test_a_checkout_without_tags_or_git_has_a_version(released):
+    """It installs as well, with the version that the package states where it was never installed."""
+
+    def version():
+        command = [sys.executable, "-m", "setuptools_scm"]
+        return subprocess.run(command, cwd=released, check=True, capture_output=True, text=True).stdout.strip()
+
+    subprocess.run(["git", "tag", "--delete", "v1.2.3"], cwd=released, check=True, capture_output=True)
+    assert re.fullmatch(r"0\.dev1\+g[0-9a-f]+", version())
+    (released / ".git").rename(released / "elsewhere")
+    (released / "rfclip/_version.py").unlink()
+    shutil.rmtree(released / "rfclip.egg-info")
+    code = "import rfclip; print(rfclip.__file__, rfclip.__version__)"
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=released, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == [str(released / "rfclip/__init__.py"), version()]
+    assert version() == "0.dev0"

@@ -314,7 +314,7 @@ def _launches(run: Callable[[], object]) -> Figures:
         began = time.perf_counter()
         run()
         host.append(time.perf_counter() - began)
-    figures: Figures = {"operators": sum(event.name.startswith(("aten::", "rfclip::")) for event in events)}
+    figures: Figures = {"operators": sum(event.name.startswith(("aten::", "rfclip_kernels::")) for event in events)}
     if ON_GPU:
         figures |= {
             "kernels": len(own),

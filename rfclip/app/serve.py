@@ -123,7 +123,7 @@ class Page:
                             segmenter.text_embeddings((name,))
                     progress(0.4, desc="segmenting")
                     began = time.perf_counter()
-                    drawn = segmenter.segment(_shrunk(rgb), named, pamr=job.pamr)
+                    drawn = segmenter.segment(_shrunk(rgb), named, confidence=True, pamr=job.pamr)
                     seconds = round(time.perf_counter() - began, 3)
                     self._weights[offered] = self._weights.get(offered) or segmenter.digest()
                     record = described(job, segmenter, named, None, self._weights[offered])

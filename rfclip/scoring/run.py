@@ -29,7 +29,7 @@ from rfclip.datasets.names import ClassNames, name_lists
 from rfclip.files import parse_json, write_whole
 from rfclip.methods import find_protocol
 from rfclip.scoring.metrics import Scores, confusion_matrix
-from rfclip.segment.job import Job
+from rfclip.segment.job import Job, differing
 from rfclip.segment.result import Segmentation
 from rfclip.segment.segmenter import Segmenter
 from rfclip.segment.windows import LONG_SIDE, prepared
@@ -224,9 +224,9 @@ class Run:
             before = dict(parse_json(path.read_text("utf-8")))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is corrupt ({error}): --overwrite starts over") from error
-        differing = [key for key in {**before, **self.settings} if before.get(key) != self.settings.get(key)]
-        if differing:
-            changes = "; ".join(f"{key} was {before.get(key)!r}, is {self.settings.get(key)!r}" for key in differing)
+        others = differing({**before, **self.settings}, before, self.settings)
+        if others:
+            changes = "; ".join(f"{key} was {before.get(key)!r}, is {self.settings.get(key)!r}" for key in others)
             raise ValueError(f"{self.folder} holds another run ({changes}): choose another folder, or --overwrite")
 
     def _done(self) -> dict[str, Scored]:

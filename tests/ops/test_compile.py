@@ -25,17 +25,17 @@ import rfclip_kernels
 from rfclip.methods import METHODS
 from rfclip.plugin import installed
 
-GATHERED = {"rfclip.key_normalizers", "rfclip.proxy_attention"}
-PAPER = {"rfclip.layer_norm", "rfclip.refocused_attention"} | GATHERED
-CUT = PAPER | {"rfclip.key_similarity_", "rfclip.defocused_tokens"}
-LOCATED = {"rfclip.distraction_scores"}  # where that is not in a norm
-JOINT = {"rfclip.received_attention", "rfclip.joint_repair_", "rfclip.project_tokens_"}
-ORDERED = {"rfclip.order_patches"}  # where that is not in the cut
-OTHER_CUT = {"rfclip.key_similarity_", "rfclip.fiedler_vector", "rfclip.defocus_mask"}
+GATHERED = {"rfclip_kernels.key_normalizers", "rfclip_kernels.proxy_attention"}
+PAPER = {"rfclip_kernels.layer_norm", "rfclip_kernels.refocused_attention"} | GATHERED
+CUT = PAPER | {"rfclip_kernels.key_similarity_", "rfclip_kernels.defocused_tokens"}
+LOCATED = {"rfclip_kernels.distraction_scores"}  # where that is not in a norm
+JOINT = {"rfclip_kernels.received_attention", "rfclip_kernels.joint_repair_", "rfclip_kernels.project_tokens_"}
+ORDERED = {"rfclip_kernels.order_patches"}  # where that is not in the cut
+OTHER_CUT = {"rfclip_kernels.key_similarity_", "rfclip_kernels.fiedler_vector", "rfclip_kernels.defocus_mask"}
 CONFIGS = {
     "paper": ({}, CUT),
     "received": ({"tau_attn": 1.0}, CUT | JOINT),
-    "received, mean": ({"tau_attn": 1.0, "embedding": "mean"}, CUT | LOCATED | {"rfclip.received_attention"}),
+    "received, mean": ({"tau_attn": 1.0, "embedding": "mean"}, CUT | LOCATED | {"rfclip_kernels.received_attention"}),
     "otsu": ({"cut_threshold": "otsu", "similarity": "vv", "layers": (2,)}, PAPER | OTHER_CUT | ORDERED),
     "clamp": ({"embedding": "clamp"}, CUT | LOCATED),
     "rest": ({"target": "rest"}, PAPER | ORDERED),
@@ -77,7 +77,7 @@ def clip(layers):
 
 def operators(graph):
     names = {str(node.target) for node in graph.nodes}
-    return {name.removesuffix(".default") for name in names if name.startswith("rfclip.")}
+    return {name.removesuffix(".default") for name in names if name.startswith("rfclip_kernels.")}
 
 
 @needs_triton
@@ -165,21 +165,28 @@ def test_compile_in_one_graph(tower, case, function):
         torch.compile(module, fullgraph=True, backend=keep)(images)
     assert len(graphs) == 1
     if function == "encode_image":
-        expected = expected - ({"rfclip.proxy_attention"} if "rfclip.key_similarity_" in expected else GATHERED)
+        expected = expected - (
+            {"rfclip_kernels.proxy_attention"} if "rfclip_kernels.key_similarity_" in expected else GATHERED
+        )
     assert operators(graphs[0]) == expected
 
 
 @needs_triton
 def test_the_released_code(tower):
     model, images, mode = tower
-    expected = {"rfclip.distraction_scores", "rfclip.blend_embeddings_", "rfclip.layer_norm", "rfclip.self_attention"}
+    expected = {
+        "rfclip_kernels.distraction_scores",
+        "rfclip_kernels.blend_embeddings_",
+        "rfclip_kernels.layer_norm",
+        "rfclip_kernels.self_attention",
+    }
     expected |= GATHERED
     config = rfclip.RefocusConfig(distraction_dims=DIMS)
     with rfclip.refocus(model, config, method="released", backend="triton"), mode, torch.no_grad():
         with NeverWaits():
             assert rfclip.dense_features(model, images).shape == (2, 20, 4, 5)
         exported = torch.export.export(Dense(model), (images,))
-    assert operators(exported.graph) == expected | {"rfclip.cosine_aggregation"}
+    assert operators(exported.graph) == expected | {"rfclip_kernels.cosine_aggregation"}
 
 
 @needs_triton

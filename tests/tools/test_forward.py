@@ -95,9 +95,9 @@ def test_goals():
 
 def test_a_missed_goal_is_a_fault(monkeypatch, capsys):
     monkeypatch.setattr(report, "compile_all", lambda jobs: {})
-    monkeypatch.setattr(report, "jobs", dict)
+    monkeypatch.setattr(report, "jobs", lambda targets: {})
     monkeypatch.setattr(report, "OPS", [])
-    monkeypatch.setattr(report, "in_its_own_process", lambda: [[1]])
+    monkeypatch.setattr(report, "in_its_own_process", lambda: lambda: [[1]])
     monkeypatch.setattr(report, "FORWARDS", [Goal(Shape("ViT-B/16"), 1, launches=150, time=1.05)])
     assert report.main(["--launch", "5"]) == 0
     out = capsys.readouterr().out

@@ -113,6 +113,14 @@ def test_every_target_is_compiled_with_its_own_tiles(monkeypatch):
             sides = [job.constants[(place(side),)] for side in ("BM", "BN")]
             assert tiles.Tiles(*sides, *(job.options[name] for name in ("num_warps", "num_stages"))) == own[line.target]
     assert {line.target for line in found} == set(own)
+    monkeypatch.setattr(report, "SIZES", report.SIZES[:1])
+    assert {line.target for line in report.jobs(["sm_90", "gfx942"])} == {"sm_90", "gfx942"}
+
+
+def test_an_unknown_target_is_refused_before_any_work(capsys):
+    with pytest.raises(SystemExit):
+        report.main(["--targets", "sm_90,sm_75"])
+    assert "--targets sm_75: expected some of sm_80, sm_86, " in capsys.readouterr().err
 
 
 def test_every_entry_of_the_table_is_compiled():
@@ -313,8 +321,8 @@ def test_faults_end_in_exit_code_1(monkeypatch, capsys):
     bad |= line("failing", "received_attention", torch.float16, 32, BM=48)
     monkeypatch.setattr(report, "OPS", [])
     monkeypatch.setattr(report, "FORWARDS", [])
-    monkeypatch.setattr(report, "in_its_own_process", list)
-    monkeypatch.setattr(report, "jobs", lambda: sound | uncounted | bad)
+    monkeypatch.setattr(report, "in_its_own_process", lambda: list)
+    monkeypatch.setattr(report, "jobs", lambda targets: sound | uncounted | bad)
     assert report.main([]) == 1
     out, err = capsys.readouterr()
     assert "| sound | - | 32 | sm_80 |" in out

@@ -11,7 +11,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -124,10 +124,17 @@ def generated_kernels() -> list[list[int]]:
     return found
 
 
-def in_its_own_process() -> list[list[int]]:
-    """`generated_kernels` of a fresh process."""
-    command = [sys.executable, "-m", __name__]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def in_its_own_process() -> Callable[[], list[list[int]]]:
+    """Start `generated_kernels` in a fresh process; the function returned waits for its result."""
+    process = subprocess.Popen([sys.executable, "-m", __name__], stdout=subprocess.PIPE, text=True)
+
+    def wait() -> list[list[int]]:
+        printed, _ = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"python -m {__name__} failed with exit code {process.returncode}")
+        return json.loads(printed)
+
+    return wait
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Compile every kernel for real GPUs, without one, and count what each launch computes and moves.
 
-python -m tools.kernel_report [--summary] [--gpu NAME --peak SHARE --bandwidth SHARE --launch US --graph-launch US]
+python -m tools.kernel_report [--summary] [--targets sm_90,gfx942] [--gpu NAME --peak SHARE --bandwidth SHARE
+                              --launch US --graph-launch US]
 
 Everything comes from the launches that `tools.kernel_report.launches` records, specialized as Triton would on the GPU.
 The report has four tables: a line for each kernel (all that --summary prints), a line for each compilation, operations
@@ -259,7 +260,7 @@ class Line:
         return f"{self.kernel} | {self.dtype} | {self.D} | {self.target}"
 
 
-def jobs() -> dict[Line, list[Job]]:
+def jobs(targets: Iterable[str] = TARGETS) -> dict[Line, list[Job]]:
     """Every distinct compilation, with each target's tiles.
 
     Of all sizes in fp16 for each head dimension; in fp32 at the smallest and the largest size, and in bf16, which has
@@ -278,7 +279,7 @@ def jobs() -> dict[Line, list[Job]]:
     calls = [
         (op, shape) for op in OPS for shape in SHAPES + widths if shape.D == 64 or (op.sweep and op.sweep.head_dims)
     ]
-    for name in TARGETS:
+    for name in targets:
         recorded = [(shape, launch) for op, shape in calls for launch in record(op, shape, name).launches]
         for shape, launch in recorded:
             first = next(value for value in launch.arguments.values() if isinstance(value, MockTensor))
@@ -379,6 +380,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m tools.kernel_report", description=__doc__.splitlines()[0])
     parser.add_argument("--summary", action="store_true", help="print only the first table, a line for each kernel")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="what kernels are compiled for")
     assumed = Assumptions()
     parser.add_argument("--gpu", choices=GPUS, default=assumed.gpu, help="of the projection")
     parser.add_argument("--peak", type=float, default=assumed.peak, help="share of the peak rate that is reached")
@@ -386,11 +388,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--launch", type=float, default=assumed.launch, help="microseconds that a launch costs")
     parser.add_argument("--graph-launch", type=float, default=assumed.graph_launch, help="the same in a CUDA graph")
     given = vars(parser.parse_args(arguments))
-    summary, assumed = given.pop("summary"), Assumptions(**given)
-    compiled = compile_all(jobs())
+    summary, targets = given.pop("summary"), given.pop("targets").split(",")
+    if unknown := set(targets) - TARGETS.keys():
+        parser.error(f"--targets {', '.join(sorted(unknown))}: expected some of {', '.join(TARGETS)}")
+    assumed = Assumptions(**given)
+    generated = in_its_own_process()  # beside the others, since it takes long
+    compiled = compile_all(jobs(targets))
     costs = {(op, shape): cost(op, shape) for op in OPS for shape in SHAPES}
     print(table(KERNELS_TITLE, KERNELS_HEADS, kernel_rows(compiled)))
-    forwards = [compare(*each) for each in zip(FORWARDS, in_its_own_process(), strict=True)]
+    forwards = [compare(*each) for each in zip(FORWARDS, generated(), strict=True)]
     if not summary:
         print(table(LINES_TITLE, LINES_HEADS, line_rows(compiled)))
         print(table(COSTS_TITLE, COSTS_HEADS, cost_rows(costs)))

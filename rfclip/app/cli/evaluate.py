@@ -127,7 +127,7 @@ def evaluate(
         lists = {data.name: _name_lists(data, wanted, share, seeds, seed or 0) for data in opened}
         methods = methods or list(opened[0].methods)
         items = {data.name: data.items(limit) for data in opened}
-        model = _model(model, opened)
+        model, pretrained = _model(model, pretrained, opened)
         from rfclip.app.engines import start
 
         starting = start(engine, workers, device)
@@ -195,7 +195,7 @@ def ablate(
         given = common.read_config(config)
         (opened,) = _open(dataset, root=root, count=count, seed=seed)
         items = opened.items(limit)
-        model = _model(model, [opened])
+        model, pretrained = _model(model, pretrained, [opened])
         from rfclip.app.engines import start
 
         starting = start(engine, workers, device)
@@ -254,8 +254,8 @@ def _open(name: str | None, **options: object) -> list[Dataset]:
     return [find_dataset(each).open(**options) for each in (in_paper() if name is None else [name])]
 
 
-def _model(given: str | None, opened: list[Dataset]) -> str:
-    """The model given, or the bundled one on scenes.
+def _model(given: str | None, pretrained: str | None, opened: list[Dataset]) -> tuple[str, str | None]:
+    """The model given and its weights, or the bundled one on scenes.
 
     Raises:
         ValueError: no model is given for photographs, of which the bundled one knows nothing.
@@ -266,7 +266,9 @@ def _model(given: str | None, opened: list[Dataset]) -> str:
             f"{', '.join(photographs)}: give a --model that knows photographs, such as --model ViT-B-16-quickgelu "
             f"--pretrained openai. The bundled one knows drawn scenes only; --model {TINY} scores it all the same"
         )
-    return given or TINY
+    from rfclip.towers.loading import find_model
+
+    return find_model(given or TINY, pretrained)
 
 
 def _name_lists(
