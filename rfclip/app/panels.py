@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
 
 from rfclip.explanation import Explanation
-from rfclip.explanation.figures import Scale, at_point, token_map
+from rfclip.explanation.figures import BLUE, RED, Scale, at_point, token_map
 
 SAME = 1e-3  # of the scale: a smaller difference is not seen
 STYLE = """
@@ -32,7 +32,7 @@ def maps_of(found: Explanation) -> str:
         received = found.before.received
         scales = ((layer, Scale.attention(received[layer - 1])) for layer in found.layers)
         shown = [
-            _panel(f"block {layer}: attention received", scale.over(found, received[layer - 1]), scale)
+            _panel(f"block {layer}: attention received", scale.over(found, received[layer - 1]), *_key(scale))
             for layer, scale in scales
         ]
         return _section("What RF-CLIP finds", said, shown)
@@ -42,14 +42,15 @@ def maps_of(found: Explanation) -> str:
     for layer in distracting:
         block = layer - 1
         tokens = token_map(found, found.distraction[block], found.defocused[block])
-        shown.append(_panel(f"block {layer}: tokens that distract (red), and defocused ones (blue)", tokens))
+        key = (RED, RED, BLUE, BLUE), ("distract", "defocused")
+        shown.append(_panel(f"block {layer}: distraction tokens, and defocused ones", tokens, *key))
         for title, colours, values, percent in (
             ("Fiedler vector, which parts the tokens", "PiYG", found.fiedler[block], False),
             ("attention taken (red) and given (blue)", "coolwarm_r", found.moved[block], True),
         ):
             scale = Scale.around_zero(colours, values)
             if scale:
-                shown.append(_panel(f"block {layer}: {title}", scale.over(found, values), scale, percent))
+                shown.append(_panel(f"block {layer}: {title}", scale.over(found, values), *_key(scale, percent)))
     return _section("What RF-CLIP finds", said, shown)
 
 
@@ -62,7 +63,7 @@ def attention_of(found: Explanation) -> str:
         unchanged = np.abs(before - after).max() < SAME * scale.high
         same &= bool(unchanged)
         for when, values in (("", before),) if unchanged else ((" before", before), (" after", after)):
-            shown.append(_panel(f"block {layer}{when}", at_point(found, scale.over(found, values), 0), scale))
+            shown.append(_panel(f"block {layer}{when}", at_point(found, scale.over(found, values), 0), *_key(scale)))
     said = "Refocusing changes nothing here." if same else "Before refocusing and after, where they differ."
     return _section("What the point attends to", said, shown)
 
@@ -71,23 +72,20 @@ def _section(title: str, said: str, panels: Iterable[str]) -> str:
     return f'<h2>{title}</h2><p>{html.escape(said)}</p><div class="panels">{"".join(panels)}</div>'
 
 
-def _panel(caption: str, picture: Image.Image, scale: Scale | None = None, percent: bool = True) -> str:
+def _panel(caption: str, picture: Image.Image, colours: Iterable[Sequence[float]], ends: tuple[str, str]) -> str:
+    """A picture above a bar of colours, each RGB from 0 to 1, and what the first and the last of them stand for."""
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=92, subsampling=0)
     source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     image = f'<img alt="{html.escape(caption)}" src="{source}">'
-    return f"<figure><figcaption>{html.escape(caption)}</figcaption>{image}{_bar(scale, percent)}</figure>"
+    stops = ", ".join(f"rgb({', '.join(f'{100 * channel:.0f}%' for channel in colour)})" for colour in colours)
+    bar = f'<div class="bar" style="background: linear-gradient(to right, {stops})"></div>'
+    words = "".join(f"<span>{end}</span>" for end in ends)
+    key = f'{bar}<div class="scale">{words}</div>'
+    return f"<figure><figcaption>{html.escape(caption)}</figcaption>{image}{key}</figure>"
 
 
-def _bar(scale: Scale | None, percent: bool) -> str:
+def _key(scale: Scale, percent: bool = True) -> tuple[np.ndarray, tuple[str, str]]:
     """The colours of a scale, and the values at its ends."""
-    if scale is None:
-        return ""
-    colours = scale.mappable().to_rgba(np.linspace(scale.low, scale.high, 9), bytes=True)[:, :3]
-    stops = ", ".join(f"rgb({red}, {green}, {blue})" for red, green, blue in colours)
-    ends = "".join(
-        f"<span>{f'{100 * value:.2g} %' if percent else f'{value:.2g}'}</span>" for value in (scale.low, scale.high)
-    )
-    return (
-        f'<div class="bar" style="background: linear-gradient(to right, {stops})"></div><div class="scale">{ends}</div>'
-    )
+    low, high = (f"{100 * end:.2g} %" if percent else f"{end:.2g}" for end in (scale.low, scale.high))
+    return scale.mappable().to_rgba(np.linspace(scale.low, scale.high, 9))[:, :3], (low, high)

@@ -32,17 +32,18 @@ def contact_sheet(dataset: Dataset, items: list[Item], scorers: Iterator[tuple[s
     black. Titles give the mIoU on that picture alone.
     """
     names = dataset.class_names
-    by_name = class_colours(names)
     labelled = ((rgb, labels) for rgb, labels in map(dataset.read, items) if isinstance(labels, np.ndarray))
     pictures = list(islice(labelled, PICTURES))
     classes = len(dataset.classes)
     found = {label: [scorer.predict(rgb).labels for rgb, _ in pictures] for label, scorer in scorers}
+    present = [_present(labels, classes) for _, labels in pictures]
+    by_name = class_colours(names[c] for each in present for c in each)  # fewer names, more unlike colours
     rows = math.ceil((2 + len(found)) / COLUMNS)
     figure = Figure(figsize=(2 * COLUMNS, 2.2 * rows * len(pictures)), layout="constrained")
     for number, part in enumerate(figure.subfigures(len(pictures), squeeze=False).ravel()):
         picture, labels = pictures[number]
-        present = _present(labels, classes)
-        colours: dict[int, Colour] = {c: by_name[names[c]] if c in present else BLACK for c in range(classes)}
+        colours: dict[int, Colour] = dict.fromkeys(range(classes), BLACK)
+        colours |= {c: by_name[names[c]] for c in present[number]}
         cells = {"picture": picture, "labels": tinted(picture, labels, colours)}
         for label, predicted in found.items():
             iou = mean_iou(confusion_matrix(labels, predicted[number], classes))
@@ -53,7 +54,7 @@ def contact_sheet(dataset: Dataset, items: list[Item], scorers: Iterator[tuple[s
         for axis, (title, cell) in zip(axes, cells.items(), strict=False):
             axis.imshow(cell, interpolation="nearest")
             axis.set_title(title, fontsize=9)
-        shown = {names[c]: as_seen(colours[c]) for c in present} | {"absent": as_seen(BLACK)}
+        shown = {names[c]: as_seen(colours[c]) for c in present[number]} | {"absent": as_seen(BLACK)}
         patches = [Patch(color="#{:02x}{:02x}{:02x}".format(*colour), label=name) for name, colour in shown.items()]
         part.legend(handles=patches, loc="outside lower center", ncols=8)
     return figure

@@ -13,7 +13,8 @@ Colour = tuple[int, int, int]
 ALPHA = 0.6  # opacity of the colours
 GRAY: Colour = (128, 128, 128)  # of the class "background"; no other class is gray
 PREFERRED = 64  # colours that names are spread over: the more, the fewer names meet, and the more colours are alike
-SALT = (49862558).to_bytes(4, "big")  # one by which few of the names of Pascal VOC and of the scenes meet
+SALT = (122735347).to_bytes(4, "big")  # one that gives the names in the demonstrations colours far apart
+VIVID = 60  # between the strongest channel of a colour and its weakest
 CONTRAST = 0.8  # of the gray picture below
 
 
@@ -38,13 +39,14 @@ def class_colours(names: Iterable[str]) -> dict[str, Colour]:
 
 
 def _palette() -> list[Colour]:
-    """256 colours, each as unlike the earlier ones, black and white as possible (Glasbey's method)."""
+    """256 colours by Glasbey's method, each as unlike black, white and the earlier ones as possible; dull ones last."""
     import colorcet  # slow to import
 
-    return [
+    colours = [
         (round(255 * red), round(255 * green), round(255 * blue))
         for red, green, blue in colorcet.glasbey_bw_minc_20_minl_30
     ]
+    return sorted(colours, key=lambda colour: max(colour) - min(colour) < VIVID)
 
 
 def as_seen(colour: Colour, alpha: float = ALPHA) -> Colour:

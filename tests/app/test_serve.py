@@ -257,6 +257,17 @@ CONTRAST = """elements => elements.map(element => {
 })"""
 
 
+def test_a_photograph(page, tmp_path):
+    """The page says that the bundled model knows none, and what to do here, not on the command line."""
+    Image.effect_noise((64, 64), 90).save(tmp_path / "photo.png")
+    upload(page, tmp_path / "photo.png")
+    ask(page, NAMES)
+    legend(page)
+    said = page.get_by_test_id("toast-body").filter(has_text="demonstration")
+    expect(said).to_contain_text("Choose another model on this page.")
+    assert "--" not in said.inner_text() and "Segmenter(" not in said.inner_text()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_on_a_phone(browser, address, scheme):
     """Result and attention come into view, words can be read, pictures have names, and nothing is wider than it."""
