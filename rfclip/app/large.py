@@ -19,6 +19,7 @@ from rfclip import formats
 from rfclip.datasets.names import ClassNames
 from rfclip.methods.rule import Rule
 from rfclip.segment.classes import title
+from rfclip.segment.drawing import class_colours
 from rfclip.segment.result import Segmentation
 from rfclip.segment.segmenter import Segmenter
 from rfclip.segment.windows import Windows
@@ -337,8 +338,7 @@ def _created(
     if not old.is_identity:
         down, across = raster.dataset.height / raster.height, raster.dataset.width / raster.width
         place["transform"] = rasterio.Affine(old.a * across, old.b * down, old.c, old.d * across, old.e * down, old.f)
-    colours = Segmentation(Image.new("RGB", (1, 1)), np.zeros((1, 1), np.uint8), names).mask().getpalette()
-    assert colours is not None
+    colours = class_colours(names)
     with rasterio.open(
         path,
         "w",
@@ -355,7 +355,7 @@ def _created(
         BIGTIFF="IF_SAFER",
         **place,
     ) as mask:
-        mask.write_colormap(1, {i: (*colours[3 * i : 3 * i + 3], 255) for i in range(len(names))})
+        mask.write_colormap(1, {index: (*colours[name], 255) for index, name in enumerate(names)})
         mask.update_tags(classes=json.dumps(names, ensure_ascii=False))
         mask.update_tags(1, **{f"class_{index}": name for index, name in enumerate(names)})
 

@@ -18,7 +18,7 @@ pytest.importorskip("rasterio")
 from source_files import PLACE, make_clip, write_raster  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:rfclip-tiny is a demonstration")
-PAGE = Path(__file__).parents[2].joinpath("docs/large.md").read_text("utf-8").replace("20_000", "400")
+PAGE = Path(__file__).parents[2].joinpath("docs/large.md").read_text("utf-8").replace("20_000", "200")
 STEP = re.compile(r"^    rfclip (?P<command>(?:\\\n|[^\n])*)$|^```py\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 
 

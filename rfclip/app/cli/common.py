@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 
-from rfclip.app.sources import result_name
+from rfclip.app.sources import VIDEOS, result_name
 from rfclip.config import TINY, BackendName, PrecisionName, RefocusConfig
 from rfclip.files import RESULTS, same_name
 from rfclip.methods import METHODS
@@ -202,7 +202,8 @@ def _readable(files: list[Path], folder: str) -> list[Path]:
     readable: list[Path] = []
     skipped: dict[tuple[str, str], list[str]] = {}
     for file in files:
-        reason = unread(file)
+        video = file.suffix.lower() in VIDEOS
+        reason = "a video, which `rfclip segment` takes by its own name" if video else unread(file)
         if reason:
             skipped.setdefault((reason, file.suffix.lower()), []).append(file.name)
         else:
