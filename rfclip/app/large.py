@@ -201,7 +201,8 @@ def label_large(
         "data": data / math.prod(size),
         "shares": {name: int(count) / math.prod(size) for name, count in zip(names, pixels, strict=False)},
     }
-    small_labels = _read_back(path, pixels, shown.size)
+    with _writing():
+        small_labels = _read_back(path, pixels, shown.size)
     return facts, Segmentation(shown, small_labels, names)
 
 
@@ -339,31 +340,32 @@ def _created(
         down, across = raster.dataset.height / raster.height, raster.dataset.width / raster.width
         place["transform"] = rasterio.Affine(old.a * across, old.b * down, old.c, old.d * across, old.e * down, old.f)
     colours = class_colours(names)
-    with rasterio.open(
-        path,
-        "w",
-        driver="GTiff",
-        width=raster.width,
-        height=raster.height,
-        count=1,
-        dtype="uint8",
-        nodata=NOTHING,
-        tiled=True,
-        blockxsize=tile,
-        blockysize=tile,
-        compress="deflate",
-        BIGTIFF="IF_SAFER",
-        **place,
-    ) as mask:
+    form = {"driver": "GTiff", "tiled": True, "blockxsize": tile, "blockysize": tile, "compress": "deflate"}
+    size = {"width": raster.width, "height": raster.height, "count": 1, "dtype": "uint8", "nodata": NOTHING}
+    with _writing():
+        mask = rasterio.open(path, "w", BIGTIFF="IF_SAFER", **form, **size, **place)
+    with mask:
         mask.write_colormap(1, {index: (*colours[name], 255) for index, name in enumerate(names)})
         mask.update_tags(classes=json.dumps(names, ensure_ascii=False))
         mask.update_tags(1, **{f"class_{index}": name for index, name in enumerate(names)})
 
         def write(labels: np.ndarray, area: Area) -> None:
             top, left, height, width = area
-            mask.write(labels, 1, window=Window(left, top, width, height))
+            with _writing():
+                mask.write(labels, 1, window=Window(left, top, width, height))
 
         yield write
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Of an error, say that it is not one of reading."""
+    from rasterio.errors import RasterioIOError
+
+    try:
+        yield
+    except RasterioIOError as error:
+        raise OSError(f"its mask cannot be written: {error.__cause__ or error}") from error
 
 
 def _read_back(path: Path, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -286,13 +286,26 @@ def test_protocols_that_see_pictures_as_a_whole(method, name):
         label("a.tif", other)
 
 
-def test_a_full_disk_is_told_of(segmenter):
+def test_a_mask_that_cannot_be_written(segmenter):
+    """Which is no bad picture: the folder is not there, or the disk is full."""
+    write_raster("small.tif", picture(130, 130), **PLACE)
+    with pytest.raises(OSError, match="its mask cannot be written"):
+        label_large(
+            "small.tif",
+            SETTINGS,
+            segmenter,
+            parse_classes("cat, dog"),
+            Path("none/mask.tif"),
+            lambda *_: None,
+            threshold=None,
+            pamr=None,
+        )
     resource = pytest.importorskip("resource")
     write_raster("big.tif", np.random.default_rng(0).integers(0, 256, (250, 250, 3), dtype=np.uint8), **PLACE)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (700, limits[1]))
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="its mask cannot be written"):
             label("big.tif", segmenter)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
