@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 import cv2
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,9 @@ def scorer():
 
     def make(name, text, dtype=torch.float32, vision=MappingProxyType({}), **options):
         job = Job(config=CONFIG, **{"method": "released"} | options)
-        made = Scorer(job, find_dataset(name).open(root=Path()), photographic_clip(dtype, **vision))
+        model = photographic_clip(dtype, **vision)
+        model.tokenizer = open_clip.SimpleTokenizer()  # its vocabulary is larger than the model's, which reads nothing
+        made = Scorer(job, find_dataset(name).open(root=Path()), model)
         opened.append(made)
         made.segmenter.text_embeddings = lambda names: text.float()[: len(names)]
         return made
