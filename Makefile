@@ -38,9 +38,13 @@ report: $(READY)
 	mkdir -p build
 	$(BIN)/python -m tools.kernel_report $(if $(TARGETS),--targets $(TARGETS)) > build/kernels.md
 
-# The documentation site, in build/site; the variable hides the theme's notice about its own future.
+# The documentation site, in build/site.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	$(BIN)/python -m tools.docs
+
+# The page of the command line, from the commands' types and help.
+docs/command-line.md: $(wildcard rfclip/app/cli/*.py)
+	$(BIN)/python -m typer rfclip.app.cli utils docs --name rfclip --title "Command line" --output $@
 
 # The source distribution and the wheel, in dist/, as PyPI will take them.
 dist: $(READY)
@@ -81,4 +85,4 @@ $(OLDEST)/ready: pyproject.toml $(READY)
 	touch $@
 
 clean:
-	rm -rf .venv demo build dist gpu-bundle *.egg-info
+	rm -rf .venv .cache demo build dist gpu-bundle *.egg-info

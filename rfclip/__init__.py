@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rfclip.plugin import dense_features, refocus
     from rfclip.segment.result import Segmentation
     from rfclip.segment.segmenter import Segmenter
+    from rfclip.segment.text import text_embeddings
     from rfclip.towers.loading import load_model
 
 try:
@@ -33,6 +34,7 @@ _MODULE_OF = {
     "explain": "explanation",
     "load_model": "towers.loading",
     "refocus": "plugin",
+    "text_embeddings": "segment.text",
 }
 _MODULES = ("config", "methods", "outputs", "reference")  # also reached as attributes of a bare `import rfclip`
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "explain",
     "load_model",
     "refocus",
+    "text_embeddings",
 ]
 
 

@@ -194,14 +194,9 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision={precision!r}: expected one of {', '.join(get_args(PrecisionName))}")
 
 
-def canonical_name(name: str) -> str:
-    """A model's name as its library lists it: ViT-B/16 is ViT-B-16."""
-    return name if ":" in name else name.replace("/", "-")
-
-
 def plain_name(name: str) -> str:
-    """The canonical name of a model without the suffix that only selects the activation."""
-    return name if ":" in name else canonical_name(name).removesuffix("-quickgelu")
+    """A model's name as open_clip lists it (ViT-B/16 is ViT-B-16), without the suffix that selects the activation."""
+    return name if ":" in name else name.replace("/", "-").removesuffix("-quickgelu")
 
 
 def _whole_numbers(name: str, values: object, least: int) -> tuple[int, ...]:

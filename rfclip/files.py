@@ -10,7 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-OUTPUTS = (".mask.png", ".overlay.png", ".json")  # endings of the files that `rfclip segment` writes per picture
+# Endings of the files that `rfclip segment` writes: per picture, video and picture in tiles, and any of them.
+OUTPUTS = (".mask.png", ".overlay.png", ".json")
+VIDEO_OUTPUTS = (".overlay.mp4", ".json")
+TILED_OUTPUTS = (".mask.tif", ".overlay.png", ".json")
+RESULTS = (*OUTPUTS, *VIDEO_OUTPUTS, *TILED_OUTPUTS)
 
 
 def printable(path: Path | str) -> str:

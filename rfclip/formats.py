@@ -30,6 +30,7 @@ UNREAD = {  # formats of Pillow's
     "MPEG": STUB,
 } | ({} if sys.platform == "win32" else {"WMF": "Pillow decodes it on Windows only"})
 HEIF, JXL = (".heic", ".heif", ".hif"), (".jxl",)
+BATCH = "for several pictures, give a Segmenter a list of them, list(pictures)"
 
 TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 RAW, JPEG, DEFLATE = 1, 7, (8, 32946)
@@ -138,18 +139,33 @@ def from_array(array: np.ndarray) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or 0 in array.shape:
-        raise ValueError(f"image: got an array {array.shape}, expected [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]")
+        what_to_do = ""
+        if array.ndim == 4:
+            what_to_do = f"; {BATCH}"
+        elif array.ndim == 3 and array.shape[0] in (1, 3, 4):
+            what_to_do = "; channels come last: array.transpose(1, 2, 0)"
+        raise ValueError(
+            f"image: got an array {array.shape}, expected [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], not empty"
+            f"{what_to_do}"
+        )
     if array.dtype.newbyteorder("=") == np.uint16:
         array = (array.astype(np.uint32) * 255 + 32767) // 65535
     elif array.dtype.kind == "f":
-        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+        least, most = array.min(), array.max()
+        if not (least >= 0 and most <= 1):
+            if not np.isfinite(array).all():
+                what_to_do = "replace what is not finite"
+            elif least >= 0:
+                what_to_do = "divide by 255, or convert to uint8"
+            else:
+                what_to_do = "give the picture as it was before it was normalized"
             raise ValueError(
-                f"image: floats must lie in [0, 1], got values from {array.min():.4g} to {array.max():.4g}; "
-                "divide by 255, and do not normalize: the segmenter does"
+                f"image: floats must lie in [0, 1], got values from {least:.4g} to {most:.4g}; {what_to_do}"
             )
         array = (array.astype(np.result_type(array, np.float32)) * 255).round()  # 16 bits would be too coarse
     elif array.dtype != np.uint8:
-        raise ValueError(f"image: got {array.dtype}, expected uint8, uint16, or float in [0, 1]")
+        what_to_do = "; convert values from 0 to 255 to uint8" if array.dtype.kind in "iu" else ""
+        raise ValueError(f"image: got {array.dtype}, expected uint8, uint16, or float in [0, 1]{what_to_do}")
     return Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
 
 

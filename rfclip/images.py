@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
 
 
+def is_image(value: object) -> bool:
+    """Whether a value is of a class that `to_rgb` takes."""
+    torch = sys.modules.get("torch")  # imported already if this is a tensor
+    tensor = torch is not None and isinstance(value, torch.Tensor)
+    return tensor or isinstance(value, str | os.PathLike | Image.Image | np.ndarray)
+
+
 def to_rgb(image: ImageLike) -> Image.Image:
     """An RGB picture of 8 bits per channel, upright according to its EXIF orientation.
 
@@ -28,7 +35,9 @@ def to_rgb(image: ImageLike) -> Image.Image:
 
     Args:
         image: a path; a Pillow image, best not loaded yet; an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]; or a
-            tensor [H, W], [1, H, W], [3, H, W] or [4, H, W]. Arrays and tensors are uint8, uint16, or float in [0, 1].
+            tensor [H, W], [1, H, W], [3, H, W] or [4, H, W]. Arrays and tensors are uint8, uint16, or float in [0, 1],
+            not normalized, and their colours are in the order RGB. OpenCV's are BGR, which no picture shows by itself:
+            give `cv2.cvtColor(image, cv2.COLOR_BGR2RGB)`.
 
     Raises:
         ValueError: the file is not a picture, is damaged, of a layout that would be read wrongly, or needs an extra;
@@ -42,9 +51,14 @@ def to_rgb(image: ImageLike) -> Image.Image:
     if torch is not None and isinstance(image, torch.Tensor):
         array = image.detach().cpu()
         if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[0] not in (1, 3, 4)) or not array.numel():
+            what_to_do = ""
+            if array.ndim == 4:
+                what_to_do = f"; {formats.BATCH}"
+            elif array.ndim == 3 and array.shape[-1] in (1, 3, 4):
+                what_to_do = "; channels come first: tensor.permute(2, 0, 1)"
             raise ValueError(
                 f"image: got a tensor {tuple(array.shape)}, expected [H, W], [1, H, W], [3, H, W] or [4, H, W], "
-                "not empty and without a batch"
+                f"not empty{what_to_do}"
             )
         array = array.movedim(0, -1) if array.ndim == 3 else array
         return _from_pillow(formats.from_array((array.float() if array.is_floating_point() else array).numpy()))
@@ -53,9 +67,10 @@ def to_rgb(image: ImageLike) -> Image.Image:
     if isinstance(image, Image.Image):
         return _from_pillow(formats.corrected(image))
     if not isinstance(image, str | os.PathLike):
+        what_to_do = f"; {formats.BATCH}" if isinstance(image, list | tuple) else ""
         raise ValueError(
             f"image: got an object of class {type(image).__name__}, expected one picture: a path, a Pillow image, an "
-            "array or a tensor"
+            f"array or a tensor{what_to_do}"
         )
     path = Path(image)
     if not path.is_file():

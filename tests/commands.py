@@ -26,7 +26,9 @@ def run(*arguments):
 
 
 def segment(*arguments, classes="cat, grass, sky"):
-    return run("segment", *arguments, "--classes", classes)
+    """`rfclip segment` with the bundled model if no other is given, whatever the pictures."""
+    model = () if "--model" in arguments else ("--model", "rfclip-tiny")
+    return run("segment", *arguments, *model, "--classes", classes)
 
 
 def refused(result, *words):

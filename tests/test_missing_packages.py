@@ -98,6 +98,8 @@ NEEDS = [
     ("ray", "ray", [*SEGMENT, "--engine", "ray"]),
     ("ray", "ray", [*EVALUATE, "--engine", "ray"]),
     ("transformers", "transformers", [*SEGMENT, "--model", "transformers:openai/clip-vit-base-patch16"]),
+    ("rasterio", "geo", [*SEGMENT, "--scale", "1"]),
+    ("av", "video", ["segment", "camera:0", "--classes", "cat"]),
     ("pycocotools", "prepare", ["prepare", "context", "--root", "data"]),
 ]
 

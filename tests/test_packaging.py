@@ -88,7 +88,25 @@ def test_what_is_built(released, tmp_path):
         assert found == {name for name in every if name.startswith(("rfclip/", "rfclip_kernels/"))} | generated
         assert b"__version__ = version = '1.2.3'" in archive.read("rfclip/_version.py")
     assert {"rfclip/py.typed", "rfclip_kernels/py.typed"} < every
-    assert {PROJECT["readme"], *PROJECT["license-files"]} < every
+    assert {"README.md", *PROJECT["license-files"]} < every
+
+
+def test_pypi_shows_the_pictures(released, tmp_path):
+    """With an address, no link of the description is relative, and each leads to a file there."""
+    project = released / "pyproject.toml"
+    address = "https://example.org/somebody/rfclip"
+    before = project.read_text()
+    project.write_text(before.replace("Paper = ", f'Source = "{address}"\nPaper = ', 1))
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path]
+    subprocess.run(command, cwd=released, check=True, capture_output=True)
+    project.write_text(before)
+    shown = (tmp_path / "rfclip.egg-info/PKG-INFO").read_text()
+    readme = (ROOT / "README.md").read_text()
+    relative = re.findall(r"\]\((?!https?:)([^)#]+)", readme)
+    assert len(relative) > 10 and "](docs/" not in shown and "](rfclip/" not in shown
+    for path in relative:
+        kind = "raw" if path.endswith(".png") else "blob"
+        assert f"]({address}/{kind}/HEAD/{path}" in shown and (ROOT / path).is_file()
 
 
 def test_a_checkout_without_tags_or_git_has_a_version(released):

@@ -28,6 +28,8 @@ def present() -> str:
 
 
 def create(folder: Path) -> None:
+    if folder.is_symlink():  # another checkout's, which would be emptied
+        raise SystemExit(f"{folder} is a link to {folder.resolve()}: remove the link, or run make there")
     found = present()
     venv.create(folder, clear=True, with_pip=True)
     python = next(path for path in (folder / "bin/python", folder / "Scripts/python.exe") if path.exists())

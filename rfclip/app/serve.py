@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import html
-import io
+import re
 import shutil
 import socket
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -21,10 +21,10 @@ import gradio as gr
 import numpy as np
 import uvicorn
 from fastapi import FastAPI
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
+from rfclip.app import panels
 from rfclip.app.guard import UPLOAD_LIMIT, Guard, Hosts, one_line
 from rfclip.app.writer import described, save
 from rfclip.config import PRESETS, TINY, RefocusConfig
@@ -34,8 +34,9 @@ from rfclip.files import OUTPUTS
 from rfclip.images import to_rgb
 from rfclip.methods import METHODS, OWN, RF_CLIP, find_method
 from rfclip.segment.classes import Background, parse_classes, shipped_list, split_classes
+from rfclip.segment.drawing import Colour, as_seen, class_colours, marked
 from rfclip.segment.job import Job
-from rfclip.segment.result import Segmentation, palette
+from rfclip.segment.result import Segmentation
 from rfclip.simulated_distraction import inject_distraction, injected
 from rfclip.tiny.scenes import CLASSES, make_scene
 from rfclip.towers import Tower, read_tower
@@ -60,7 +61,8 @@ class Seen:
     layers: tuple[int, ...]
     job: Job
     config: RefocusConfig
-    shown: tuple[int, int]
+    shown: tuple[int, int]  # of the overlay
+    size: tuple[int, int]  # of the picture that was uploaded
     short_side: int
 
 
@@ -91,94 +93,136 @@ class Page:
         layers: str,
         pamr: bool,
         inject: float,
+        contours: bool,
+        known: tuple[str, ...],
         progress: gr.Progress = gr.Progress(),  # noqa: B008  as Gradio requires
     ) -> Iterator[tuple[object, ...]]:
-        """Overlay, legend, summary, mask, JSON and maps for the page, and what a click on the overlay needs."""
-        with ErrorsOnPage():
-            if file is None:
-                raise ValueError("no picture: upload one, or pick a scene")
-            rgb = _read(file)
-            named, offered = _class_names(classes), self.jobs[chosen]
-            downloaded = "" if offered.model == TINY else " (its weights are downloaded the first time)"
-            progress(0, desc=f"loading {offered}{downloaded}")
-            model = self._load(offered)
-            config = offered.config or model.refocus_config
-            if config is not None:
-                config = replace(config, tau=tau, beta=beta, layers=_numbers(layers))
-                config = injected(config) if inject else config
-            own = config if find_method(method).configured else None
-            job = replace(offered, config=own, method=method, pamr=pamr, inject=inject)
-            with job.segmenter(model, long_side=SHOWN_SIDE, cache=self.folder / "text") as segmenter:
-                named = segmenter.with_background(named, None)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # segmenting warns about all names at once
-                    for name in progress.tqdm([name for names in named for name in names], desc="class names"):
-                        if self.stopping.is_set():
-                            raise ValueError("the page is being stopped")
-                        segmenter.text_embeddings((name,))
-                progress(0.4, desc="segmenting")
-                began = time.perf_counter()
-                drawn = segmenter.segment(_shrunk(rgb), named, pamr=job.pamr)
-                seconds = round(time.perf_counter() - began, 3)
-                self._weights[offered] = self._weights.get(offered) or segmenter.digest()
-                record = described(job, segmenter, named, None, self._weights[offered])
-                record |= dict(zip(("model", "pretrained"), job.shown, strict=True))
-            progress(0.7, desc="looking into the tower")
-            overlay = drawn.overlay(legend=False)
-            maps, seen, about = self._maps(drawn.image, model, offered, config, inject)
-            labels = Image.fromarray(drawn.labels).resize(rgb.size, Image.Resampling.NEAREST)
-            found = replace(drawn, image=rgb, labels=np.asarray(labels))
-        (width, height), name = rgb.size, Path(file).stem
-        row = {"image": Path(file).name, "width": width, "height": height, "seconds": seconds}
-        summary = f"{width} x {height} pixels: **{seconds:.2f} s** with {method} on {offered}. {about}"
-        if isinstance(named[-1], Background):
-            summary += f" One class would cover every picture: background is {', '.join(named[-1])}."
-        # Gradio copies the files while this is suspended, and removes its copies when they are old.
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            files = {output: Path(folder, f"{name}{output}") for output in (OUTPUTS[0], OUTPUTS[2])}
-            save(found, row | record, files)
-            downloads = (gr.DownloadButton(value=str(path), interactive=True) for path in files.values())
-            yield overlay, _legend(found), summary, *downloads, maps, None, seen
+        """The results for the page, a point to look at, and the names that have colours; after an error, none."""
+        try:
+            with ErrorsOnPage():
+                if file is None:
+                    raise ValueError("no picture: upload one, or pick a scene")
+                rgb = _read(file)
+                named, offered = _class_names(classes), self.jobs[chosen]
+                downloaded = "" if offered.model == TINY else " (its weights are downloaded the first time)"
+                progress(0, desc=f"loading {offered}{downloaded}")
+                model = self._load(offered)
+                config = offered.config or model.refocus_config
+                if config is not None:
+                    config = replace(config, tau=tau, beta=beta, layers=_numbers(layers))
+                    config = injected(config) if inject else config
+                own = config if find_method(method).configured else None
+                job = replace(offered, config=own, method=method, pamr=pamr, inject=inject)
+                with job.segmenter(model, long_side=SHOWN_SIDE, cache=self.folder / "text") as segmenter:
+                    named = segmenter.with_background(named, None)
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # segmenting warns about all names at once
+                        for name in progress.tqdm([name for names in named for name in names], desc="class names"):
+                            if self.stopping.is_set():
+                                raise ValueError("the page is being stopped")
+                            segmenter.text_embeddings((name,))
+                    progress(0.4, desc="segmenting")
+                    began = time.perf_counter()
+                    drawn = segmenter.segment(_shrunk(rgb), named, confidence=True, pamr=job.pamr)
+                    seconds = round(time.perf_counter() - began, 3)
+                    self._weights[offered] = self._weights.get(offered) or segmenter.digest()
+                    record = described(job, segmenter, named, None, self._weights[offered])
+                    record |= dict(zip(("model", "pretrained"), job.shown, strict=True))
+                progress(0.7, desc="looking into the tower")
+                colours = _colours(known, drawn.classes)
+                drawn = replace(drawn, colours=tuple(colours[name] for name in drawn.classes))
+                overlay = drawn.overlay(legend=False, contours=contours)
+                maps, seen, about = self._maps(drawn.image, rgb.size, model, offered, config, inject)
+                labels = Image.fromarray(drawn.labels).resize(rgb.size, Image.Resampling.NEAREST)
+                found = replace(drawn, image=rgb, labels=np.asarray(labels))
+                (width, height), name = rgb.size, Path(file).stem
+                row = {"image": Path(file).name, "width": width, "height": height, "seconds": seconds}
+                summary = f"{width} x {height} pixels: **{seconds:.2f} s** with {method} on {offered}. {about}"
+                if isinstance(named[-1], Background):
+                    summary += f" One class would cover every picture: background is {', '.join(named[-1])}."
+                places = (gr.Number(side // 2, maximum=side - 1) for side in rgb.size)
+                # Gradio copies the files while this is suspended, and removes its copies when they are old.
+                with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+                    files = {output: Path(folder, f"{name}{output}") for output in (OUTPUTS[0], OUTPUTS[2])}
+                    save(found, row | record, files)
+                    downloads = (gr.DownloadButton(value=str(path)) for path in files.values())
+                    shown = gr.Image(overlay, alt_text=f"The picture in colours: {', '.join(_rows(found))}")
+                    pointing = gr.Column(visible=seen is not None)
+                    yield (
+                        *(
+                            shown,
+                            overlay,
+                            _legend(found),
+                            summary,
+                            gr.Row(visible=True),
+                            *downloads,
+                            pointing,
+                            "",
+                            maps,
+                        ),
+                        *(seen, *places, tuple(colours)),
+                    )
+        except gr.Error:
+            yield *_nothing(), gr.skip(), gr.skip(), gr.skip()
+            raise
 
     def _maps(
         self,
         rgb: Image.Image,
+        size: tuple[int, int],
         model: nn.Module,
         offered: Job,
         config: RefocusConfig | None,
         inject: float,
-    ) -> tuple[Image.Image | None, Seen | None, str]:
+    ) -> tuple[str, Seen | None, str]:
         """What RF-CLIP finds in the picture as a whole, whatever the method, and a sentence about it."""
         if config is None:
-            return None, None, "Its distraction dimensions are not known, so there are no maps: run `rfclip calibrate`."
+            return "", None, "This model's distraction dimensions are not known, so there are no maps."
         short_side = _short_side(rgb, read_tower(model))
         try:
             with inject_distraction(model, inject):
                 found = explain(model, rgb, config, short_side=short_side, backend=offered.backend)
         except ValueError as error:  # for instance, layers beyond the tower
-            return None, None, f"No maps: {error}."
-        seen = Seen(found.image, found.layers, replace(offered, inject=inject), config, rgb.size, short_side)
-        return _picture(figures.draw_maps(found)), seen, figures.describe(found)
+            return "", None, f"No maps: {for_page(str(error))}"
+        seen = Seen(found.image, found.layers, replace(offered, inject=inject), config, rgb.size, size, short_side)
+        about = figures.describe(found)
+        if offered.model == TINY and not found.distraction.any():
+            about += " This small model has none of its own; the settings can simulate some."
+        return panels.maps_of(found), seen, about
 
-    def point(self, seen: Seen | None, event: gr.SelectData) -> Image.Image:
-        """What the place clicked in the overlay attends to."""
+    def place(self, seen: Seen | None, event: gr.SelectData) -> tuple[int, int]:
+        """The pixel of the picture that was clicked in the overlay."""
         with ErrorsOnPage():
-            if seen is None:
-                raise ValueError("no attention to show: the line above says why, or segment the picture again")
-            model = self._load(replace(seen.job, inject=0.0))
-            sides = zip(event.index, seen.image.size, seen.shown, strict=True)
-            place = tuple(min(clicked, shown - 1) * side / shown for clicked, side, shown in sides)
-            with inject_distraction(model, seen.job.inject):
-                found = explain(
-                    model,
-                    seen.image,
-                    seen.config,
-                    points=[place],
-                    layers=seen.layers,
-                    short_side=seen.short_side,
-                    backend=seen.job.backend,
-                )
-            return _picture(figures.draw_attention(found))
+            sides = zip(event.index, _seen(seen).shown, _seen(seen).size, strict=True)
+            x, y = (min(clicked, shown - 1) * side // shown for clicked, shown, side in sides)
+            return x, y
+
+    def point(
+        self, plain: Image.Image, seen: Seen | None, x: float | None, y: float | None
+    ) -> Iterator[tuple[Image.Image | None, str]]:
+        """The overlay with a mark at a pixel of the picture, and what that place attends to."""
+        try:
+            with ErrorsOnPage():
+                seen = _seen(seen)
+                width, height = seen.size
+                if x is None or y is None or not (0 <= x < width and 0 <= y < height):
+                    raise ValueError(f"X and Y: expected from 0 to {width - 1} and from 0 to {height - 1}")
+                right, down = (x + 0.5) / width, (y + 0.5) / height
+                model = self._load(replace(seen.job, inject=0.0))
+                with inject_distraction(model, seen.job.inject):
+                    found = explain(
+                        model,
+                        seen.image,
+                        seen.config,
+                        points=[(right * seen.image.width, down * seen.image.height)],
+                        layers=seen.layers,
+                        short_side=seen.short_side,
+                        backend=seen.job.backend,
+                    )
+                yield marked(plain, right, down), panels.attention_of(found)
+        except gr.Error:
+            yield plain, ""
+            raise
 
     def blocks(self, say: Callable[[str], None]) -> gr.Blocks:
         """The page itself; `say` prints a line for each request that cannot be understood."""
@@ -186,17 +230,15 @@ class Page:
         start = next(iter(self.jobs.values())).config or RefocusConfig(())  # from --config, if given
         with _Blocks(say, title=title, analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as page:
             gr.Markdown(f"# {title}")
-            seen = gr.State(time_to_live=KEPT)
+            seen, known = gr.State(time_to_live=KEPT), gr.State((), time_to_live=KEPT)
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
-                    file = gr.File(
-                        label="Picture, or one of the scenes below", file_types=["image"], height=140, elem_id="file"
-                    )
-                    preview = gr.Image(
-                        show_label=False, format="png", interactive=False, height=240, elem_id="preview", buttons=[]
-                    )
+                    gr.Markdown("## Picture")  # a label would cover what is in the box
+                    file = gr.File(label="Picture", show_label=False, file_types=["image"], height=140, elem_id="file")
+                    preview = _shown("preview", "The picture", height=240, visible=False, buttons=[])
+                    gr.Markdown("or one of these scenes:")
                     scenes = gr.Gallery(
-                        [path for path, _ in self.scenes],
+                        [(path, names) for path, names in self.scenes],
                         columns=4,
                         height=130,
                         interactive=False,
@@ -208,13 +250,19 @@ class Page:
                     classes = gr.Textbox(
                         label="Class names",
                         placeholder="cat, grass, sky; or with synonyms: cat, kitten; grass",
-                        lines=2,
+                        lines=1,  # so that Enter submits
+                        max_lines=6,
                     )
                     button = gr.Button("Segment", variant="primary")
                     with gr.Row():
                         method = gr.Dropdown(list(METHODS), value=RF_CLIP, label="Method")
                         model = gr.Dropdown(list(self.jobs), label="Model")
-                    with gr.Group():
+                    with gr.Accordion("Settings", open=False):
+                        inject = gr.Slider(
+                            0, 0.5, 0, step=0.05, label="Simulate distraction in this share of the tokens"
+                        )
+                        contours = gr.Checkbox(label="Contours: lines between the classes")
+                        pamr = gr.Checkbox(label="PAMR: refine along the picture's edges")
                         tau = gr.Slider(
                             0, max(20, start.tau), start.tau, step=0.1, label="tau: tokens over tau / d distract"
                         )
@@ -223,28 +271,35 @@ class Page:
                             ", ".join(map(str, start.layers or ())) or "all",
                             label='Layers that refocus: "all", or 3, 4, 5',
                         )
-                        pamr = gr.Checkbox(label="PAMR: refine along the picture's edges")
-                        inject = gr.Slider(
-                            0, 0.5, 0, step=0.05, label="Simulate distraction in this share of the tokens"
-                        )
-                with gr.Column(scale=3, min_width=320):
-                    overlay = _shown("overlay", "Segmentation: click a point to see what it attends to")
+                with gr.Column(scale=3, min_width=320, elem_id="results"):
+                    gr.Markdown("## Segmentation")
+                    overlay = _shown("overlay", "The segmented picture", buttons=["download", "fullscreen"])
+                    plain = gr.Image(visible="hidden", format="png", type="pil", alt_text="The segmented picture")
                     legend = gr.HTML(elem_id="legend")
                     summary = gr.Markdown(elem_id="summary")
-                    with gr.Row():
-                        mask = gr.DownloadButton("Mask (PNG)", interactive=False)
-                        record = gr.DownloadButton("JSON", interactive=False)
-                    maps = _shown("maps", "What RF-CLIP finds in the picture, block by block")
-                    attention = _shown(
-                        "attention", "What the point attends to, before and after refocusing, block by block"
-                    )
+                    with gr.Row(visible=False) as saving:
+                        mask = gr.DownloadButton("Mask (PNG)")
+                        record = gr.DownloadButton("JSON")
+                    with gr.Column(visible=False) as pointing:
+                        gr.Markdown("To see what a place attends to, click it in the segmentation, or give its pixel:")
+                        with gr.Row():
+                            x = gr.Number(label="X, from the left", minimum=0, precision=0, min_width=100)
+                            y = gr.Number(label="Y, from the top", minimum=0, precision=0, min_width=100)
+                            look = gr.Button("Show attention", elem_id="look")
+                    attention = gr.HTML(elem_id="attention")
+                    maps = gr.HTML(elem_id="maps")
             one = {"concurrency_limit": 1, "concurrency_id": "tower", "api_visibility": "private"}
-            file.change(_preview, file, preview, **one)
+            results = [overlay, plain, legend, summary, saving, mask, record, pointing, attention, maps, seen]
+            file.change(_preview, file, [preview, *results], **one)
             scenes.select(self._pick, None, [file, classes], api_visibility="private")
-            settings = [file, classes, method, model, tau, beta, layers, pamr, inject]
-            results = [overlay, legend, summary, mask, record, maps, attention, seen]
-            button.click(self.segment, settings, results, show_progress_on=[overlay], scroll_to_output=True, **one)
-            overlay.select(self.point, seen, attention, **one)
+            settings = [file, classes, method, model, tau, beta, layers, pamr, inject, contours, known]
+            asked = [button.click, classes.submit]
+            gr.on(asked, self.segment, settings, [*results, x, y, known], show_progress_on=[overlay], **one)
+            gr.on(asked, js=IN_VIEW.format(name="results", block="start"))
+            answer = {"outputs": [overlay, attention], "show_progress_on": [overlay], **one}
+            for asked in (overlay.select(self.place, seen, [x, y], **one).success, look.click):
+                answered = asked(self.point, [plain, seen, x, y], **answer)
+                answered.success(js=IN_VIEW.format(name="attention", block="nearest"))
         return page.queue(max_size=LINE)
 
     def _scenes(self) -> list[tuple[str, str]]:
@@ -293,9 +348,33 @@ def _read(file: str) -> Image.Image:
     return rgb
 
 
-def _preview(file: str | None) -> Image.Image | None:
-    with ErrorsOnPage():
-        return None if file is None else _shrunk(_read(file))
+def _preview(file: str | None) -> Iterator[tuple[object, ...]]:
+    """The picture chosen, and no results, which would be those of another one."""
+    try:
+        with ErrorsOnPage():
+            shown = gr.Image(visible=False) if file is None else gr.Image(_shrunk(_read(file)), visible=True)
+            yield shown, *_nothing()
+    except gr.Error:
+        yield gr.Image(None, visible=False), *_nothing()
+        raise
+
+
+def _nothing() -> tuple[object, ...]:
+    """For the results on the page, when there are none."""
+    hidden = gr.Row(visible=False), None, None, gr.Column(visible=False)
+    return None, None, "", "", *hidden, "", "", None
+
+
+def _seen(seen: Seen | None) -> Seen:
+    if seen is None:
+        raise ValueError("no attention to show: the line below the picture says why, or segment the picture again")
+    return seen
+
+
+def _colours(known: Iterable[str], classes: tuple[str, ...]) -> dict[str, Colour]:
+    """Of the classes, and of names that had colours before and keep them, as long as there are enough."""
+    names = dict.fromkeys([*known, *classes])
+    return class_colours(names if len(names) <= NAME_LIMIT else classes)
 
 
 def _shrunk(picture: Image.Image) -> Image.Image:
@@ -331,10 +410,13 @@ class ErrorsOnPage:
     ) -> None:
         self._caught.__exit__(kind, error, trace)
         self._lock.release()
-        for message in {str(warned.message) for warned in self._warned if warned.category is UserWarning}:
-            gr.Warning(html.escape(message))
+        said = {str(warned.message) for warned in self._warned if warned.category is UserWarning}
+        for message in (
+            said if kind is not GeneratorExit else ()
+        ):  # then the visitor has left, and Gradio would print it
+            gr.Warning(html.escape(for_page(message)))
         if isinstance(error, ValueError | OSError | RuntimeError | MemoryError):  # torch out of memory: RuntimeError
-            raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
+            raise gr.Error(html.escape(for_page(str(error))), duration=None, print_exception=False) from error
 
 
 def _class_names(text: str) -> ClassNames:
@@ -356,30 +438,65 @@ def _numbers(text: str) -> tuple[int, ...] | None:
         raise ValueError(f'layers {text!r}: expected "all", or numbers such as 3, 4, 5') from error
 
 
-def _shown(name: str, title: str) -> gr.Image:
-    gr.Markdown(f"### {title}")  # a label would cover part of the picture
-    buttons = ["download", "fullscreen"]
-    return gr.Image(label=title, show_label=False, format="png", interactive=False, elem_id=name, buttons=buttons)
+def _shown(name: str, alt: str, **options: Any) -> gr.Image:
+    """A picture for looking at. A label would cover part of it."""
+    return gr.Image(alt_text=alt, show_label=False, format="png", interactive=False, elem_id=name, **options)
 
 
-def _picture(figure: Figure) -> Image.Image:
-    return Image.open(io.BytesIO(figures.png(figure)))
+def _rows(found: Segmentation) -> dict[str, Colour]:
+    """Each class with its share, largest first, and its colour as seen in the overlay."""
+    rows = sorted(zip(found.shares.items(), found.palette, strict=True), key=lambda row: -row[0][1])
+    return {f"{name} {100 * share:.1f} %": as_seen(colour) for (name, share), colour in rows}
 
 
 def _legend(found: Segmentation) -> str:
-    """Each class with its colour and share, largest first, as HTML."""
-    rows = sorted(zip(found.shares.items(), palette(len(found.classes)), strict=True), key=lambda row: -row[0][1])
     cells = (
-        f'<li><span style="background:rgb{colour}"></span>{html.escape(name)} <b>{100 * share:.1f} %</b></li>'
-        for (name, share), colour in rows
+        f'<li><span style="background:rgb{colour}"></span>{html.escape(text)}</li>'
+        for text, colour in _rows(found).items()
     )
     return f"<ul>{''.join(cells)}</ul>"
 
 
-STYLE = """
+def for_page(message: str) -> str:
+    """An error or a warning without its sentences about the command line or Python, which are no help on a page."""
+    sentences = re.split(r"(?<=\.)\s+|\n", message)
+    kept = [sentence for sentence in sentences if not ELSEWHERE.search(sentence)]
+    if not kept or kept == sentences:
+        return message
+    return f"{' '.join(kept)} Choose another model on this page."
+
+
+ELSEWHERE = re.compile(r"(?<![\w-])--[a-z]|\brfclip [a-z]|\bin Python\b")
+IN_VIEW = """() => {{
+    const shown = document.getElementById("{name}"), top = shown.getBoundingClientRect().top;
+    const behavior = matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth";
+    if (top < 0 || top > innerHeight / 2) shown.scrollIntoView({{behavior, block: "{block}"}});
+}}"""
+
+STYLE = (
+    """
 #legend ul {display: flex; flex-wrap: wrap; gap: .3em 1.2em; list-style: none; padding: 0; margin: 0}
 #legend li span {display: inline-block; width: 1em; height: 1em; margin-right: .4em; border: 1px solid}
+#results, #attention {scroll-margin: 1rem}
+#results .html-container {padding: 0}
+#look {flex: 1 0 11rem; align-self: end}
+#scenes .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr))}
+#file .or {color: inherit}
+#scenes .caption-label {display: none}  /* it names the picture for those who do not see it */
 """
+    + panels.STYLE
+)
+
+
+def _theme() -> gr.themes.Base:
+    """Gradio's own, with a contrast of at least 4.5 to 1 where it has less, and no font from the network."""
+    button = {
+        f"button_primary_background_fill{state}{mode}": f"*primary_{shade}"
+        for state, shade in (("", 700), ("_hover", 800))
+        for mode in ("", "_dark")
+    }
+    placeholder = {"input_placeholder_color": "*neutral_500", "input_placeholder_color_dark": "*neutral_400"}
+    return gr.themes.Default(font="sans-serif", font_mono="monospace").set(**button, **placeholder)
 
 
 def choices(
@@ -410,7 +527,7 @@ def serve(jobs: list[Job], folder: Path, host: str, port: int, say: Callable[[st
     work = Page(jobs, folder)
     page = work.blocks(say)
     options = {"max_file_size": UPLOAD_LIMIT, "css": STYLE, "footer_links": [], "run_history": False}
-    options["theme"] = gr.themes.Default(font="sans-serif", font_mono="monospace")  # no font from the network
+    options["theme"] = _theme()
     app = gr.mount_gradio_app(FastAPI(openapi_url=None), page, "/", ssr_mode=False, show_error=False, **options)
     uploaded = Path(page.app.uploaded_file_dir)
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as TF
 
 from rfclip.config import PLAIN, RefocusConfig
 from rfclip.images import ImageLike, to_rgb
@@ -24,6 +23,7 @@ from rfclip.segment.classes import Classes
 from rfclip.segment.result import Segmentation
 from rfclip.segment.segmenter import Segmenter
 from rfclip.towers import Tower, read_tower
+from rfclip.towers.preprocess import Preprocess
 
 CHUNK = 64 << 20  # bytes of attention rows, over all heads, that are held at a time
 
@@ -147,7 +147,8 @@ def explain(
             "this model is already refocused: undo that first (handle.remove()); explain refocuses it on its own"
         )
     points = [(rgb.width * f, rgb.height * f) for f in (0.25, 0.5, 0.75)] if points is None else points
-    grid = _grid(rgb, tower, short_side)
+    preprocess = Preprocess.of(tower)
+    grid = preprocess.grid(rgb, short_side)
     kept = _layers(layers, len(tower.blocks))
     size = 2 * 4 * len(kept) * (grid[0] * grid[1] + tower.prefix) ** 2
     if size > memory_limit:
@@ -156,11 +157,8 @@ def explain(
             f"and memory_limit is {memory_limit >> 20} MiB: ask for fewer layers or a smaller short_side"
         )
     places = tuple(_place(point, rgb, grid) for point in points)
-    patch = tower.patch_size
-    small = rgb.resize((grid[1] * patch[1], grid[0] * patch[0]), Image.Resampling.BICUBIC)
-    pixels = TF.to_dtype(TF.pil_to_tensor(small), torch.float32, scale=True)
-    pixels = TF.normalize(pixels, list(tower.image_mean), list(tower.image_std)).to(tower.weight.device)
-    patches = tower.patches(pixels[None])
+    small = preprocess.resized(rgb, short_side)
+    patches = tower.patches(preprocess.normalized(small).to(tower.weight.device)[None])
     rows = [tower.prefix + row * grid[1] + column for row, column in places]
 
     def watched(what: RefocusConfig) -> _Watched:
@@ -281,17 +279,6 @@ def _with_layer(layers: tuple[int, ...], wanted: int | None) -> tuple[int, ...]:
         return layers
     nearest = min(layers[:-1], key=lambda layer: abs(layer - wanted))
     return tuple(sorted({*layers, wanted} - {nearest}))
-
-
-def _grid(rgb: Image.Image, tower: Tower, short_side: int | None) -> tuple[int, int]:
-    """The patch grid of the picture, its aspect kept to within a patch."""
-    if short_side is not None and short_side < max(tower.patch_size):
-        raise ValueError(f"short_side={short_side}: expected at least a patch, {max(tower.patch_size)} pixels")
-    scale = (short_side or min(tower.image_size)) / min(rgb.size)
-    rows, columns = (
-        max(1, round(side * scale / patch)) for side, patch in zip(rgb.size[::-1], tower.patch_size, strict=True)
-    )
-    return rows, columns
 
 
 def _place(point: tuple[float, float], rgb: Image.Image, grid: tuple[int, int]) -> tuple[int, int]:

@@ -5,19 +5,27 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from rfclip.explanation.explanation import SEGMENTED_BY, Explanation, busiest
 from rfclip.methods import RF_CLIP
+from rfclip.segment.drawing import Colour, as_seen, marked, soft_gray
+from rfclip.segment.result import Segmentation
 
-POINTS = ("#00a0ff", "#ff9f00", "#00d060", "#d060ff")  # colours of the query points, in turn
+POINTS: tuple[Colour, ...] = ((0, 160, 255), (255, 159, 0), (0, 208, 96), (208, 96, 255))  # of the points, in turn
 RED, BLUE = (0.9, 0.1, 0.1), (0.1, 0.35, 0.95)  # tokens that distract, and those that receive
+OPACITY = 0.65  # of maps over the picture
 ROWS = ("before", "after")
 CAPTIONS = {
     "overview": "The block where refocusing moves the most attention. Before: tokens over the threshold in red. After: "
@@ -108,51 +116,113 @@ def describe(found: Explanation) -> str:
     return said
 
 
+@dataclass(frozen=True)
+class Scale:
+    """The colours of a map over the gray picture.
+
+    Attributes:
+        colours: Matplotlib's name of them.
+        low, high: the values that the first and the last stand for.
+    """
+
+    colours: str
+    low: float
+    high: float
+
+    @classmethod
+    def attention(cls, values: np.ndarray) -> Scale:
+        """From 0 to nearly the highest of these values."""
+        return cls("magma", 0, max(float(np.quantile(values, 0.99)), 1e-12))
+
+    @classmethod
+    def around_zero(cls, colours: str, values: np.ndarray) -> Scale | None:
+        """For values of either sign; None if they are missing, or all zero."""
+        top = float(np.abs(values).max())
+        return cls(colours, -top, top) if top > 0 else None  # not so if NaN
+
+    def mappable(self, opacity: float = OPACITY) -> ScalarMappable:
+        """For a colour bar: colours as they are seen over the picture, whose mean is a middle gray."""
+        pure = matplotlib.colormaps[self.colours](np.linspace(0, 1, 256))[:, :3]
+        seen = ListedColormap(opacity * pure + (1 - opacity) * 0.5)
+        return ScalarMappable(Normalize(self.low, self.high), seen)
+
+    def over(self, found: Explanation, values: np.ndarray) -> Image.Image:
+        """Values [N] as a translucent map over the gray picture, RGB."""
+        cells = matplotlib.colormaps[self.colours](Normalize(self.low, self.high)(values), bytes=True)[:, :3]
+        shown = Image.fromarray(cells.reshape(*found.grid, 3)).resize(found.image.size, Image.Resampling.NEAREST)
+        return Image.blend(soft_gray(found.image), shown, OPACITY)
+
+
+def token_map(found: Explanation, red: np.ndarray, blue: np.ndarray) -> Image.Image:
+    """The picture in gray, with sets of tokens, bool [N], in colour."""
+    cells = np.zeros((*found.grid, 4), np.float32)
+    for colour, chosen in ((RED, red), (BLUE, blue)):
+        cells[chosen.reshape(found.grid)] = (*colour, 0.6)
+    tint = Image.fromarray((255 * cells).astype(np.uint8)).resize(found.image.size, Image.Resampling.NEAREST)
+    return Image.alpha_composite(found.image.convert("L").convert("RGBA"), tint).convert("RGB")
+
+
+def at_point(found: Explanation, picture: Image.Image, place: int) -> Image.Image:
+    """A map with a point's patch marked by a dot in the point's colour."""
+    (row, column), (rows, columns) = found.points[place], found.grid
+    return marked(picture, (column + 0.5) / columns, (row + 0.5) / rows, POINTS[place % len(POINTS)])
+
+
 def draw_overview(found: Explanation) -> Figure:
     """At a glance, in the block that moves most: tokens, attention received, a point's attention, segmentation."""
     block = (busiest(found.moved, found.distraction) or found.layers[-1]) - 1
     columns = 4 if found.segmentations else 3
-    figure, axes = _axes(2, columns, found)
+    figure, axes = _axes(2, columns, found, bars=1)
     tau = found.thresholds[0]
+    received, pointed = (
+        Scale.attention(values) for values in (found.before.received[block], found.before.pointed[block, 0])
+    )
     for row, view in zip(axes, found.views, strict=True):
         over = view.weights[block] > tau if found.config.distraction_dims else np.zeros(len(view.weights[block]), bool)
-        _tint(row[0], found, {RED: over, BLUE: found.defocused[block] & ~over})
-        _heat(row[1], found, view.received[block], found.before.received[block])
-        _heat(row[2], found, view.pointed[block, 0], found.before.pointed[block, 0])
-        _mark(row[2], found, 0)
+        row[0].imshow(token_map(found, over, found.defocused[block] & ~over))
+        row[1].imshow(received.over(found, view.received[block]))
+        row[2].imshow(at_point(found, pointed.over(found, view.pointed[block, 0]), 0))
+    _bar(figure, axes[:, 1], received)
+    _bar(figure, axes[:, 2], pointed)
     titles = [f"block {block + 1}: tokens over the threshold\n(red) and defocused (blue)", "attention received"]
     titles.append("attention of the point")
     if found.segmentations:
-        for row, segmented in zip(axes, list(found.segmentations.values())[1:], strict=True):
-            row[3].imshow(segmented.overlay())
+        last = list(found.segmentations.values())[1:]
+        for row, segmented in zip(axes, last, strict=True):
+            _segmentation(row[3], found, segmented)
+        _legend(figure, last, " \N{RIGHTWARDS ARROW} ")
         titles.append("segmentation")
     return _titled(figure, axes, titles)
 
 
 def draw_attention(found: Explanation) -> Figure:
     """What each point attends to in each layer requested (figure 2)."""
-    figure, axes = _axes(2 * len(found.points), len(found.layers), found)
+    figure, axes = _axes(2 * len(found.points), len(found.layers), found, bars=len(found.points))
     for place in range(len(found.points)):
-        for row, view in zip(axes[2 * place : 2 * place + 2], found.views, strict=True):
-            for ax, layer in zip(row, found.layers, strict=True):
-                _heat(ax, found, view.pointed[layer - 1, place], found.before.pointed[layer - 1, place])
-                _mark(ax, found, place)
+        rows = axes[2 * place : 2 * place + 2]
+        for column, layer in zip(rows.T, found.layers, strict=True):
+            scale = Scale.attention(found.before.pointed[layer - 1, place])
+            for ax, view in zip(column, found.views, strict=True):
+                ax.imshow(at_point(found, scale.over(found, view.pointed[layer - 1, place]), place))
+            _bar(figure, column, scale)
     return _titled(figure, axes, [f"block {layer}" for layer in found.layers])
 
 
 def draw_matrices(found: Explanation) -> Figure:
     """The attention matrices, averaged over heads; triangles mark the distraction tokens' columns (figure 2)."""
-    figure, axes = _axes(2, len(found.layers), found, square=True)
-    for row, view in zip(axes, found.views, strict=True):
-        for ax, layer in zip(row, found.layers, strict=True):
-            top = np.quantile(found.before.attention[layer], 0.995)
-            ax.imshow(view.attention[layer], cmap="magma", vmin=0, vmax=top, interpolation="nearest")
+    figure, axes = _axes(2, len(found.layers), found, square=True, bars=1)
+    for column, layer in zip(axes.T, found.layers, strict=True):
+        scale = Scale("magma", 0, float(np.quantile(found.before.attention[layer], 0.995)))
+        for ax, view in zip(column, found.views, strict=True):
+            shown = scale.mappable(opacity=1)
+            ax.imshow(view.attention[layer], cmap=shown.cmap, norm=shown.norm, interpolation="nearest")
             prefix = len(view.attention[layer]) - found.distraction.shape[1]
             columns = prefix + np.flatnonzero(found.distraction[layer - 1])
             limits = ax.get_xlim(), ax.get_ylim()
             (marks,) = ax.plot(columns, np.full(len(columns), -3.0), "v", color=RED, markersize=3, clip_on=False)
             marks.set_in_layout(False)
             ax.set(xlim=limits[0], ylim=limits[1])
+        _bar(figure, column, scale, opacity=1)
     return _titled(figure, axes, [f"block {layer}" for layer in found.layers])
 
 
@@ -194,17 +264,18 @@ def draw_tokens(found: Explanation) -> Figure:
 
 def draw_maps(found: Explanation) -> Figure:
     """Distraction and defocused tokens, the Fiedler vector and the attention moved, in the layers requested (4b, 5)."""
-    figure, axes = _axes(3, len(found.layers), found)
+    figure, axes = _axes(3, len(found.layers), found, bars=2)
     for column, layer in zip(axes.T, found.layers, strict=True):
         block = layer - 1
-        _tint(column[0], found, {RED: found.distraction[block], BLUE: found.defocused[block]})
-        for ax, values, colours in (
-            (column[1], found.fiedler[block], "PiYG"),
-            (column[2], found.moved[block], "coolwarm_r"),  # red gives, blue receives
+        column[0].imshow(token_map(found, found.distraction[block], found.defocused[block]))
+        for ax, values, colours, percent in (
+            (column[1], found.fiedler[block], "PiYG", False),
+            (column[2], found.moved[block], "coolwarm_r", True),  # red gives, blue receives
         ):
-            if np.isfinite(values).all() and values.any():
-                top = np.abs(values).max()
-                _over(ax, found, values, cmap=colours, vmin=-top, vmax=top)
+            scale = Scale.around_zero(colours, values)
+            if scale:
+                ax.imshow(scale.over(found, values))
+                _bar(figure, [ax], scale, percent)
             else:
                 ax.imshow(found.image.convert("L"), cmap="gray", alpha=0.4)
                 ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center", va="center")
@@ -216,13 +287,18 @@ def draw_segmentations(found: Explanation) -> Figure:
     """The picture segmented by plain CLIP, without refocusing, and by RF-CLIP or the released code."""
     figure, axes = _axes(1, len(found.segmentations), found)
     for ax, segmented in zip(axes[0], found.segmentations.values(), strict=True):
-        ax.imshow(segmented.overlay())
+        _segmentation(ax, found, segmented)
+    _legend(figure, found.segmentations.values(), " / ")
     return _titled(figure, axes, [SEGMENTED_BY[method] for method in found.segmentations], ("",))
 
 
-def _axes(rows: int, columns: int, found: Explanation, square: bool = False) -> tuple[Figure, np.ndarray]:
+def _axes(
+    rows: int, columns: int, found: Explanation, square: bool = False, bars: int = 0
+) -> tuple[Figure, np.ndarray]:
+    """A figure for pictures in rows and columns, with room for rows of colour bars."""
     aspect = 1 if square else min(found.image.height / found.image.width, 2)  # a taller picture is drawn narrower
-    figure = Figure(figsize=(2.6 * columns + 0.4, (2.6 * aspect + 0.3) * rows + 0.3), layout="constrained")
+    size = (2.6 * columns + 0.4, (2.6 * aspect + 0.1) * rows + 0.3 * bars + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_xticks([])
@@ -238,31 +314,40 @@ def _titled(figure: Figure, axes: np.ndarray, columns: list[str], rows: tuple[st
     return figure
 
 
-def _over(ax: Axes, found: Explanation, values: np.ndarray, **options: Any) -> None:
-    """Values [N] as a translucent map over the grey picture."""
-    extent = (-0.5, found.image.width - 0.5, found.image.height - 0.5, -0.5)
-    ax.imshow(found.image.convert("L"), cmap="gray")
-    ax.imshow(values.reshape(found.grid), extent=extent, alpha=0.65, interpolation="nearest", **options)
-
-
-def _heat(ax: Axes, found: Explanation, values: np.ndarray, scale: np.ndarray) -> None:
-    """Attention [N], on the scale of the plain tower."""
-    _over(ax, found, values, cmap="magma", vmin=0, vmax=max(np.quantile(scale, 0.99), 1e-12))
-
-
-def _tint(ax: Axes, found: Explanation, colours: dict[tuple[float, float, float], np.ndarray]) -> None:
-    """The picture in grey, with sets of tokens in colour."""
-    cells = np.zeros((*found.grid, 4), np.float32)
-    for colour, chosen in colours.items():
-        cells[chosen.reshape(found.grid)] = (*colour, 0.6)
-    tint = Image.fromarray((255 * cells).astype(np.uint8)).resize(found.image.size, Image.Resampling.NEAREST)
-    ax.imshow(Image.alpha_composite(found.image.convert("L").convert("RGBA"), tint))
-
-
-def _mark(ax: Axes, found: Explanation, place: int) -> None:
-    """A point's patch, as a dot in its colour."""
-    row, column = found.points[place]
-    high, wide = found.image.height / found.grid[0], found.image.width / found.grid[1]
-    ax.plot(
-        (column + 0.5) * wide, (row + 0.5) * high, "o", color=POINTS[place % len(POINTS)], mec="white", markersize=7
+def _bar(figure: Figure, axes: Iterable[Axes], scale: Scale, percent: bool = True, opacity: float = OPACITY) -> None:
+    """A colour bar below the axes that share its scale, by default in percent of the attention."""
+    bar = figure.colorbar(
+        scale.mappable(opacity),
+        ax=list(axes),
+        location="bottom",
+        aspect=25,
+        shrink=0.9,
+        pad=0.03,
+        panchor=False,  # else these axes would move away from those without a bar
+        ticks=[scale.low, 0, scale.high] if scale.low < 0 else [0, scale.high],
+        format=PercentFormatter(1) if percent else "%.2g",
     )
+    bar.ax.tick_params(labelsize=7)
+    first, *_, last = bar.ax.get_xticklabels()
+    first.set_horizontalalignment("left")  # else they would run into those of the next bar
+    last.set_horizontalalignment("right")
+
+
+def _segmentation(ax: Axes, found: Explanation, segmented: Segmentation) -> None:
+    """As large as the maps beside it, whose sides are rounded to patches."""
+    size = found.image.size
+    ax.imshow(segmented.overlay(legend=False).resize(size, Image.Resampling.LANCZOS))
+
+
+def _legend(figure: Figure, segmentations: Iterable[Segmentation], between: str) -> None:
+    """Below the figure: the classes that cover half a percent or more, and how much of each segmentation."""
+    segmentations = list(segmentations)
+    shares = [segmented.shares for segmented in segmentations]
+    patches = []
+    for name, colour in zip(segmentations[0].classes, segmentations[0].palette, strict=True):
+        if any(each[name] >= 0.005 for each in shares):
+            percent = between.join(f"{100 * each[name]:.0f}" for each in shares)
+            face = "#{:02x}{:02x}{:02x}".format(*as_seen(colour))
+            patches.append(Patch(facecolor=face, edgecolor="black", linewidth=0.5, label=f"{name} {percent} %"))
+    columns = max(1, round(figure.get_figwidth() / 1.9))
+    figure.legend(handles=patches, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)

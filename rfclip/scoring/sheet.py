@@ -13,10 +13,11 @@ from matplotlib.patches import Patch
 from rfclip.datasets.base import IGNORED, Dataset, Item
 from rfclip.scoring.metrics import confusion_matrix, mean_iou
 from rfclip.scoring.run import Scorer
-from rfclip.segment.result import palette
+from rfclip.segment.drawing import Colour, as_seen, class_colours, tinted
 
 PICTURES = 2
 COLUMNS = 5
+BLACK: Colour = (0, 0, 0)
 
 
 def contact_sheet(dataset: Dataset, items: list[Item], scorers: Iterator[tuple[str, Scorer]]) -> Figure:
@@ -27,32 +28,35 @@ def contact_sheet(dataset: Dataset, items: list[Item], scorers: Iterator[tuple[s
         items: of the dataset; the first two with a label for every pixel are shown.
         scorers: by label, used one after another, so that each may refocus the same model.
 
-    Each class of a picture has a colour; pixels taken for a class that is absent from the picture are black. Titles
-    give the mIoU on that picture alone.
+    Each class has a colour, the same in both pictures; pixels taken for a class that is absent from the picture are
+    black. Titles give the mIoU on that picture alone.
     """
+    names = dataset.class_names
     labelled = ((rgb, labels) for rgb, labels in map(dataset.read, items) if isinstance(labels, np.ndarray))
     pictures = list(islice(labelled, PICTURES))
     classes = len(dataset.classes)
     found = {label: [scorer.predict(rgb).labels for rgb, _ in pictures] for label, scorer in scorers}
+    present = [_present(labels, classes) for _, labels in pictures]
+    by_name = class_colours(names[c] for each in present for c in each)  # fewer names, more unlike colours
     rows = math.ceil((2 + len(found)) / COLUMNS)
     figure = Figure(figsize=(2 * COLUMNS, 2.2 * rows * len(pictures)), layout="constrained")
     for number, part in enumerate(figure.subfigures(len(pictures), squeeze=False).ravel()):
-        pixels, labels = np.asarray(pictures[number][0]), pictures[number][1]
-        present = _present(labels, classes)
-        cells = {"picture": pixels, "labels": _coloured(labels, pixels, present, classes)}
+        picture, labels = pictures[number]
+        colours: dict[int, Colour] = dict.fromkeys(range(classes), BLACK)
+        colours |= {c: by_name[names[c]] for c in present[number]}
+        cells = {"picture": picture, "labels": tinted(picture, labels, colours)}
         for label, predicted in found.items():
             iou = mean_iou(confusion_matrix(labels, predicted[number], classes))
-            cells[f"{label}: {100 * iou:.0f} %"] = _coloured(predicted[number], pixels, present, classes)
+            cells[f"{label}: {100 * iou:.0f} %"] = tinted(picture, predicted[number], colours)
         axes = part.subplots(rows, COLUMNS, squeeze=False).ravel()
         for axis in axes:
             axis.set_axis_off()
         for axis, (title, cell) in zip(axes, cells.items(), strict=False):
             axis.imshow(cell, interpolation="nearest")
             axis.set_title(title, fontsize=9)
-        colours = np.array(palette(len(present))) / 255
-        names = dataset.class_names
-        patches = [Patch(color=colour, label=names[c]) for c, colour in zip(present, colours, strict=True)]
-        part.legend(handles=[*patches, Patch(color="black", label="absent")], loc="outside lower center", ncols=8)
+        shown = {names[c]: as_seen(colours[c]) for c in present[number]} | {"absent": as_seen(BLACK)}
+        patches = [Patch(color="#{:02x}{:02x}{:02x}".format(*colour), label=name) for name, colour in shown.items()]
+        part.legend(handles=patches, loc="outside lower center", ncols=8)
     return figure
 
 
@@ -60,10 +64,3 @@ def _present(labels: np.ndarray, classes: int) -> list[int]:
     """The classes in the labels, largest area first."""
     area = np.bincount(labels[labels != IGNORED].ravel(), minlength=classes)
     return [int(c) for c in np.argsort(-area, kind="stable") if area[c]]
-
-
-def _coloured(labels: np.ndarray, pixels: np.ndarray, present: list[int], classes: int) -> np.ndarray:
-    """The picture in gray, uint8 [H, W, 3], tinted by the classes that are present in it, and black for others."""
-    colours = np.zeros((max(classes, IGNORED + 1), 3), np.uint8)
-    colours[present] = palette(len(present))
-    return (0.65 * colours[labels] + 0.35 * pixels.mean(axis=2, keepdims=True)).astype(np.uint8)

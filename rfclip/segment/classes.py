@@ -82,7 +82,7 @@ def parse_classes(classes: Classes) -> ClassNames:
         names = item.split(",") if isinstance(item, str) else item
         if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"classes: got {item!r}, expected a name or a list of names")
-        parsed.append(tuple(" ".join(name.split()) for name in names))
+        parsed.append(names if isinstance(names, Background) else tuple(" ".join(name.split()) for name in names))
     every = [name for names in parsed for name in names]
     if not every or not all(every) or not all(parsed):
         raise ValueError(f"classes: got {classes!r}, expected at least one class and no empty names")
@@ -92,6 +92,20 @@ def parse_classes(classes: Classes) -> ClassNames:
     if len(parsed) > MOST:
         raise ValueError(f"classes: got {len(parsed)}, at most {MOST} are possible")
     return parsed
+
+
+def parse_lists(given: Sequence[str]) -> ClassNames:
+    """The classes of several lists, each as `parse_classes` takes it, one after the other.
+
+    Raises:
+        ValueError: as `parse_classes`, or two lists have a name in common.
+    """
+    lists = [parse_classes(each) for each in given]
+    counts = Counter(name for listed in lists for name in {name for names in listed for name in names})
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"classes: {', '.join(map(repr, twice))} stands in more than one list")
+    return [names for listed in lists for names in listed]
 
 
 def shipped_list(name: str) -> ClassNames | None:

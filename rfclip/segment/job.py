@@ -14,11 +14,11 @@ from typing import Any
 from torch import nn
 
 from rfclip import __version__
-from rfclip.config import TINY, RefocusConfig, canonical_name
+from rfclip.config import TINY, RefocusConfig
 from rfclip.methods import OWN, RF_CLIP, Protocol, find_protocol
 from rfclip.segment.segmenter import Segmenter
 from rfclip.simulated_distraction import inject_distraction
-from rfclip.towers.loading import absolute_names, load_model, load_tokenizer
+from rfclip.towers.loading import absolute_names, find_model, load_model
 
 # Of a protocol, what is not stated on its own.
 PROTOCOL = ("resizing", "padding", "position_offset", "imagenet", "templates", "refined", "rule", "options")
@@ -29,6 +29,7 @@ class Job:
     """A model with its settings; fields as on the command line.
 
     Attributes:
+        model, pretrained: as `find_model` finds them.
         pamr: None: if the protocol does.
         inject: the share of patch tokens in which distraction is simulated, see `inject_distraction`.
         protocol: as `find_protocol` takes it.
@@ -45,6 +46,10 @@ class Job:
     pamr: bool | None = None
     inject: float = 0.0
     protocol: str = OWN
+
+    def __post_init__(self) -> None:
+        for field, value in zip(("model", "pretrained"), find_model(self.model, self.pretrained), strict=True):
+            object.__setattr__(self, field, value)
 
     @property
     def shown(self) -> tuple[str, str | None]:
@@ -85,7 +90,6 @@ class Job:
             backend=self.backend if there == self.device else "auto",
             device=there,
             precision=self.precision,
-            tokenizer=load_tokenizer(self.model),
             batch=self.batch,
             **options,
         )
@@ -101,7 +105,7 @@ class Job:
         """What a result depends on; `weights` is the segmenter's digest if that is known."""
         windows, protocol = segmenter.windows, asdict(segmenter.protocol)
         return {
-            "model": canonical_name(self.model),
+            "model": self.model,
             "pretrained": self.pretrained,
             "weights": weights or segmenter.digest(),
             "method": segmenter.method,

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast, overload
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from rfclip.config import TINY, RefocusConfig, canonical_name, check_precision, is_finite
+from rfclip.config import TINY, RefocusConfig, check_precision, is_finite
 from rfclip.datasets.names import ClassNames
-from rfclip.images import ImageLike, to_rgb
+from rfclip.images import ImageLike, is_image, to_rgb
 from rfclip.methods import RF_CLIP, Protocol, find_method
 from rfclip.plugin import installed, refocus
 from rfclip.segment.classes import GENERAL, Classes, parse_classes, title, with_background
@@ -25,8 +24,8 @@ from rfclip.segment.result import Segmentation
 from rfclip.segment.text import TEMPLATES, TextEmbeddings, digest
 from rfclip.segment.windows import Corner, Windows
 from rfclip.tiny.scenes import GROUNDS, is_scene
-from rfclip.towers import Tower, read_tower
-from rfclip.towers.loading import check_model, load_model, load_tokenizer
+from rfclip.towers import read_tower
+from rfclip.towers.loading import check_model, find_model, find_tokenizer, load_model
 
 LISTS = 64  # of names that stay on the device
 NO_SCENE = (
@@ -45,6 +44,31 @@ class Names(NamedTuple):
     known: Tensor | None
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A picture as the tower sees it.
+
+    Attributes:
+        rgb: the picture.
+        x: what is seen of it, resized and normalized, [3, h, w] on the tower's device.
+        padded: the same with a margin of zeros, [3, H, W].
+        margin: how much there is above and to the left.
+        corners: of the windows over `padded`.
+        size: height and width of each window.
+        patches: of each window, convolved, [d, gh, gw].
+        whole: those of the whole picture, [1, d, gh, gw], if they are known or the protocol's rule needs them.
+    """
+
+    rgb: Image.Image
+    x: Tensor
+    padded: Tensor
+    margin: Corner
+    corners: list[Corner]
+    size: tuple[int, int]
+    patches: list[Tensor]
+    whole: Tensor | None
+
+
 class Segmenter:
     """Segments pictures by class names with RF-CLIP, or with another method.
 
@@ -61,7 +85,8 @@ class Segmenter:
             below; None takes the method's own.
         backend, cuda_graphs: as for `rfclip.refocus`; a model refocused already keeps its own.
         device, precision: if model is a name.
-        tokenizer: if model is a ready model with another tokenizer than CLIP's.
+        tokenizer: from texts to tokens, for a ready model of another vocabulary than CLIP's; None takes the model's, if
+            `rfclip.load_model` loaded it, and else CLIP's.
         templates: functions from a name to a prompt; None takes the protocol's, mostly open_clip's 80 for ImageNet.
         short_side, window, stride: in pixels, the window a multiple of the patch; None takes the protocol's, for
             RF-CLIP 3/2, 1 and 1/2 of the size that the model was trained at (336, 224 and 112 for ViT-B/16).
@@ -104,13 +129,12 @@ class Segmenter:
     ) -> None:
         check_precision(precision)
         if isinstance(model, str):
-            model = canonical_name(model)
+            model, pretrained = find_model(model, pretrained)
             self.name, self.pretrained = model, pretrained
             if config is None and model != TINY and find_method(method or RF_CLIP).configured:
                 check_model(model, pretrained)
                 config = RefocusConfig.preset(model, pretrained)  # before a download that would be in vain
             self.model = load_model(model, pretrained, device=device, precision=precision)
-            tokenizer = tokenizer or load_tokenizer(model)
         elif pretrained is not None:
             raise ValueError(f"pretrained={pretrained!r} goes with a model's name; this model has its weights")
         else:
@@ -130,7 +154,7 @@ class Segmenter:
         self._text = TextEmbeddings(
             self.model,
             self.tower,
-            tokenizer or _clip_tokenizer(self.name, self.model, self.tower),
+            tokenizer or find_tokenizer(self.model, self.tower),
             TEMPLATES[protocol.templates] if templates is None else templates,
             cache,
         )
@@ -178,7 +202,8 @@ class Segmenter:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __call__(
+    @overload
+    def __call__(  # type: ignore[overload-overlap]  # a string is a path, not an iterable of paths
         self,
         image: ImageLike,
         classes: Classes,
@@ -187,11 +212,38 @@ class Segmenter:
         probabilities: bool = False,
         pamr: bool | None = None,
         background: bool | None = None,
-    ) -> Segmentation:
-        """Segment one picture.
+        progress: bool = False,
+    ) -> Segmentation: ...
+
+    @overload
+    def __call__(
+        self,
+        image: Iterable[ImageLike],
+        classes: Classes,
+        *,
+        threshold: float | None = None,
+        probabilities: bool = False,
+        pamr: bool | None = None,
+        background: bool | None = None,
+        progress: bool = False,
+    ) -> list[Segmentation]: ...
+
+    def __call__(
+        self,
+        image: ImageLike | Iterable[ImageLike],
+        classes: Classes,
+        *,
+        threshold: float | None = None,
+        probabilities: bool = False,
+        pamr: bool | None = None,
+        background: bool | None = None,
+        progress: bool = False,
+    ) -> Segmentation | list[Segmentation]:
+        """Segment one picture, or a list of pictures, which share passes through the tower.
 
         Args:
-            image: as `rfclip.images.to_rgb` takes it.
+            image: one as `rfclip.images.to_rgb` takes it, or any iterable of such. For more pictures than memory holds
+                results of, see `stream`.
             classes: as `rfclip.segment.classes.parse_classes` takes them.
             threshold: pixels whose largest class probability is below it get the class called "background" or, if there
                 is none, the label `Segmentation.nothing`.
@@ -199,18 +251,68 @@ class Segmenter:
             pamr: refine the logits along the picture's edges, step 9 of the method; None: if the protocol does.
             background: add a class "background", made of general names such as sky, wall and road. None: if there is
                 one class, which would otherwise cover every picture whole.
+            progress: show a progress bar on the error stream.
+
+        Returns:
+            A `Segmentation`, or for several pictures a list of them.
 
         Raises:
-            ValueError: the image, the classes or the threshold is not as described, two names are the same to the
+            ValueError: an image, the classes or the threshold is not as described, two names are the same to the
                 model, or its features are not finite.
             RuntimeError: the segmenter is closed.
 
         Warns:
             UserWarning: the bundled CLIP is asked for names that it does not know, or for a picture that is no scene.
         """
+        single = is_image(image) or not isinstance(image, Iterable)  # what is neither, `to_rgb` refuses
+        images = cast(Iterable[ImageLike], [image] if single else image)
+        found: Iterable[Segmentation] = self.stream(
+            images,
+            classes,
+            threshold=threshold,
+            probabilities=probabilities,
+            pamr=pamr,
+            background=background,
+        )
+        if progress:
+            from rich.console import Console
+            from rich.progress import track
+
+            total = len(images) if isinstance(images, Sized) else None
+            found = track(found, "segmenting", total, console=Console(stderr=True))
+        return next(iter(found)) if single else list(found)
+
+    def stream(
+        self,
+        images: Iterable[ImageLike],
+        classes: Classes,
+        *,
+        threshold: float | None = None,
+        probabilities: bool = False,
+        pamr: bool | None = None,
+        background: bool | None = None,
+    ) -> Iterator[Segmentation]:
+        """The results of pictures one after the other, as a call with a list returns them.
+
+        No more pictures are read ahead than share a pass through the tower. Classes and options are checked at once.
+
+        Args:
+            images: any iterable, also one without end.
+            classes, threshold, probabilities, pamr, background: as for a call.
+
+        Raises:
+            ValueError, RuntimeError: as a call does; the results before that of a bad image are given first.
+        """
         named = self.with_background(parse_classes(classes), background)
         self.check_names(named)
-        return self.segment(to_rgb(image), named, threshold=threshold, probabilities=probabilities, pamr=pamr)
+        self._check_call(threshold)
+        listed = self._upload(named)
+
+        def results() -> Iterator[Segmentation]:
+            for seen in self._together(images, len(listed.text)):
+                yield from (found for (found,) in self._segmented(seen, [named], threshold, probabilities, True, pamr))
+
+        return results()
 
     @torch.inference_mode()
     def segment(
@@ -220,13 +322,15 @@ class Segmenter:
         *,
         threshold: float | None = None,
         probabilities: bool = False,
+        confidence: bool = False,
         pamr: bool | None = None,
     ) -> Segmentation:
-        """The same for an upright RGB picture and the names of each class, taken literally.
+        """The same for an upright RGB picture and the names of each class, taken literally, with confidence on request.
 
         A name may stand in several classes: those have the same score for it, and the first of them wins.
         """
-        return self.segment_by(rgb, [named], threshold=threshold, probabilities=probabilities, pamr=pamr)[0]
+        options: dict[str, Any] = {"threshold": threshold, "probabilities": probabilities, "confidence": confidence}
+        return self.segment_by(rgb, [named], pamr=pamr, **options)[0]
 
     @torch.inference_mode()
     def segment_by(
@@ -236,24 +340,66 @@ class Segmenter:
         *,
         threshold: float | None = None,
         probabilities: bool = False,
+        confidence: bool = False,
         pamr: bool | None = None,
     ) -> list[Segmentation]:
         """`segment` for several lists of names, which share one pass of the picture through the tower."""
+        self._check_call(threshold)
+        return self._segmented([self._see(rgb)], lists, threshold, probabilities, confidence, pamr)[0]
+
+    def _check_call(self, threshold: float | None) -> None:
         if installed(self.model) is not self._method:
             raise RuntimeError("this segmenter is closed, or its model was restored: make another Segmenter")
         if threshold is not None and not (is_finite(threshold) and 0 <= threshold <= 1):
             raise ValueError(f"threshold={threshold!r}: expected a probability, from 0 to 1")
-        if self._bundled and not is_scene(rgb):
-            warnings.warn(NO_SCENE, stacklevel=3)
-        names = [self._upload(named) for named in lists]
-        pamr = self.protocol.pamr if pamr is None else pamr
-        found, (of_lists, whole) = [], self._logits(rgb, names, pamr)
-        for named, listed, logits in zip(lists, names, of_lists, strict=True):
-            labels, dense = self._labels(logits, whole, rgb, named, listed.class_of_name, threshold, probabilities)
-            found.append(Segmentation(rgb, labels, tuple(map(title, named)), dense))
-        return found
 
     @torch.inference_mode()
+    def _together(self, images: Iterable[ImageLike], names: int) -> Iterator[list[Seen]]:
+        """Pictures that share passes through the tower."""
+        seen: list[Seen] = []
+        windows = 0
+        for number, image in enumerate(images):
+            try:
+                rgb = to_rgb(image)
+            except (ValueError, OSError) as error:
+                if seen:
+                    yield seen
+                raise type(error)(f"image {number}: {error}") from error
+            seen.append(self._see(rgb))
+            windows += len(seen[-1].corners)
+            if windows >= self._batch(seen[-1].size, names):
+                yield seen
+                seen, windows = [], 0
+        if seen:
+            yield seen
+
+    @torch.inference_mode()
+    def _segmented(
+        self,
+        pictures: Sequence[Seen],
+        lists: Sequence[ClassNames],
+        threshold: float | None,
+        probabilities: bool,
+        confidence: bool,
+        pamr: bool | None,
+    ) -> list[list[Segmentation]]:
+        """For each picture, the result by each list of names."""
+        names = [self._upload(named) for named in lists]
+        pamr = self.protocol.pamr if pamr is None else pamr
+        found: list[list[Segmentation]] = []
+        for seen, of_lists in zip(pictures, self._logits(pictures, names), strict=True):
+            found.append([])
+            # One list at a time, since the logits of pixels take far more memory than those of patches.
+            for named, listed, logits in zip(lists, names, of_lists, strict=True):
+                averaged = self._averaged(torch.stack(logits), seen, pamr)
+                labels = self._labels(averaged, seen, named, listed.class_of_name, threshold)
+                dense, certain = None, None
+                if probabilities or confidence:
+                    classes = listed.class_of_name
+                    dense, certain = self._probabilities(averaged, seen, len(named), classes, labels, probabilities)
+                found[-1].append(Segmentation(seen.rgb, labels, tuple(map(title, named)), dense, certain))
+        return found
+
     def text_embeddings(self, names: tuple[str, ...]) -> Tensor:
         """One normalized embedding per name, [K, C] float32: the normalized mean of its prompts' normalized embeddings.
 
@@ -296,69 +442,88 @@ class Segmenter:
         """A hash of the model's weights and structure."""
         return digest(self.model)
 
-    def _logits(self, rgb: Image.Image, lists: list[Names], pamr: bool) -> tuple[Iterator[Tensor], Tensor | None]:
-        """For each list, the logits of all its names in every pixel that is seen: [K, h, w] float32.
+    def _batch(self, size: tuple[int, int], names: int) -> int:
+        """How many windows of a size go through the tower at a time."""
+        return self.batch or max(1, self.memory_limit // self.windows.bytes_each(self.tower, size, names))
 
-        Sizes are those of the resized picture, of its patches where the rule goes to pixels at once, or of the picture
-        as given where PAMR refined it there. Also the convolved patches [1, d, gh, gw] of the picture as a whole, if
-        they are known or the rule needs them.
-        """
-        tower, windows, method, rule = self.tower, self.windows, self._method, self._rule
+    def _see(self, rgb: Image.Image) -> Seen:
+        if self._bundled and not is_scene(rgb):
+            warnings.warn(NO_SCENE, stacklevel=4)
+        tower, windows, rule = self.tower, self.windows, self._rule
         x = windows.picture(rgb, tower)
         left, right, top, bottom = windows.margins(*x.shape[1:])
         padded = F.pad(x, (left, right, top, bottom))
         shape = padded.shape[1], padded.shape[2]
-        corners, size = windows.corners(*shape), windows.size(*shape)
+        corners = windows.corners(*shape)
         patches = windows.patches(tower, padded, corners)
-        names = sum(len(each.text) for each in lists)
-        batch = self.batch or max(1, self.memory_limit // windows.bytes_each(tower, size, names))
-        own = rule.image == "window" or (rule.image == "picture" and len(corners) == 1)
-        image, whole = None, patches[0][None] if len(corners) == 1 else None
+        whole = patches[0][None] if len(corners) == 1 else None
         if whole is None and (rule.regional or rule.image == "picture"):
             whole = replace(windows, window=None).patches(tower, padded, [(0, 0)])[0][None]
-        if whole is not None and rule.image == "picture" and not own:
-            image = F.normalize(method.image(whole).float(), dim=-1)
-        parts: list[list[Tensor]] = [[] for _ in lists]
-        for start in range(0, len(corners), batch):
-            part = slice(start, start + batch)
-            images = windows.images(padded, corners[part], tower) if method.card.sees_images else None
-            tokens = torch.stack([window.movedim(0, -1) for window in patches[part]])  # as they lie in memory
-            tokens = tokens.movedim(-1, 1)
-            if own:
-                features, seen = method.dense_and_image(tokens, images)
-                image = F.normalize(seen.float(), dim=-1)
-            else:
-                features = method.dense(tokens, images)
-            features = F.normalize(features.float(), dim=1)
-            seen_by = None if image is None else image.expand(len(features), -1)
-            for found, each in zip(parts, lists, strict=True):
-                found.append(rule.window(features, seen_by, each.text, each.known))
-        # One list at a time, since the logits of pixels take far more memory than those of patches.
-        of_lists = (self._averaged(torch.cat(each), x, corners, size, shape, (top, left), rgb, pamr) for each in parts)
-        return of_lists, whole
+        return Seen(rgb, x, padded, (top, left), corners, windows.size(*shape), patches, whole)
 
-    def _averaged(
-        self,
-        logits: Tensor,
-        x: Tensor,
-        corners: list[Corner],
-        size: tuple[int, int],
-        shape: tuple[int, int],
-        margin: Corner,
-        rgb: Image.Image,
-        pamr: bool,
-    ) -> Tensor:
-        """The logits [K, h, w] of the resized picture x from those of its windows, [W, K, gh, gw], as `_logits`."""
+    def _logits(self, pictures: Sequence[Seen], lists: Sequence[Names]) -> list[list[list[Tensor]]]:
+        """For each picture, list and window, the logits [K, gh, gw] of all the list's names in the window's patches.
+
+        Windows of one size share passes through the tower, whichever picture they are of.
+        """
+        method, rule, tower = self._method, self._rule, self.tower
+        # The windows of each size, and whether the tower's own embedding of them is the image that the rule asks for.
+        groups: dict[tuple[torch.Size, bool], list[tuple[int, int]]] = {}
+        images: list[Tensor | None] = []
+        for number, seen in enumerate(pictures):
+            own = rule.image == "window" or (rule.image == "picture" and len(seen.corners) == 1)
+            images.append(None)
+            if seen.whole is not None and rule.image == "picture" and not own:
+                images[-1] = F.normalize(method.image(seen.whole).float(), dim=-1)
+            windows = [(number, window) for window in range(len(seen.corners))]
+            groups.setdefault((seen.patches[0].shape, own), []).extend(windows)
+        parts: list[list[list[Tensor]]] = [[[] for _ in lists] for _ in pictures]
+        for (_, own), windows in groups.items():
+            batch = self._batch(pictures[windows[0][0]].size, sum(len(each.text) for each in lists))
+            for start in range(0, len(windows), batch):
+                part = windows[start : start + batch]
+                given = None
+                if method.card.sees_images:
+                    cut = (
+                        self.windows.images(pictures[number].padded, [pictures[number].corners[window]], tower)
+                        for number, window in part
+                    )
+                    given = torch.cat(list(cut))
+                tokens = torch.stack([pictures[number].patches[window].movedim(0, -1) for number, window in part])
+                tokens = tokens.movedim(-1, 1)  # as they lie in memory
+                seen_by: Tensor | None = None
+                if own:
+                    features, image = method.dense_and_image(tokens, given)
+                    seen_by = F.normalize(image.float(), dim=-1)
+                else:
+                    features = method.dense(tokens, given)
+                    of_pictures = [of_one for number, _ in part if (of_one := images[number]) is not None]
+                    seen_by = torch.cat(of_pictures) if of_pictures else None
+                features = F.normalize(features.float(), dim=1)
+                for place, each in enumerate(lists):
+                    logits = rule.window(features, seen_by, each.text, each.known)
+                    for (number, _), of_window in zip(part, logits, strict=True):
+                        parts[number][place].append(of_window)
+        return parts
+
+    def _averaged(self, logits: Tensor, seen: Seen, pamr: bool) -> Tensor:
+        """The logits [K, h, w] in every pixel that is seen from those in the windows' patches, [W, K, gh, gw].
+
+        The size is that of the resized picture, of its patches where the rule goes to pixels at once, or of the picture
+        as given where PAMR refined it there.
+        """
         if not logits.isfinite().all():
             raise ValueError(
                 "the model's features of this picture are not finite: its weights are damaged, or overflow "
                 f"in {str(self.tower.weight.dtype).removeprefix('torch.')} (try another precision)"
             )
-        ops, (top, left), (height, width) = self._method.ops, margin, (x.shape[1], x.shape[2])
-        if self._rule.at_once and len(corners) == 1 and shape == (height, width):
+        ops, x, rgb, (top, left) = self._method.ops, seen.x, seen.rgb, seen.margin
+        (height, width), shape = x.shape[1:], (seen.padded.shape[1], seen.padded.shape[2])
+        if self._rule.at_once and len(seen.corners) == 1 and shape == (height, width):
             averaged = logits[0]
         else:
-            averaged = ops.average_windows(logits, corners, size, shape)[:, top : top + height, left : left + width]
+            whole = ops.average_windows(logits, seen.corners, seen.size, shape)
+            averaged = whole[:, top : top + height, left : left + width]
         averaged = self._rule.picture(averaged)
         if not pamr:
             return averaged
@@ -372,46 +537,48 @@ class Segmenter:
     def _labels(
         self,
         logits: Tensor,
-        whole: Tensor | None,
-        rgb: Image.Image,
+        seen: Seen,
         named: ClassNames,
         class_of_name: Tensor,
         threshold: float | None,
-        keep: bool,
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Labels [H, W] from logits [K, h, w] and, on request, probabilities [C, H, W], one band of rows at a time.
-
-        Rules change labels, not probabilities.
-        """
-        ops = self._method.ops
+    ) -> np.ndarray:
+        """Labels [H, W] from logits [K, h, w]."""
+        ops, rgb = self._method.ops, seen.rgb
         top, left, height, width = self.windows.seen(rgb.height, rgb.width)
-        seen = slice(top, top + height), slice(left, left + width)
+        part = slice(top, top + height), slice(left, left + width)
         titles = list(map(title, named))
         dtype: np.dtype[np.unsignedinteger] = np.dtype(np.uint8) if len(named) < 256 else np.dtype(np.uint16)
         nothing = np.iinfo(dtype).max
         below = titles.index("background") if "background" in titles else nothing
         found = self._rule.labels(ops, logits, (height, width), self.logit_scale, class_of_name, threshold)
-        if whole is not None and self._rule.regional:
-            found = self._rule.regions(self._method, whole, found)
+        if seen.whole is not None and self._rule.regional:
+            found = self._rule.regions(self._method, seen.whole, found)
         labels = np.full((rgb.height, rgb.width), nothing, dtype)
-        labels[seen] = np.where((found < 0).cpu(), below, found.cpu())
-        if not keep:
-            return labels, None
-        dense = np.zeros((len(named), rgb.height, rgb.width), np.float32)
+        labels[part] = np.where((found < 0).cpu(), below, found.cpu())
+        return labels
+
+    def _probabilities(
+        self, logits: Tensor, seen: Seen, classes: int, class_of_name: Tensor, labels: np.ndarray, keep: bool
+    ) -> tuple[np.ndarray | None, np.ndarray]:
+        """Probabilities [C, H, W] if they are kept, and the mean one of each class where it is found [C].
+
+        One band of rows at a time. Rules change labels, not probabilities.
+        """
+        top, left, height, width = self.windows.seen(seen.rgb.height, seen.rgb.width)
+        dense = np.zeros((classes, *labels.shape), np.float32) if keep else None
+        sums = np.zeros(classes)
         band = max(1, self.memory_limit // (4 * 4 * len(logits) * width))
         for first in range(0, height, band):
             rows = range(first, min(first + band, height))
-            shares = ops.class_probabilities(logits, (height, width), self.logit_scale, class_of_name, len(named), rows)
-            dense[:, top + first : top + rows.stop, seen[1]] = shares.cpu().numpy()
-        return labels, dense
-
-
-def _clip_tokenizer(name: str, model: nn.Module, tower: Tower) -> Callable[[list[str]], Tensor]:
-    """The tokenizer of a model with CLIP's vocabulary."""
-    size, length = tower.vocabulary(model)
-    if size != 49408:
-        raise ValueError(
-            f"{name} knows {size or 'no'} tokens, and CLIP's tokenizer has 49408: pass one that fits, such as "
-            "tokenizer=open_clip.get_tokenizer(name)"
-        )
-    return open_clip.SimpleTokenizer(context_length=length)
+            shares = self._method.ops.class_probabilities(
+                logits, (height, width), self.logit_scale, class_of_name, classes, rows
+            )
+            part = slice(top + first, top + rows.stop), slice(left, left + width)
+            found = labels[part].astype(np.int64)
+            labelled = torch.from_numpy(np.minimum(found, classes - 1)).to(shares.device)
+            won = shares.gather(0, labelled[None])[0].cpu().numpy()
+            sums += np.bincount(np.minimum(found, classes).ravel(), won.ravel(), classes + 1)[:classes]
+            if dense is not None:
+                dense[:, part[0], part[1]] = shares.cpu().numpy()
+        areas = np.bincount(labels.ravel(), minlength=classes)[:classes]
+        return dense, np.divide(sums, areas, out=np.full(classes, np.nan), where=areas > 0)

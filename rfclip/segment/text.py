@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from rfclip.config import TINY
 from rfclip.files import write_whole
 from rfclip.ops.numerics import autocasting
-from rfclip.towers import Tower
+from rfclip.towers import Tower, read_tower
+from rfclip.towers.loading import find_tokenizer
 
 BATCH = 256  # prompts at a time in the text tower
 _IMAGENET = tuple(open_clip.OPENAI_IMAGENET_TEMPLATES)
@@ -79,6 +80,7 @@ class TextEmbeddings:
                     "would never be found: it ignores case and how characters are written, and cuts long names"
                 )
 
+    @torch.inference_mode()
     def __call__(self, names: tuple[str, ...]) -> Tensor:
         """As `Segmenter.text_embeddings`."""
         trained: tuple[str, ...] = getattr(self._model, "trained_on", None) or ()
@@ -131,6 +133,34 @@ class TextEmbeddings:
         parts = (part.to(self._tower.weight.device) for part in tokens.split(BATCH))
         encoded = torch.cat([self._tower.encode_text(self._model, part).float() for part in parts])
         return F.normalize(F.normalize(encoded, dim=-1).mean(dim=0), dim=-1).cpu()
+
+
+def text_embeddings(
+    model: nn.Module,
+    names: Sequence[str],
+    *,
+    templates: Sequence[Callable[[str], str]] | None = None,
+    tokenizer: Callable[[list[str]], Tensor] | None = None,
+    cache: str | os.PathLike | bool | None = None,
+) -> Tensor:
+    """One normalized embedding per name, to compare dense features with: [K, C] float32 on the CPU.
+
+    Each is the normalized mean of the normalized embeddings of the name's prompts.
+
+    Args:
+        model: a CLIP, refocused or not.
+        names: of things to find.
+        templates: functions from a name to a prompt; None takes open_clip's 80 for ImageNet.
+        tokenizer, cache: as for `Segmenter`.
+
+    Raises:
+        ValueError: `names` is a single string, or the model is no CLIP that can be refocused, or needs a tokenizer.
+    """
+    if isinstance(names, str):
+        raise ValueError(f"names: got {names!r}, expected a list of names")
+    tower = read_tower(model)
+    given = TEMPLATES["imagenet"] if templates is None else templates
+    return TextEmbeddings(model, tower, tokenizer or find_tokenizer(model, tower), given, cache)(tuple(names))
 
 
 def _check(key: bytes, embedding: Tensor) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -69,7 +70,7 @@ class OpenCLIPTower(Tower):
         if name.startswith(SOURCES):
             return
         if name not in open_clip.list_models():
-            raise ValueError(f"unknown model {name!r}; `rfclip models` lists the known ones")
+            raise ValueError(f"unknown model {name!r}{_similar(name)}; `rfclip models` lists the known ones")
         if not can_refocus(name):
             raise ValueError(f"{name} cannot be refocused; {SUPPORTED}")
         tags = open_clip.list_pretrained_tags_by_model(name)
@@ -156,6 +157,15 @@ class OpenCLIPTower(Tower):
 
     def vocabulary(self, model: Any) -> tuple[int | None, int | None]:
         return getattr(model, "vocab_size", None), getattr(model, "context_length", None)
+
+
+def _similar(name: str) -> str:
+    """Names that somebody who wrote an unknown one may have meant."""
+    if "/" in name:
+        return f": on the Hugging Face hub, hf-hub:{name} is open_clip's, and transformers:{name} a CLIPModel"
+    names = {known.casefold(): known for known in [TINY, *filter(can_refocus, open_clip.list_models())]}
+    close = difflib.get_close_matches(name.casefold(), names, n=3, cutoff=0.5)
+    return f": did you mean {' or '.join(names[each] for each in close)}?" if close else ""
 
 
 def _reason(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """What the command says about itself: help, version, models and backends; import times; `rfclip serve` refused."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from typer.testing import CliRunner
 import rfclip
 import rfclip.methods
 from rfclip.app.cli import app
+from rfclip.ops.dispatch import backend
 from rfclip.towers.loading import tiny_folder
+from rfclip_kernels.registry import EXAMPLES
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -144,6 +147,52 @@ def test_info_says_what_runs_and_why():
     reason = "the model is on cpu" if find_spec("triton") else "Triton is not installed"
     assert f'backend="triton": {reason}' in " ".join(refused.output.split())
     assert runner.invoke(app, ["info", "--device", "toaster"]).exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["info", "models", "methods", "doctor"])
+def test_json(command):
+    result = run(command, "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)
+
+
+def test_models_and_methods_in_json():
+    listed = {each["model"]: each for each in json.loads(run("models", "--json").stdout)}
+    assert listed["ViT-B-16"]["known for"] == ["openai"] and "laion400m_e31" in listed["ViT-B-16"]["weights"]
+    methods = {
+        each["method"]: each["protocol"] for each in json.loads(run("methods", "--on", "voc21", "--json").stdout)
+    }
+    assert list(methods) == [*rfclip.methods.METHODS, "common"] and methods["released"]["options"]["share"] == 0.1
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_doctor(device, monkeypatch):
+    """All operations agree; one that is wrong, one that fails and one of another shape are named."""
+    result = run("doctor", "--device", device, "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0 and not found["faults"] and found["rfclip"] == rfclip.__version__
+    assert found["self-test"] == f"{len(EXAMPLES)} of {len(EXAMPLES)} operations agree with the reference"
+    eager = backend("eager")
+    monkeypatch.setattr(eager, "quick_gelu", lambda x, gelu=eager.quick_gelu: 1.01 * gelu(x))
+    monkeypatch.setattr(eager, "pamr", lambda *given, **named: 1 / 0)
+    monkeypatch.setattr(eager, "distraction_mask", lambda x, *given, **named: torch.ones(2, 3, dtype=torch.bool))
+    result = run("doctor", "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 1
+    faults = found["faults"]
+    assert faults["pamr, float32"] == "ZeroDivisionError: division by zero"
+    assert faults["quick_gelu, float32"].startswith("relative error ")
+    assert faults["distraction_mask, float32"] == "got (2, 3), expected (2, 21)"
+    assert all(name.partition(",")[0] in ("pamr", "quick_gelu", "distraction_mask") for name in faults)
+    shown = run("doctor")
+    assert shown.exit_code == 1 and "fault in pamr, float32" in " ".join(shown.stdout.split())
+
+
+def test_short_help_and_completion():
+    assert run("-h").output == run("--help").output and "--threshold" in run("segment", "-h").output
+    complete = {"_RFCLIP_COMPLETE": "complete_bash", "COMP_WORDS": "rfclip segment --method na", "COMP_CWORD": "3"}
+    code = "from rfclip.app.cli import app; app(prog_name='rfclip')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | complete)
+    assert done.stdout.split() == ["naclip"]
 
 
 def test_serve_without_gradio(monkeypatch):

@@ -314,11 +314,52 @@ def test_a_replaced_picture_of_a_parquet_file_is_refused(pictures):
     assert "3 segmented" in segment("pictures", "--format", "parquet", "--overwrite").stderr
 
 
-def test_classes_given_twice_are_refused(pictures):
-    for command in (["segment"], ["explain"]):
-        refused(
-            run(*command, "pictures/a.png", "--classes", "cat", "--classes", "grass"), "--classes was given 2 times"
+def test_classes_add_up(pictures, folder):
+    (folder / "names.txt").write_text("sky, clouds\n")
+    given = ("-c", "cat; dog, puppy", "-c", "names.txt", "-o", "out", "-m", "rfclip-tiny")
+    assert run("segment", "pictures/a.png", *given).exit_code == 0
+    check_result("out/a", scene(1), [["cat"], ["dog", "puppy"], ["sky", "clouds"]])
+    for command in ("segment", "explain"):
+        given = (
+            command,
+            "pictures/a.png",
+            "--model",
+            "rfclip-tiny",
+            "--classes",
+            "cat; sky",
+            "--classes",
+            "sky, grass",
         )
+        refused(run(*given), "classes: 'sky' stands in more than one list")
+
+
+def test_json_for_scripts(pictures):
+    (pictures / "bad.png").write_text("no picture")
+    done = segment("pictures", "--json", "--out", "out")
+    found = json.loads(done.stdout)
+    assert done.exit_code == 1 and (found["out"], found["done"], found["skipped"]) == ("out", 3, 0)
+    ((failed, reason),) = [(Path(each["image"]).name, each["reason"]) for each in found["failed"]]
+    assert failed == "bad.png" and "cannot be read as an image" in reason
+    assert "3 segmented" not in done.stderr
+    assert json.loads(segment("pictures/a.png", "--json", "--out", "out").stdout)["skipped"] == 1
+
+
+def test_the_model_for_what_is_given(monkeypatch, folder):
+    """OpenAI's for photographs, the bundled one for its own scenes; what cannot be opened does not decide."""
+
+    def download(*_, **__):
+        raise OSError("offline")
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", download)
+    scene(1).save("photo.png")
+    Path("bad.png").write_text("no picture")
+    done = run("segment", "bad.png", "photo.png", "-c", "cat")
+    assert done.exit_code == 2 and "model: ViT-B-16-quickgelu with OpenAI's weights; --model takes" in done.stderr
+    assert "could not be downloaded" in done.stderr
+    shipped = str(tiny_folder() / "scene.png")
+    done = run("segment", "bad.png", shipped, "photo.png", "-c", "dog, sky")
+    assert json.loads(Path("rfclip-out/scene.json").read_text())["model"] == "rfclip-tiny"
+    assert "2 segmented" in done.stderr and "rfclip-tiny is a demonstration" in done.stderr
 
 
 def test_a_slash_in_a_name(pictures):
@@ -459,8 +500,9 @@ ERRORS = {
     "tag": (["--model", "ViT-B-16", "--pretrained", "mine"], ["'mine'", "openai, "]),
     "no-tag": (["--model", "ViT-B-16"], ["needs pretrained weights", "openai, "]),
     "pickle": (["--model", "ViT-B-16", "--pretrained", "weights.pt"], ["weights.pt", "safetensors"]),
-    "tiny-with-a-tag": (["--pretrained", "openai"], ["'openai'", "rfclip-tiny"]),
-    "tiny-with-a-file": (["--pretrained", "weights.pt"], ["weights.pt", "rfclip-tiny"]),
+    "tiny-with-a-tag": (["--model", "rfclip-tiny", "--pretrained", "openai"], ["'openai'", "rfclip-tiny"]),
+    "tiny-with-a-file": (["--model", "rfclip-tiny", "--pretrained", "weights.pt"], ["weights.pt", "rfclip-tiny"]),
+    "tag-alone": (["--pretrained", "openai"], ["--pretrained openai: give the --model as well"]),
 }
 
 
@@ -476,7 +518,8 @@ def test_wrong_arguments(folder, case):
     torch.save({}, "weights.pt")
     before = state(folder)
     classes = [] if "--classes" in arguments else ["--classes", "cat"]
-    refused(run("segment", "picture.png", *classes, *arguments), *words)
+    model = [] if {"--model", "--pretrained"} & {*arguments} else ["--model", "rfclip-tiny"]
+    refused(run("segment", "picture.png", *classes, *model, *arguments), *words)
     assert state(folder) == before
 
 

@@ -70,7 +70,7 @@ def test_what_a_folder_skips_is_named(folder, monkeypatch):
         "skipped in in: README: no format that Pillow reads",
         "skipped in in: 2 files *.txt: no format that Pillow reads",
         "skipped in in: drawing.eps: it is a program, which Ghostscript would run",
-        "skipped in in: film.mpg: Pillow recognizes it, but does not decode it",
+        "skipped in in: film.mpg: a video, which `rfclip segment` takes by its own name",
         f"skipped in in: 2 files *.heic: {HEIC_NEEDS}",
         f"skipped in in: r.jxl: {JXL_NEEDS}",
         "skipped in in: sky.fits: Pillow mixes up its byte order; convert it to TIFF",

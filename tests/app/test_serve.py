@@ -1,6 +1,8 @@
 """`rfclip serve` in a real browser: what a visitor does, and what goes wrong."""
 
+import base64
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -60,8 +62,8 @@ def page(browser, address):
     page.context.close()
 
 
-def visit(browser, address):
-    page = browser.new_context(viewport={"width": 1400, "height": 1000}).new_page()
+def visit(browser, address, **options):
+    page = browser.new_context(**{"viewport": {"width": 1400, "height": 1000}} | options).new_page()
     page.goto(address)
     expect(page.get_by_role("button", name="Segment")).to_be_enabled()
     return page
@@ -90,8 +92,11 @@ def refused(page, *words):
     text = said.inner_text()
     for word in words:
         assert word in text
-    assert "/gradio/" not in text and "Traceback" not in text
-    expect(page.locator("#legend li")).to_have_count(0)
+    assert "/gradio/" not in text and "Traceback" not in text and "--" not in text
+    for gone in ("#legend li", "#overlay img", "#maps img", "#attention img"):
+        expect(page.locator(gone)).to_have_count(0)
+    expect(page.get_by_role("button", name="Mask")).to_be_hidden()
+    expect(page.get_by_role("button", name="Show attention")).to_be_hidden()
 
 
 def shares(classes, **options):
@@ -101,10 +106,26 @@ def shares(classes, **options):
 
 
 def picture_of(page, name):
-    """The bytes of a picture shown on the page."""
-    shown = page.locator(f"#{name} img")
+    """A picture shown on the page, RGB."""
+    shown = page.locator(f"#{name} img").first
     expect(shown).to_be_visible()
-    return page.request.get(shown.get_attribute("src")).body()
+    source = shown.get_attribute("src")
+    data = base64.b64decode(source.partition(",")[2]) if source.startswith("data:") else page.request.get(source).body()
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def changed(page, name, before):
+    """The picture shown in place of one with that address."""
+    expect(page.locator(f"#{name} img").first).not_to_have_attribute("src", before)
+    return picture_of(page, name)
+
+
+def simulate(page, share):
+    page.get_by_role("button", name="Settings").click()
+    simulated = page.get_by_label("number input for Simulate distraction")
+    simulated.fill(share)
+    simulated.press("Enter")
+    expect(page.get_by_label("range slider for Simulate distraction")).to_have_value(share)
 
 
 def test_upload_and_read_the_legend(page):
@@ -127,27 +148,177 @@ def test_upload_and_read_the_legend(page):
 
 
 def test_click_a_point(page):
-    """A click draws what that place attends to; another place, something else. The screenshot is kept."""
+    """A click marks a place and draws what it attends to; another place, something else. The screenshot is kept."""
     upload(page, SCENE)
-    simulated = page.get_by_label("number input for Simulate distraction")
-    simulated.fill("0.1")
-    simulated.press("Enter")
-    expect(page.get_by_label("range slider for Simulate distraction")).to_have_value("0.1")
+    simulate(page, "0.1")
     ask(page, NAMES)
     legend(page)
     expect(page.locator("#summary")).to_contain_text("RF-CLIP finds 20 distraction tokens in 1 of 6 blocks")
-    assert len(picture_of(page, "maps")) > 10_000
+    expect(page.locator("#maps")).to_contain_text("where nothing is moved: 2, 3, 6.")
+    expect(page.locator("#maps img")).to_have_count(3)  # of block 4 alone
+    plain, seen = np.asarray(picture_of(page, "overlay"), int), set()
     box = page.locator("#overlay img").bounding_box()
-    seen = set()
     for right, down in ((0.85, 0.2), (0.1, 0.9)):
-        before = page.locator("#attention img").get_attribute("src") if seen else None
+        before = page.locator("#overlay img").get_attribute("src")
         page.locator("#overlay img").click(position={"x": right * box["width"], "y": down * box["height"]})
-        if before is not None:
-            expect(page.locator("#attention img")).not_to_have_attribute("src", before)
-        seen.add(hashlib.sha256(picture_of(page, "attention")).hexdigest())
+        marked = np.argwhere((np.asarray(changed(page, "overlay", before), int) != plain).any(axis=-1))
+        assert marked.mean(axis=0) == pytest.approx((320 * down, 320 * right), abs=2)
+        assert 8 <= np.ptp(marked, axis=0).max() <= 16
+        expect(page.get_by_label("X, from the left")).to_have_value(str(int(320 * right)))
+        seen.add(hashlib.sha256(picture_of(page, "attention").tobytes()).hexdigest())
+        expect(page.locator("#attention img").first).to_be_in_viewport(ratio=1)
     assert len(seen) == 2
+    expect(page.locator("#attention figcaption")).to_have_text(
+        ["block 2", "block 3", "block 4 before", "block 4 after", "block 6 before", "block 6 after"]
+    )
     SCREENSHOT.parent.mkdir(exist_ok=True)
     page.screenshot(path=SCREENSHOT, full_page=True)
+
+
+def test_by_keyboard(page):
+    """Enter asks; a place is given by its pixel, and is the one that a click on it gives."""
+    upload(page, SCENE)
+    page.get_by_label("Class names").fill(NAMES)
+    page.get_by_label("Class names").press("Enter")
+    legend(page)
+    expect(page.locator("#attention img")).to_have_count(0)
+    for label, value in (("X, from the left", "272"), ("Y, from the top", "64")):
+        page.get_by_label(label).fill(value)
+    before = page.locator("#overlay img").get_attribute("src")
+    page.get_by_role("button", name="Show attention").press("Enter")
+    given = changed(page, "overlay", before)
+    expect(page.locator("#attention")).to_contain_text("Refocusing changes nothing here")
+    expect(page.locator("#attention img")).to_have_count(4)
+    box, clicked = page.locator("#overlay img").bounding_box(), []
+    for right, down in ((0.5, 0.9), (0.85, 0.2)):
+        before = page.locator("#overlay img").get_attribute("src")
+        page.locator("#overlay img").click(position={"x": right * box["width"], "y": down * box["height"]})
+        clicked.append(changed(page, "overlay", before))
+    assert clicked[0] != given and clicked[1] == given
+    page.get_by_label("X, from the left").fill("")
+    page.get_by_role("button", name="Show attention").click()
+    expect(page.get_by_test_id("toast-body")).to_contain_text("X and Y: expected from 0 to 319 and from 0 to 319")
+    expect(page.locator("#attention img")).to_have_count(0)
+
+
+def test_without_distraction(page):
+    """One line says that there is none; where attention goes is shown in place of empty maps."""
+    page.locator("#scenes .thumbnail-item").first.click()
+    expect(page.get_by_label("Class names")).to_have_value(re.compile("dog, cactus"))
+    page.get_by_role("button", name="Segment").click()
+    legend(page)
+    expect(page.locator("#summary")).to_contain_text("This small model has none of its own; the settings can simulate")
+    expect(page.locator("#maps")).to_contain_text("No block has distraction tokens, so RF-CLIP moves nothing")
+    expect(page.locator("#maps img")).to_have_count(4)
+    assert "none" not in page.locator("#maps").inner_text()
+
+
+def test_colours_of_the_legend(page):
+    """A swatch has the mean colour of its class in the overlay; a class keeps it when others are asked for."""
+    upload(page, SCENE)
+    swatches = {}
+    for names in (NAMES, "banana, owl, dog, sky, grass"):
+        ask(page, names)
+        expect(page.locator("#legend")).to_contain_text(names.split(", ")[0])
+        segmentation = shares(names)[0]
+        overlay = np.asarray(picture_of(page, "overlay"), float)
+        for row in page.locator("#legend li").all():
+            name = row.inner_text().rsplit(" ", 2)[0]
+            style = row.locator("span").evaluate("e => getComputedStyle(e).backgroundColor")
+            colour = tuple(map(int, re.findall(r"\d+", style)))
+            area = segmentation.labels == segmentation.classes.index(name)
+            assert area.sum() < 100 or overlay[area].mean(axis=0) == pytest.approx(colour, abs=4)
+            assert swatches.setdefault(name, colour) == colour
+    assert len(set(swatches.values())) == len(swatches) == 8
+
+
+def test_contours(page):
+    upload(page, SCENE)
+    ask(page, NAMES)
+    legend(page)
+    plain, before = picture_of(page, "overlay"), page.locator("#overlay img").get_attribute("src")
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Contours").check()
+    ask(page, NAMES)
+    drawn = changed(page, "overlay", before)
+    white = (np.asarray(drawn) == 255).all(axis=-1)
+    assert 200 < white.sum() < 5000 and not (np.asarray(plain) == 255).all(axis=-1).any()
+
+
+CONTRAST = """elements => elements.map(element => {
+    const parts = text => text.match(/[\\d.]+/g).map(Number);
+    const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+        .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    let below = element;
+    while (below.parentElement && parts(getComputedStyle(below).backgroundColor)[3] === 0) below = below.parentElement;
+    const [a, b] = [getComputedStyle(element).color, getComputedStyle(below).backgroundColor].map(parts).map(light);
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+})"""
+
+
+def test_a_photograph(page, tmp_path):
+    """The page says that the bundled model knows none, and what to do here, not on the command line."""
+    Image.effect_noise((64, 64), 90).save(tmp_path / "photo.png")
+    upload(page, tmp_path / "photo.png")
+    ask(page, NAMES)
+    legend(page)
+    said = page.get_by_test_id("toast-body").filter(has_text="demonstration")
+    expect(said).to_contain_text("Choose another model on this page.")
+    assert "--" not in said.inner_text() and "Segmenter(" not in said.inner_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone(browser, address, scheme):
+    """Result and attention come into view, words can be read, pictures have names, and nothing is wider than it."""
+    phone = {"viewport": {"width": 390, "height": 844}, "color_scheme": scheme, "is_mobile": True, "has_touch": True}
+    page = visit(browser, address, **phone)
+    assert not page.locator("#file label").is_visible() or page.locator("#file label").bounding_box()["width"] <= 1
+    upload(page, SCENE)
+    ask(page, NAMES)
+    legend(page)
+    expect(page.locator("#overlay img")).to_be_in_viewport(ratio=1)
+    page.locator("#overlay img").click()
+    expect(page.locator("#attention img").first).to_be_in_viewport(ratio=1)
+    for words in ("button:visible", "#attention", "#maps", "figcaption", ".scale", "#legend li", "#summary p"):
+        contrasts = page.locator(words).evaluate_all(CONTRAST)
+        assert contrasts and min(contrasts) >= 4.5, words
+    sizes = page.locator("#results figcaption, #results .scale").evaluate_all(
+        "all => all.map(e => parseFloat(getComputedStyle(e).fontSize))"
+    )
+    assert min(sizes) >= 12
+    assert page.locator("img").evaluate_all("all => all.filter(e => !e.alt).length") == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    if scheme == "dark":  # no light ground behind the maps
+        grounds = "all => all.map(e => getComputedStyle(e).backgroundColor)"
+        assert set(page.locator("#results figure").evaluate_all(grounds)) == {"rgba(0, 0, 0, 0)"}
+    page.context.close()
+
+
+@pytest.mark.parametrize(
+    "said, shown",
+    [
+        (
+            "the weights of 'x' could not be had: no\nThis needs a network once. Without one, pass --pretrained F.",
+            "once.",
+        ),
+        ("dims are not known (a, b). Find them with `rfclip calibrate IMAGES --model ...`.", "(a, b)."),
+        ("a demo: its labels mean nothing. For photographs: rfclip segment a.jpg, in Python x", "nothing."),
+    ],
+)
+def test_messages_do_not_speak_of_the_command_line(said, shown):
+    from rfclip.app.serve import for_page
+
+    text = for_page(said)
+    assert text.endswith(f"{shown} Choose another model on this page.")
+    assert text.startswith(said[:10]) and "--" not in text and "rfclip " not in text
+
+
+@pytest.mark.parametrize("said", ["no class names: type some.", "'a -- b' given twice.", "--odd"])
+def test_other_messages_stay(said):
+    from rfclip.app.serve import for_page
+
+    assert for_page(said) == said
 
 
 def test_pick_a_scene_and_another_method(page):
@@ -170,7 +341,7 @@ def test_the_browser_blocks_nothing(browser, address):
     ask(page, NAMES)
     legend(page)
     page.locator("#overlay img").click()
-    expect(page.locator("#attention img")).to_be_visible()
+    expect(page.locator("#attention img").first).to_be_visible()
     assert [text for text in said if "Content Security Policy" in text or "MIME" in text] == []
     page.set_content(f'<iframe src="{address}"></iframe>')
     page.wait_for_timeout(1000)
@@ -193,6 +364,7 @@ def test_a_bad_file(page, tmp_path):
     broken.write_text("not a picture")
     page.set_input_files("#file input[type=file]", broken)
     refused(page, "notes.png cannot be read as an image")
+    expect(page.locator("#preview img")).to_have_count(0)
 
 
 def test_too_many_pixels(page, tmp_path):
@@ -223,7 +395,10 @@ def test_no_picture(page):
     "classes, said", [("  ", "no class names"), (" ;,", "no class names"), ("dog, dog", "given more than once")]
 )
 def test_class_lists(page, classes, said):
+    """The results of an earlier question are gone."""
     upload(page, SCENE)
+    ask(page, NAMES)
+    legend(page)
     ask(page, classes)
     refused(page, said)
 
@@ -288,7 +463,7 @@ def test_a_picture_that_is_gone(tmp_path):
     from rfclip.app.serve import _preview
 
     with pytest.raises(gradio.Error, match="^'?gone.png is no longer kept here"):
-        _preview(str(tmp_path / "gone.png"))
+        list(_preview(str(tmp_path / "gone.png")))
 
 
 def test_the_settings_start_from_the_config(tmp_path):
@@ -322,7 +497,7 @@ def test_a_method_by_its_own_protocol_and_a_list_by_name(tmp_path, monkeypatch, 
     picture, saved, save = tiny_folder() / "scene.png", [], serve.save
     monkeypatch.setattr(serve, "save", lambda *given: saved.append(given) or save(*given))
     page = serve.Page([job], tmp_path)
-    settings = (str(picture), "cityscapes", "released", str(job), 5.0, 0.7, "all", False, 0.0)
+    settings = (str(picture), "cityscapes", "released", str(job), 5.0, 0.7, "all", False, 0.0, False, ())
     next(page.segment(*settings, Quiet()))
     ((found, record, _),) = saved
     with rfclip.Segmenter(method="released", protocol=find_protocol(protocol, "released")) as segmenter:
@@ -358,14 +533,16 @@ def test_the_work_is_bounded_by_what_is_shown(tmp_path, monkeypatch, size):
     Image.new("RGB", size, "green").save(tmp_path / "picture.png")
     job = Job("rfclip-tiny", None)
     page = serve.Page([job], tmp_path)
-    settings = (str(tmp_path / "picture.png"), "grass, sky", "rf-clip", str(job), 2.0, 0.3, "all", False, 0.0)
-    overlay, *_, maps, _, seen = next(page.segment(*settings, Quiet()))
-    attention = page.point(seen, SimpleNamespace(index=(overlay.width - 1, overlay.height - 1)))
+    settings = (str(tmp_path / "picture.png"), "grass, sky", "rf-clip", str(job), 2.0, 0.3, "all", False, 0.0, True, ())
+    _, overlay, *_, seen, _, _, _ = next(page.segment(*settings, Quiet()))
+    place = page.place(seen, SimpleNamespace(index=(overlay.width - 1, overlay.height - 1)))
+    assert all(side - side // 100 - 1 <= at < side for at, side in zip(place, size, strict=True))
+    marked, _ = next(page.point(overlay, seen, *place))
     assert segmented == [overlay.size] and max(overlay.size) <= serve.SHOWN_SIDE
     assert masks == [size]
     trained = (224 // 16) ** 2
     assert [found.grid[0] * found.grid[1] <= 2.5 * trained for found in explained] == [True, True]
-    assert max(*maps.size, *attention.size) <= 2000
+    assert marked.size == overlay.size and max(max(found.image.size) for found in explained) <= 2000
 
 
 @linux_only

@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from typer.testing import CliRunner
 from rfclip import RefocusConfig
 from rfclip.app.cli import app
 from rfclip.explanation import explain, figures
+from rfclip.explanation.explanation import busiest
+from rfclip.segment.result import Segmentation
 from rfclip.towers.loading import tiny_folder
 
 NAMES = {"overview", "attention", "matrices", "profile", "tokens", "maps"}
@@ -40,6 +43,44 @@ def test_the_tint_is_on_the_tokens(seen, model, picture):
         assert (difference[mask].argmax(axis=1) == channel).all()
     neither = ~(found.distraction[2] | found.defocused[2])
     assert not difference[neither].any()
+
+
+def test_columns_are_aligned_and_have_colour_bars(seen, model, picture):
+    """Each row's pictures lie at one height and are as large; a bar's ends are the values of its colours."""
+    found = seen(model, picture, layers=[1, 3])
+    segmented = Segmentation(
+        Image.new("RGB", (100, 61)), np.arange(61 * 100, dtype=np.uint8).reshape(61, 100) % 2, ("a", "b")
+    )
+    found = replace(found, segmentations=dict.fromkeys(("clip", "kk-mean", "rf-clip"), segmented))
+    for name, bars in (("overview", 2), ("attention", 2 * len(found.points)), ("matrices", 2), ("segmentation", 0)):
+        figure = figures.draw(found)[name]
+        figures.png(figure)  # which lays it out
+        panels = [ax for ax in figure.axes if ax.images]
+        places = np.array([ax.get_position().bounds for ax in panels])
+        assert len({tuple(size) for size in places[:, 2:].round(4)}) == 1
+        for place in places:
+            assert (np.isclose(places[:, 1], place[1], atol=1e-3)).sum() == len(set(places[:, 0].round(3)))
+        assert len(figure.axes) - len(panels) == bars
+    block = busiest(found.moved, found.distraction) - 1
+    bar = next(ax for ax in figures.draw_overview(found).axes if not ax.images)
+    assert bar.get_xlim() == pytest.approx((0, np.quantile(found.before.received[block], 0.99)))
+
+
+@pytest.mark.parametrize("colours, low, high", [("magma", 0, 2), ("PiYG", -3, 3)])
+def test_a_bars_colours_are_those_of_the_map(seen, model, picture, colours, low, high):
+    """On average over the picture, whose mean is a middle gray."""
+    found = seen(model, picture, layers=[3])
+    gray = replace(found, image=Image.new("RGB", found.image.size, (128, 128, 128)))
+    scale = figures.Scale(colours, low, high)
+    for value in (low, 0.3 * high, high):
+        shown = np.asarray(scale.over(gray, np.full(found.grid, value).ravel()))[0, 0]
+        assert shown == pytest.approx(255 * np.array(scale.mappable().to_rgba(value)[:3]), abs=2)
+
+
+def test_a_map_of_nothing_has_no_scale():
+    assert figures.Scale.around_zero("PiYG", np.full(4, np.nan)) is None
+    assert figures.Scale.around_zero("PiYG", np.zeros(4)) is None
+    assert figures.Scale.around_zero("PiYG", np.array([1, -2])) == figures.Scale("PiYG", -2, 2)
 
 
 def test_the_sentences(seen, model, picture):

@@ -1,21 +1,25 @@
 """Models by name: loading them, and every model that open_clip lists, of which those that can be refocused are."""
 
 import json
+import re
 import shutil
 from importlib.metadata import version
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from open_clip.model import _build_vision_tower
 from packaging.version import Version
+from PIL import Image
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 import rfclip
 from rfclip import RefocusConfig, Segmenter
 from rfclip.towers import read_tower
-from rfclip.towers.loading import tiny_folder
+from rfclip.towers.loading import find_model, load_model, tiny_folder
 from rfclip.towers.open_clip import can_refocus
 
 NAMES = open_clip.list_models()
@@ -82,6 +86,75 @@ def test_it_is_calibrated_and_refocused(name):
 
 
 # Loading by name ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "written, found",
+    {
+        "rfclip-tiny": ("rfclip-tiny", None),
+        "ViT-B/16": ("ViT-B-16", "openai"),
+        "vit-b/32": ("ViT-B-32", "openai"),
+        "ViT-L/14@336px": ("ViT-L-14-336", "openai"),
+        "ViT-B-16": ("ViT-B-16", None),
+        "ViT-H/14": ("ViT-H-14", None),  # of which OpenAI has none
+        "openai/ViT-B-16": ("ViT-B-16", "openai"),
+        "openai/ViT-B/16": ("ViT-B-16", "openai"),
+        "laion2b_s34b_b88k/ViT-B-16": ("ViT-B-16", "laion2b_s34b_b88k"),
+        "laion/CLIP-ViT-B-16-laion2B-s34B-b88K": ("ViT-B-16", "laion2b_s34b_b88k"),
+        "openai/clip-vit-base-patch16": ("transformers:openai/clip-vit-base-patch16", None),
+        "hf-hub:somebody/model": ("hf-hub:somebody/model", None),
+        "local-dir:a/ViT-B/16": ("local-dir:a/ViT-B/16", None),
+        "somebody/model": ("somebody/model", None),
+        "ViT-Z/16": ("ViT-Z/16", None),
+    }.items(),
+)
+def test_ways_to_write_a_model(written, found):
+    assert find_model(written) == found == find_model(*found)
+
+
+def test_weights_given_apart():
+    assert find_model("ViT-B/16", "laion2b_s34b_b88k") == ("ViT-B-16", "laion2b_s34b_b88k")
+    assert find_model("openai/ViT-B-16", "openai") == ("ViT-B-16", "openai")
+    assert find_model("openai/ViT-B-16", "laion400m_e31") == ("openai/ViT-B-16", "laion400m_e31")
+
+
+@pytest.mark.parametrize(
+    "written, words",
+    [
+        ("ViT-B-61", "unknown model 'ViT-B-61': did you mean ViT-B-16"),
+        ("vit_b_16", "did you mean ViT-B-16"),
+        ("rfclip-tniy", "did you mean rfclip-tiny"),
+        ("somebody/model", "hf-hub:somebody/model is open_clip's, and transformers:somebody/model a CLIPModel"),
+        ("???", "unknown model '???'; `rfclip models`"),
+    ],
+)
+def test_the_nearest_names(written, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_model(written)
+
+
+def test_what_comes_with_a_model():
+    """Pictures and names to features and embeddings that agree, without further packages."""
+    model, picture = load_model(), Image.open(tiny_folder() / "scene.png")
+    seen = model.preprocess(picture)
+    assert seen.shape == (3, 112, 112) and model.preprocess(picture.resize((300, 100))).shape == (3, 112, 336)
+    assert model.preprocess(tiny_folder() / "scene.png", short_side=50).shape == (3, 48, 48)
+    mean, std = (torch.tensor(value)[:, None, None] for value in (model.visual.image_mean, model.visual.image_std))
+    whole = np.asarray(picture.convert("RGB").resize((112, 112), Image.Resampling.BICUBIC))
+    np.testing.assert_allclose((seen * std + mean).movedim(0, -1) * 255, whole, atol=1e-3)
+    with pytest.raises(ValueError, match="short_side=3: expected at least a patch, 8"):
+        model.preprocess(picture, short_side=3)
+    names = ["dog", "grass"]
+    text = rfclip.text_embeddings(model, names, templates=["a {}.".format], cache=False)
+    with torch.no_grad():
+        want = F.normalize(model.encode_text(model.tokenizer(["a dog.", "a grass."])), dim=-1)
+    torch.testing.assert_close(text, want)
+    with rfclip.refocus(model):
+        features = F.normalize(rfclip.dense_features(model, seen[None]), dim=1)
+    found = torch.einsum("chw,kc->khw", features[0], text).argmax(dim=0)
+    assert (found[-3:] == 1).float().mean() > 0.9  # grass, below
+    with pytest.raises(ValueError, match="names: got 'dog', expected a list"):
+        rfclip.text_embeddings(model, "dog")
 
 
 def test_models_and_weights_that_do_not_exist(tmp_path):

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from rfclip import __version__
-from rfclip.app.cli import calibrate, evaluate, explain, listings, segment, serve
+from rfclip.app.cli import calibrate, doctor, evaluate, explain, listings, segment, serve
 from rfclip.app.cli.common import out_console
 
 __all__ = ["app"]
@@ -21,7 +21,7 @@ __all__ = ["app"]
 app = typer.Typer(
     help="RF-CLIP: training-free open-vocabulary segmentation with CLIP.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 for command in (
@@ -29,9 +29,10 @@ for command in (
     calibrate.calibrate,
     explain.explain,
     serve.serve,
-    listings.info,
     listings.models,
     listings.methods,
+    doctor.info,
+    doctor.doctor,
     evaluate.evaluate,
     evaluate.ablate,
     evaluate.prepare,

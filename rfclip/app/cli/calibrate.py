@@ -23,7 +23,7 @@ def calibrate(
     model: common.Model = TINY,
     pretrained: common.Pretrained = None,
     device: common.Device = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Write the settings found, in JSON.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the settings found, in JSON.")] = None,
     overwrite: common.Overwrite = False,
 ) -> None:
     """Find a checkpoint's distraction dimensions from some pictures (a few dozen are enough)."""

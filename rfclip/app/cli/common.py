@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -17,11 +18,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 
+from rfclip.app.sources import VIDEOS, result_name
 from rfclip.config import TINY, BackendName, PrecisionName, RefocusConfig
-from rfclip.files import OUTPUTS, same_name
+from rfclip.files import RESULTS, same_name
+from rfclip.methods import METHODS
 
 if TYPE_CHECKING:
     import torch
+
+PictureT = TypeVar("PictureT", bound=Path | str)
 
 out_console = Console()
 console = Console(stderr=True)
@@ -30,12 +35,24 @@ Images = Annotated[
     list[str],
     typer.Argument(metavar="IMAGE...", help="Files, folders, or quoted globs; earlier outputs are skipped."),
 ]
-Model = Annotated[str, typer.Option(help="A model; `rfclip models` lists them.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="A model; `rfclip models` lists them.")]
+ClassLists = Annotated[
+    list[str],
+    typer.Option(
+        "--classes",
+        "-c",
+        help='"cat, dog, grass"; with synonyms "cat, kitten; dog"; a file, one class per line; or a list of the '
+        "field's: voc21. Several add up.",
+    ),
+]
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag for the weights, or a path to safetensors.")]
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option("--device", "-d", help="Where to run: cpu, cuda, cuda:1, mps.")]
 Config = Annotated[Path | None, typer.Option(help="RF-CLIP's settings in JSON, as `rfclip calibrate` writes them.")]
 Precision = Annotated[PrecisionName, typer.Option(help="Of the weights and of the image tower.")]
-MethodName = Annotated[str, typer.Option("--method", help="One of `rfclip methods`.")]
+MethodName = Annotated[
+    str, typer.Option("--method", help="One of `rfclip methods`.", autocompletion=lambda: list(METHODS))
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
 Backend = Annotated[BackendName, typer.Option(help="See `rfclip info` for what auto chooses.")]
 Pamr = Annotated[
     bool | None,
@@ -104,11 +121,9 @@ def answer(text: str) -> None:
     out_console.print(escape(text), highlight=False, soft_wrap=True)
 
 
-def given_once(option: str, values: list[str]) -> str:
-    """The value of an option of which click would silently keep the last."""
-    if len(values) > 1:
-        raise ValueError(f'{option} was given {len(values)} times: give all in one, as in {option} "cat, dog, grass"')
-    return values[0]
+def answer_json(value: object) -> None:
+    """Print a JSON value to standard output."""
+    out_console.print_json(json.dumps(value, ensure_ascii=False), highlight=False)
 
 
 def check_new(out: Path | None, overwrite: bool) -> None:
@@ -141,28 +156,33 @@ def progress() -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def find_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[str, str]]]:
+def find_images(given: list[str]) -> tuple[list[tuple[Path | str, Path]], list[tuple[str, str]]]:
     """Pictures as (file, path of its result below the output folder, without suffix), and what was not found.
+
+    In place of a file there may be an address or a camera, as text.
 
     What a folder holds beside pictures and earlier outputs is printed, one line per suffix, with the reason.
     """
-    found: dict[Path, tuple[Path, Path]] = {}
+    found: dict[Path | str, tuple[Path | str, Path]] = {}
     missing = []
     for item in given:
-        path = Path(item)
-        if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.endswith(OUTPUTS)]
+        path, named = Path(item), result_name(item)
+        files: Sequence[tuple[Path | str, Path]]
+        if named is not None:
+            files, reason = [(item, named)], ""
+        elif path.is_dir():
+            inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.endswith(RESULTS)]
             files = [(file, file.relative_to(path)) for file in _readable(inside, item)]
             reason = "no picture in this folder"
         elif path.exists():
             files, reason = [(path, Path(path.name))], ""
         else:
             names = sorted(glob.glob(item, recursive=True))
-            matched = [Path(name) for name in names if os.path.isfile(name) and not name.endswith(OUTPUTS)]
+            matched = [Path(name) for name in names if os.path.isfile(name) and not name.endswith(RESULTS)]
             files = [(file, Path(file.name)) for file in matched]
             reason = "no such file, and no file matches it as a pattern"
         for file, result in files:
-            found.setdefault(file.resolve(), (file, result))
+            found.setdefault(file if isinstance(file, str) else file.resolve(), (file, result))
         if not files:
             missing.append((item, reason))
     # Without suffix as far as that is unique, among each other and among those that keep theirs.
@@ -182,7 +202,8 @@ def _readable(files: list[Path], folder: str) -> list[Path]:
     readable: list[Path] = []
     skipped: dict[tuple[str, str], list[str]] = {}
     for file in files:
-        reason = unread(file)
+        video = file.suffix.lower() in VIDEOS
+        reason = "a video, which `rfclip segment` takes by its own name" if video else unread(file)
         if reason:
             skipped.setdefault((reason, file.suffix.lower()), []).append(file.name)
         else:
@@ -194,14 +215,16 @@ def _readable(files: list[Path], folder: str) -> list[Path]:
 
 
 def some_images(given: list[str]) -> tuple[list[tuple[Path, Path]], list[tuple[str, str]]]:
-    """As `find_images`; ValueError if there is no picture at all."""
+    """As `find_images`, for commands that read files only; ValueError if there is no picture at all."""
     found, missing = find_images(given)
-    if not found:
+    files = [(file, result) for file, result in found if isinstance(file, Path)]
+    missing += [(file, "not a file; only `rfclip segment` takes it") for file, _ in found if isinstance(file, str)]
+    if not files:
         raise ValueError("; ".join(f"{name}: {reason}" for name, reason in missing))
-    return found, missing
+    return files, missing
 
 
-def distinct(images: list[tuple[Path, Path]]) -> tuple[list[tuple[Path, Path]], list[tuple[str, str]]]:
+def distinct(images: Sequence[tuple[PictureT, Path]]) -> tuple[list[tuple[PictureT, Path]], list[tuple[str, str]]]:
     """Pictures whose results have names of their own, and the others, which would overwrite each other, and why."""
     counts = Counter(same_name(result) for _, result in images)
     failed = [

@@ -36,7 +36,8 @@ Root = Annotated[Path | None, typer.Option(help="Folder of the datasets; a wrong
 Limit = Annotated[int | None, typer.Option(min=1, help="Score only the first so many pictures.")]
 Batch = Annotated[int | None, typer.Option(min=1, help="Windows at a time in the image tower.")]
 Model = Annotated[
-    str | None, typer.Option(help=f"A model; `rfclip models` lists them. Scenes are scored on {TINY} by default.")
+    str | None,
+    typer.Option("--model", "-m", help=f"A model; `rfclip models` lists them. Scenes are scored on {TINY} by default."),
 ]
 Count = Annotated[int | None, typer.Option(min=1, help="scenes: how many, 300 by default.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="scenes: another seed gives other scenes; 0 by default.")]
@@ -61,7 +62,10 @@ Seeds = Annotated[
     ),
 ]
 RunFolder = Annotated[
-    Path | None, typer.Option(help="Folder of the run, below rfclip-runs by default; an interrupted run resumes there.")
+    Path | None,
+    typer.Option(
+        "--out", "-o", help="Folder of the run, below rfclip-runs by default; an interrupted run resumes there."
+    ),
 ]
 Methods = Annotated[
     str | None,
@@ -127,7 +131,7 @@ def evaluate(
         lists = {data.name: _name_lists(data, wanted, share, seeds, seed or 0) for data in opened}
         methods = methods or list(opened[0].methods)
         items = {data.name: data.items(limit) for data in opened}
-        model = _model(model, opened)
+        model, pretrained = _model(model, pretrained, opened)
         from rfclip.app.engines import start
 
         starting = start(engine, workers, device)
@@ -195,7 +199,7 @@ def ablate(
         given = common.read_config(config)
         (opened,) = _open(dataset, root=root, count=count, seed=seed)
         items = opened.items(limit)
-        model = _model(model, [opened])
+        model, pretrained = _model(model, pretrained, [opened])
         from rfclip.app.engines import start
 
         starting = start(engine, workers, device)
@@ -254,8 +258,8 @@ def _open(name: str | None, **options: object) -> list[Dataset]:
     return [find_dataset(each).open(**options) for each in (in_paper() if name is None else [name])]
 
 
-def _model(given: str | None, opened: list[Dataset]) -> str:
-    """The model given, or the bundled one on scenes.
+def _model(given: str | None, pretrained: str | None, opened: list[Dataset]) -> tuple[str, str | None]:
+    """The model given and its weights, or the bundled one on scenes.
 
     Raises:
         ValueError: no model is given for photographs, of which the bundled one knows nothing.
@@ -266,7 +270,9 @@ def _model(given: str | None, opened: list[Dataset]) -> str:
             f"{', '.join(photographs)}: give a --model that knows photographs, such as --model ViT-B-16-quickgelu "
             f"--pretrained openai. The bundled one knows drawn scenes only; --model {TINY} scores it all the same"
         )
-    return given or TINY
+    from rfclip.towers.loading import find_model
+
+    return find_model(given or TINY, pretrained)
 
 
 def _name_lists(

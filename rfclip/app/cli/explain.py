@@ -22,7 +22,8 @@ def explain(
     ] = None,
     layers: Annotated[str | None, typer.Option(help='Blocks to show, from 1: "3,6,9"; four by default.')] = None,
     classes: Annotated[
-        list[str] | None, typer.Option(help=f"As for segment; by default those of {TINY}, and none for other models.")
+        list[str] | None,
+        typer.Option("--classes", "-c", help=f"As for segment; by default those of {TINY}, and none for other models."),
     ] = None,
     method: Annotated[str, typer.Option(help="What segments: rf-clip, or released, the authors' own code.")] = RF_CLIP,
     protocol: common.ProtocolName = OWN,
@@ -32,7 +33,7 @@ def explain(
     backend: common.Backend = "auto",
     config: common.Config = None,
     inject_distraction: common.Inject = 0.0,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("rfclip-explained"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("rfclip-explained"),
     overwrite: common.Overwrite = False,
 ) -> None:
     """Show what refocusing changes in pictures: PNG figures and an HTML report for each, and a profile over all."""
@@ -43,8 +44,10 @@ def explain(
         found = [(file, result.with_name(result.name.rstrip(" .") or "_")) for file, result in found]
         found, clashing = common.distinct(found)
         failed += clashing
+        from rfclip.segment.classes import parse_lists
+
         places, numbers = _places(points or []), _numbers(layers)
-        names = common.given_once("--classes", classes) if classes else None
+        names = (classes[0] if len(classes) == 1 else parse_lists(classes)) if classes else None
         if method not in (RF_CLIP, "released"):
             raise ValueError(f"--method {method}: expected {RF_CLIP} or released")
         find_protocol(protocol, method)
@@ -53,7 +56,6 @@ def explain(
         from rfclip import simulated_distraction
         from rfclip.explanation import explain as look
         from rfclip.explanation import figures
-        from rfclip.towers.loading import load_tokenizer
 
         found = _without_results(found, out, set(figures.CAPTIONS))
         clip, refocusing = common.load(model, pretrained, device, given, ["rf-clip"])
@@ -76,7 +78,6 @@ def explain(
                             method=method,
                             protocol=protocol,
                             backend=backend,
-                            tokenizer=load_tokenizer(model),
                         )
                     pictures = {name: figures.png(figure) for name, figure in figures.draw(seen).items()}
                     facts = {

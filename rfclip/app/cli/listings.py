@@ -1,4 +1,4 @@
-"""`rfclip info`, `rfclip models` and `rfclip methods`."""
+"""`rfclip models` and `rfclip methods`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 from rich.table import Column, Table
 
-from rfclip import __version__
 from rfclip.app.cli import common
 from rfclip.config import PRESETS, TINY, plain_name
 
@@ -17,51 +16,27 @@ CAPTION = (
 )
 
 
-def info(device: common.Device = "cpu", backend: common.Backend = "auto") -> None:
-    """Say what is installed, which backend runs on a device, and why."""
-    with common.clear_errors():
-        from importlib.metadata import PackageNotFoundError, version
-        from platform import platform, python_version
-
-        import torch
-
-        from rfclip.ops import choose
-        from rfclip.ops.dispatch import backend as find_backend
-
-        table = Table(show_header=False)
-        table.add_row("rfclip", __version__)
-        for package in ("torch", "triton", "open_clip_torch"):
-            try:
-                table.add_row(package, version(package))
-            except PackageNotFoundError:
-                table.add_row(package, "not installed")
-        table.add_row("python", f"{python_version()}, {platform()}")
-        gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        table.add_row("GPUs", ", ".join(gpus) or "none that PyTorch can use")
-        chosen = choose(backend, common.available(device), torch.float32)
-        table.add_row(f"backend on {device}", f"{chosen.backend}: {chosen.reason}")
-        borrowed = find_backend(chosen.backend).borrowed
-        table.add_row("operations it takes from the reference", ", ".join(borrowed) or "none")
-        common.out_console.print(table)
-
-
-def models() -> None:
+def models(as_json: common.Json = False) -> None:
     """List the models that can be refocused, with the tags of their weights."""
     import open_clip
 
     from rfclip.towers.hugging_face import HUGGING_FACE
     from rfclip.towers.open_clip import can_refocus
 
+    tags_of = {name: open_clip.list_pretrained_tags_by_model(name) for name in open_clip.list_models()}
+    tags_of = {name: tags for name, tags in tags_of.items() if tags and can_refocus(name)}
+    known_for = {name: [tag for tag in tags if (plain_name(name), tag) in PRESETS] for name, tags in tags_of.items()}
+    if as_json:
+        listed = [{"model": name, "weights": tags_of[name], "known for": known_for[name]} for name in tags_of]
+        common.answer_json([{"model": TINY, "weights": [], "known for": []}, *listed])
+        return
     # At 80 columns, names and tags are complete; in a narrower terminal they are folded, not cut off.
     folded = (Column(header, overflow="fold") for header in ("model", "weights"))
     table = Table(*folded, Column("distraction dimensions", max_width=12))
     table.add_row(TINY, "bundled", "known")
-    for name in open_clip.list_models():
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if not tags or not can_refocus(name):
-            continue
-        preset = (plain_name(name), "openai") in PRESETS and "openai" in tags
-        table.add_row(name, ", ".join(tags), "known for openai, else calibrate" if preset else "calibrate")
+    for name, tags in tags_of.items():
+        known = ", ".join(known_for[name])
+        table.add_row(name, ", ".join(tags), f"known for {known}, else calibrate" if known else "calibrate")
     known = ", ".join(name.removeprefix(HUGGING_FACE) for name, _ in PRESETS if name.startswith(HUGGING_FACE))
     table.add_row(f"{HUGGING_FACE}NAME", f"{known}, other CLIPModels on the hub, or a folder", "known for these two")
     common.out_console.print(table)
@@ -71,11 +46,25 @@ def methods(
     on: Annotated[
         str | None, typer.Option(metavar="DATASET", help="Show the protocols that apply to this dataset.")
     ] = None,
+    as_json: common.Json = False,
 ) -> None:
     """List the methods: their sources, and how they see a picture, in pixels for a tower trained at 224."""
     with common.clear_errors():
+        from dataclasses import asdict
+
         from rfclip.methods import COMMON, METHODS, Protocol
 
+        if as_json:
+            shown = {name: card.protocol for name, card in METHODS.items()} | {COMMON: Protocol()}
+            shown = shown if on is None else {name: protocol.on(on) for name, protocol in shown.items()}
+            sources = {name: card.source for name, card in METHODS.items()}
+            common.answer_json(
+                [
+                    {"method": name, "source": sources.get(name), "protocol": asdict(protocol)}
+                    for name, protocol in shown.items()
+                ]
+            )
+            return
         heads = (Column(head, no_wrap=True) for head in ("method", "side", "window", "scale", "cut"))
         table = Table(*heads, "source, and what else its protocol does", caption=CAPTION, caption_justify="left")
         rows = [(name, card.source, card.protocol) for name, card in METHODS.items()]

@@ -11,7 +11,7 @@ import typer
 
 from rfclip.app.cli import common
 from rfclip.app.folder import temporary_folder
-from rfclip.config import TINY, canonical_name
+from rfclip.config import TINY
 from rfclip.extras import require
 from rfclip.methods import OWN, RF_CLIP, find_protocol
 
@@ -47,10 +47,10 @@ def serve(
         os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         from rfclip.app import serve as page
-        from rfclip.towers.loading import check_model
+        from rfclip.towers.loading import check_model, find_model
 
         common.available(device)
-        name = canonical_name(model)
+        name, pretrained = find_model(model, pretrained)
         if name != TINY:
             check_model(name, pretrained)
         jobs = page.choices(name, pretrained, refocusing, device, backend, protocol)
