@@ -51,7 +51,7 @@ def check_vectors(got, similarity, tolerance):
 GRIDS = [((1, 2), torch.bfloat16), ((3, 3), torch.float16), ((5, 7), torch.float16), ((1, 32), torch.bfloat16)]
 
 
-@pytest.mark.parametrize(("grid", "dtype"), [*GRIDS, ((10, 13), torch.float32), ((15, 20), torch.float32)], ids=str)
+@pytest.mark.parametrize(("grid", "dtype"), [*GRIDS, ((10, 13), torch.float32), ((13, 20), torch.float32)], ids=str)
 def test_fiedler_vector(grid, dtype):
     S = clusters(2, grid, dtype)
     values = eigenvalues(S)
@@ -144,7 +144,7 @@ def test_the_cuts_of_a_tower(grid):
     drifting = randn(2, 1, N + 1, 16, seed=0, spread=0.6)
     drifting[:, :, : 1 + N // 3, 0] += 2
     drifting[:, :, 1 + N // 3 :, 1] += 2
-    for block in range(5):
+    for block in range(4):
         keys = (drifting + 0.4 * randn(2, 1, N + 1, 16, seed=block + 1)).half()
         normalizers = rfclip_kernels.key_normalizers(keys)
         average = rfclip_kernels.key_affinity(keys, normalizers, average, block, inplace=True)

@@ -16,11 +16,11 @@ WINDOWS = {  # K, patch grid, window, size, corners
     "tiles along every axis": (
         9,
         (2, 1),
-        (3, 3),
+        (3, 70),
         (4, 131),
-        [(top, min(3 * i, 128)) for i in range(44) for top in (0, 1)],
+        [(top, left) for left in (0, 30, 61) for top in (0, 1)],
     ),
-    "wider than a block": (1, (2, 3), (130, 130), (130, 140), [(0, 0), (0, 10)]),
+    "wider than a block": (1, (2, 3), (3, 130), (3, 140), [(0, 0), (0, 10)]),
     "taller than wide": (2, (3, 2), (9, 4), (11, 7), [(0, 0), (2, 3), (2, 0), (0, 3)]),
     "wider than tall": (3, (2, 5), (4, 11), (4, 11), [(0, 0)]),
 }
