@@ -81,7 +81,7 @@ $(READY): pyproject.toml Makefile tools/environment.py tools/requirements-torch.
 
 $(OLDEST)/ready: pyproject.toml $(READY)
 	$(BIN)/uv venv --quiet --clear --python $(OLDEST_PYTHON) $(OLDEST)
-	$(BIN)/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct --editable ".[evaluate,explain,parquet,transformers,test]"
+	$(BIN)/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct --editable ".[evaluate,explain,parquet,results,transformers,test]"
 	touch $@
 
 clean:
