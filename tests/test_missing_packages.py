@@ -33,6 +33,7 @@ with rfclip.refocus(model):
 """
 
 WITHOUT_TRITON = """
+ASKED = ("--classes", "dog", "--model", "rfclip-tiny")
 from rfclip import reference
 from rfclip.ops import choose
 
@@ -44,7 +45,7 @@ for device in ("cpu", "cuda"):
         assert 'backend="triton": Triton is not installed; use backend="eager", or "auto"' in str(error), error
     else:
         raise AssertionError("not refused")
-assert "Triton is not installed" in run(2, "segment", "scene.png", "--classes", "dog", "--backend", "triton")
+assert "Triton is not installed" in run(2, "segment", "scene.png", *ASKED, "--backend", "triton")
 assert "eager: Triton is not installed" in run(0, "info")
 try:
     rfclip_kernels.refocused_attention

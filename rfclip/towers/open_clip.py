@@ -203,7 +203,7 @@ def _weights_of(name: str, pretrained: str | None) -> Path:
         raise ConnectionError(
             f"the weights of {name!r} ({pretrained!r}) could not be downloaded: {first_line(error)}\n"
             "This needs a network once; later runs use the copy on disk. Without one, pass --pretrained the path "
-            f"of weights saved as safetensors, or use the bundled model, {TINY} (the default)."
+            f"of weights saved as safetensors, or use the bundled model, {TINY}."
         ) from error
     _check_safe(Path(weights))
     return Path(weights)

@@ -78,8 +78,8 @@ def test_a_killed_worker_of_shards(tmp_path, pictures, segmenter, masks, ray, wh
     same(read_masks(tmp_path), masks)
 
 
-def test_a_killed_worker_of_files(tmp_path, pictures, masks, ray):
-    record = {"classes": [], "threshold": None}
+def test_a_killed_worker_of_files(tmp_path, pictures, segmenter, masks, ray):
+    record = described(JOB, segmenter, NAMES, None)
     worker = partial(mortal(Writer, tmp_path / "died", "after"), JOB, NAMES, record)
     tasks, skipped, failed = plan_files(pictures, tmp_path, record, False)
     assert (skipped, failed) == (0, [])
@@ -135,7 +135,8 @@ def test_commands_on_ray(tmp_path, monkeypatch, pictures, masks, ray):
     monkeypatch.chdir(tmp_path)
     Path("bad.png").write_bytes(b"no picture")
     folder = pictures[0][0].parent
-    ask = ("segment", folder, "bad.png", "--classes", "dog, cat; grass; sky; gnu", "--engine", "ray", "--workers", 2)
+    ask = ("segment", folder, "bad.png", "--classes", "dog, cat; grass; sky; gnu", "--model", TINY)
+    ask += ("--engine", "ray", "--workers", 2)
     for extra in (("--out", "files"), ("--out", "shards", "--format", "parquet")):
         result = run(*ask, *extra)
         assert result.exit_code == 1, result.output
@@ -258,7 +259,7 @@ def test_a_command_that_is_told_to_end(tmp_path, pictures, request, engine):
     cluster = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address} if ray else {}
     ask = ["segment", *(str(path) for path, _ in pictures), "--classes", "cat, dog", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "rfclip", *ask, "--engine", engine],
+        [sys.executable, "-m", "rfclip", *ask, "--model", TINY, "--engine", engine],
         env=os.environ | cluster,
         stderr=subprocess.PIPE,
         text=True,
