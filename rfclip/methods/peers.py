@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -49,12 +50,15 @@ class NACLIP(Method):
 
     def tokens(self, patches: Tensor) -> Tensor:
         _, (_, k, v) = self.last(patches)
-        down, right = (
-            torch.arange(1 - side, side, dtype=computing_dtype(k), device=k.device) for side in patches.shape[2:]
-        )
-        bias = torch.exp(-(down[:, None].square() + right.square()) / (2 * 5**2))
+        bias = distance_bias(k, patches.shape[2:])
         prefix = self.tower.prefix
         return self.tower.blocks[-1].project(self.ops.self_attention(k, v, bias, prefix=prefix))[:, prefix:]
+
+
+def distance_bias(k: Tensor, grid: Sequence[int]) -> Tensor:
+    """G by the offset of two patches on a grid, as `self_attention` takes it, for keys k."""
+    down, right = (torch.arange(1 - side, side, dtype=computing_dtype(k), device=k.device) for side in grid)
+    return torch.exp(-(down[:, None].square() + right.square()) / (2 * 5**2))
 
 
 class AreaRule(Rule):

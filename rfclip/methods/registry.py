@@ -136,6 +136,10 @@ class MethodCard:
 RF_CLIP = "rf-clip"  # the default method
 OWN, COMMON = "own", "common"  # protocols: each method's, and RF-CLIP's for all
 _AREA: dict[str, Any] = {"rule": "peers:AreaRule", "options": {"share": 0.1}}
+_WHOLE_VOC = Protocol(
+    resizing="mmcv",
+    datasets={"cityscapes": {"short_side": 560}, "voc20": {"window": None}, "voc21": {"window": None}},
+)
 _PAPER = "Target Refocusing via Attention Redistribution, AAAI 2026"
 
 
@@ -260,6 +264,34 @@ METHODS: dict[str, MethodCard] = {
                 rule="cliptrase:Regions",
                 datasets={"voc20": {"rule": "cliptrase:RegionsByPicture"}},
             ),
+        ),
+        MethodCard(
+            "resclip-rcs",
+            "resclip:ResidualCrossAttention",
+            "Yang et al., CVPR 2025",
+            _WHOLE_VOC,
+            blocks=9,
+            beyond="four more attentions in the last block",
+        ),
+        MethodCard("pearl", "pearl:PEARL", "Pei et al., CVPR 2026", _WHOLE_VOC),
+        MethodCard(
+            "itaclip",
+            "itaclip:ITACLIP",
+            "Aydin et al., CVPR Workshops 2025",
+            Protocol(
+                stride=28,
+                resizing="mmcv",
+                pamr=True,
+                datasets={
+                    "cityscapes": {"short_side": 560},
+                    "coco_stuff": {"short_side": 448},
+                    "voc21": {"logit_scale": 60.0, **_AREA},
+                    "context60": {"logit_scale": 55.0},
+                    "coco_object": {"logit_scale": 50.0},
+                },
+            ),
+            blocks=11,
+            beyond="seven more attentions in the last block",
         ),
         MethodCard(
             "sc-clip",

@@ -65,6 +65,20 @@ TABLE = {
             "voc21": WHOLE | {"rule": "peers:AtOnce"},
         },
     ),
+    **dict.fromkeys(
+        ("resclip-rcs", "pearl"),
+        ({"resizing": "mmcv"}, {"cityscapes": {"short_side": 560}, "voc20": WHOLE, "voc21": WHOLE}),
+    ),
+    "itaclip": (
+        {"resizing": "mmcv", "stride": 28, "pamr": True},
+        {
+            "cityscapes": {"short_side": 560},
+            "coco_stuff": {"short_side": 448},
+            "voc21": {"logit_scale": 60, **AREA},
+            "context60": {"logit_scale": 55},
+            "coco_object": {"logit_scale": 50},
+        },
+    ),
     "clearclip": (
         {"resizing": "mmcv", "short_side": 448, "window": 448, "stride": 224, "logit_scale": 50, "padding": "patch"}
         | {"threshold": 0.5},

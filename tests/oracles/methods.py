@@ -88,12 +88,55 @@ def clearclip(p):
 
 def naclip(p):
     q, k, v = p.qkv(p.L, p.F[p.L - 1])
+    return p.out(p.L, softmax(k @ k.transpose(0, 2, 1) / k.shape[-1] ** 0.5 + distances(p)) @ v)
+
+
+def distances(p):
     places = [(r, c) for r in range(p.grid[0]) for c in range(p.grid[1])]
     G = np.zeros((len(places) + 1, len(places) + 1))
     for i, a in enumerate(places, 1):
         for j, b in enumerate(places, 1):
             G[i, j] = np.exp(-((a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2) / 50)
-    return p.out(p.L, softmax(k @ k.transpose(0, 2, 1) / k.shape[-1] ** 0.5 + G) @ v)
+    return G
+
+
+def resclip_rcs(p):
+    q, k, v = p.qkv(p.L, p.F[p.L - 1])
+    R = 0
+    for n in (6, 7, 8, 9):
+        a, b, _ = p.qkv(n, p.F[n - 1])
+        R = R + softmax(a @ b.transpose(0, 2, 1) / a.shape[-1] ** 0.5) / 4
+    A = 2 * (0.7 * softmax(k @ k.transpose(0, 2, 1) / k.shape[-1] ** 0.5 + distances(p)) + 0.3 * R)
+    return p.out(p.L, A @ v)
+
+
+def pearl(p):
+    """By the paper's own logits, not by changed queries."""
+    q, k, v = p.qkv(p.L, p.F[p.L - 1])
+    heads = []
+    for Q, K, V in zip(q, k, v, strict=True):
+        w = np.linalg.norm(Q, axis=1)
+        w[0] = 0
+        w = w / (w.sum() + 1e-6)
+        C = (K - w @ K).T @ (Q - w @ Q)
+        c = np.linalg.norm(C.T @ C)
+        Y, Z = C.T @ C / c + 1e-6 * np.eye(len(C)), np.eye(len(C))
+        for _ in range(5):
+            step = (3 * np.eye(len(C)) - Z @ Y) / 2
+            Y, Z = Y @ step, step @ Z
+        centred = K - w @ K
+        S = (Q @ (K @ (C @ Z / c**0.5)).T + 0.08 * centred @ centred.T) / Q.shape[1] ** 0.5
+        heads.append(softmax(S) @ V)
+    return p.out(p.L, np.stack(heads))
+
+
+def itaclip(p):
+    x = p.F[p.L - 1]
+    A = 0
+    for n, share in ((p.L, 1 / 2), (7, 1 / 6), (8, 1 / 6), (10, 1 / 6)):
+        q, k, _ = p.qkv(n, p.F[n - 1])
+        A = A + share * (SS(q) + SS(k))
+    return x + p.out(p.L, A @ p.qkv(p.L, x)[2])
 
 
 def clip_surgery(p):
@@ -213,6 +256,9 @@ FORMULAS = {
     "sclip": sclip,
     "clearclip": clearclip,
     "naclip": naclip,
+    "resclip-rcs": resclip_rcs,
+    "pearl": pearl,
+    "itaclip": itaclip,
     "gem": gem,
     "clip-surgery": clip_surgery,
     "cliptrase": cliptrase,

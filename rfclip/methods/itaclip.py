@@ -1,0 +1,32 @@
+"""ITACLIP's attention: self-attention of four blocks in the last one."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rfclip.methods.base import Method
+
+
+class ITACLIP(Method):
+    """z = x[L] + O(A v), A = A_L / 2 + (A_7 + A_8 + A_10) / 6, where A_l = SS(q[l]) + SS(k[l]); no MLP.
+
+    The mean over views of the picture (gray, blurred, flipped) that its authors add, and the definitions by a language
+    model, are not built here.
+    """
+
+    blocks = (7, 8, 10)
+
+    def tokens(self, patches: Tensor) -> Tensor:
+        kept = []
+        for number, (_, x, (q, k, v)) in enumerate(self.inputs(patches), 1):  # noqa: B007  the last ones count
+            if number in self.blocks:
+                kept.append((q, k))
+        prefix = self.tower.prefix
+
+        def gathered(q: Tensor, k: Tensor) -> Tensor:
+            return self.ops.self_attention(q, v, prefix=prefix) + self.ops.self_attention(k, v, prefix=prefix)
+
+        heads = gathered(q, k) / 2
+        for q, k in kept:
+            heads = heads + gathered(q, k) / (2 * len(kept))
+        return (x + self.tower.blocks[-1].project(heads))[:, prefix:]
