@@ -7,12 +7,10 @@ import pytest
 import torch
 from helpers import assert_close
 
+from rfclip.ops.selftest import TOLERANCE
 from rfclip_kernels.launch import interpreted
 
 DEVICE = "cpu" if interpreted() else "cuda"  # where the kernels run
-
-# The largest relative RMS error allowed against float64 on the same rounded inputs.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 GUARD = 64  # bytes on either side of a buffer that a kernel writes
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))

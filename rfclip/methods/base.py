@@ -9,7 +9,7 @@ embeddings are resized by `rfclip.towers` in the same way for all methods but `r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -129,6 +129,12 @@ class Method:
 
     def last(self, patches: Tensor) -> tuple[Tensor, QKV]:
         """x[L], in most methods that of the plain tower, and its q, k and v."""
-        for _, x, qkv in self.inputs(patches):  # noqa: B007  only the last ones count
-            pass
-        return x, qkv
+        return self.last_and(patches, ())[:2]
+
+    def last_and(self, patches: Tensor, numbers: Collection[int]) -> tuple[Tensor, QKV, list[tuple[Tensor, Tensor]]]:
+        """The same, and q and k of earlier blocks, numbered from 1."""
+        earlier = []
+        for number, (_, x, qkv) in enumerate(self.inputs(patches), 1):  # noqa: B007  only the last ones count
+            if number in numbers:
+                earlier.append(qkv[:2])
+        return x, qkv, earlier

@@ -17,16 +17,13 @@ class ITACLIP(Method):
     blocks = (7, 8, 10)
 
     def tokens(self, patches: Tensor) -> Tensor:
-        kept = []
-        for number, (_, x, (q, k, v)) in enumerate(self.inputs(patches), 1):  # noqa: B007  the last ones count
-            if number in self.blocks:
-                kept.append((q, k))
+        x, (q, k, v), earlier = self.last_and(patches, self.blocks)
         prefix = self.tower.prefix
 
         def gathered(q: Tensor, k: Tensor) -> Tensor:
             return self.ops.self_attention(q, v, prefix=prefix) + self.ops.self_attention(k, v, prefix=prefix)
 
         heads = gathered(q, k) / 2
-        for q, k in kept:
-            heads = heads + gathered(q, k) / (2 * len(kept))
+        for q, k in earlier:
+            heads = heads + gathered(q, k) / (2 * len(earlier))
         return (x + self.tower.blocks[-1].project(heads))[:, prefix:]

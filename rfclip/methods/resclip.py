@@ -20,12 +20,9 @@ class ResidualCrossAttention(Method):
     share = 0.3
 
     def tokens(self, patches: Tensor) -> Tensor:
-        earlier = []
-        for number, (_, _, (q, k, v)) in enumerate(self.inputs(patches), 1):  # noqa: B007  the last v counts
-            if number in self.blocks:
-                earlier.append((q, k))
+        _, (_, k, v), earlier = self.last_and(patches, self.blocks)
         prefix = self.tower.prefix
         own = self.ops.self_attention(k, v, distance_bias(k, patches.shape[2:]), prefix=prefix)
-        residue = sum(F.scaled_dot_product_attention(q, k, v) for q, k in earlier) / len(earlier)
+        residue = sum(F.scaled_dot_product_attention(q, key, v) for q, key in earlier) / len(earlier)
         gathered = 2 * ((1 - self.share) * own + self.share * residue)
         return self.tower.blocks[-1].project(gathered)[:, prefix:]

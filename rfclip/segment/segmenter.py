@@ -264,23 +264,18 @@ class Segmenter:
         Warns:
             UserWarning: the bundled CLIP is asked for names that it does not know, or for a picture that is no scene.
         """
-        single = is_image(image) or not isinstance(image, Iterable)  # what is neither, `to_rgb` refuses
-        images = cast(Iterable[ImageLike], [image] if single else image)
-        found: Iterable[Segmentation] = self.stream(
-            images,
-            classes,
-            threshold=threshold,
-            probabilities=probabilities,
-            pamr=pamr,
-            background=background,
-        )
+        options: dict[str, Any] = {"threshold": threshold, "probabilities": probabilities, "pamr": pamr}
+        if is_image(image) or not isinstance(image, Iterable):  # what is neither, `to_rgb` refuses
+            named = self._named(classes, background)
+            return self.segment(to_rgb(cast(ImageLike, image)), named, confidence=True, **options)
+        found: Iterable[Segmentation] = self.stream(image, classes, background=background, **options)
         if progress:
             from rich.console import Console
             from rich.progress import track
 
-            total = len(images) if isinstance(images, Sized) else None
+            total = len(image) if isinstance(image, Sized) else None
             found = track(found, "segmenting", total, console=Console(stderr=True))
-        return next(iter(found)) if single else list(found)
+        return list(found)
 
     def stream(
         self,
@@ -303,16 +298,22 @@ class Segmenter:
         Raises:
             ValueError, RuntimeError: as a call does; the results before that of a bad image are given first.
         """
-        named = self.with_background(parse_classes(classes), background)
-        self.check_names(named)
+        named = self._named(classes, background)
         self._check_call(threshold)
-        listed = self._upload(named)
+        names = self._upload(named)
+        options: dict[str, Any] = {"threshold": threshold, "probabilities": probabilities, "pamr": pamr}
 
         def results() -> Iterator[Segmentation]:
-            for seen in self._together(images, len(listed.text)):
-                yield from (found for (found,) in self._segmented(seen, [named], threshold, probabilities, True, pamr))
+            for seen in self._together(images, len(names.text)):
+                yield from (found for (found,) in self._segmented(seen, [named], [names], confidence=True, **options))
 
         return results()
+
+    def _named(self, classes: Classes, background: bool | None) -> ClassNames:
+        """The names of each class as a user gives them."""
+        named = self.with_background(parse_classes(classes), background)
+        self.check_names(named)
+        return named
 
     @torch.inference_mode()
     def segment(
@@ -345,7 +346,8 @@ class Segmenter:
     ) -> list[Segmentation]:
         """`segment` for several lists of names, which share one pass of the picture through the tower."""
         self._check_call(threshold)
-        return self._segmented([self._see(rgb)], lists, threshold, probabilities, confidence, pamr)[0]
+        options: dict[str, Any] = {"threshold": threshold, "probabilities": probabilities, "confidence": confidence}
+        return self._segmented([self._see(rgb)], lists, list(map(self._upload, lists)), pamr=pamr, **options)[0]
 
     def _check_call(self, threshold: float | None) -> None:
         if installed(self.model) is not self._method:
@@ -364,7 +366,8 @@ class Segmenter:
             except (ValueError, OSError) as error:
                 if seen:
                     yield seen
-                raise type(error)(f"image {number}: {error}") from error
+                kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+                raise kind(f"image {number}: {error}") from error
             seen.append(self._see(rgb))
             windows += len(seen[-1].corners)
             if windows >= self._batch(seen[-1].size, names):
@@ -378,13 +381,14 @@ class Segmenter:
         self,
         pictures: Sequence[Seen],
         lists: Sequence[ClassNames],
+        names: Sequence[Names],
+        *,
         threshold: float | None,
         probabilities: bool,
         confidence: bool,
         pamr: bool | None,
     ) -> list[list[Segmentation]]:
-        """For each picture, the result by each list of names."""
-        names = [self._upload(named) for named in lists]
+        """For each picture, the result by each list of names, which are on the device."""
         pamr = self.protocol.pamr if pamr is None else pamr
         found: list[list[Segmentation]] = []
         for seen, of_lists in zip(pictures, self._logits(pictures, names), strict=True):

@@ -81,6 +81,8 @@ def test_a_bad_picture_is_named(model, pictures):
             next(results)
         with pytest.raises(FileNotFoundError, match="image 1: no such image: gone.png"):
             segmenter([pictures[0], "gone.png"], NAMES)
+        with pytest.raises(FileNotFoundError, match="^no such image: gone.png"):
+            segmenter("gone.png", NAMES)
         with pytest.raises(ValueError, match="give a Segmenter a list of them"):
             segmenter(np.zeros((2, 8, 8, 3), np.uint8), NAMES)
         with pytest.raises(ValueError, match="got an object of class int"):
