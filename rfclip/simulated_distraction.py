@@ -40,6 +40,7 @@ def inject_distraction(model: nn.Module, share: float, *, strength: float = 40.0
     if not 0 <= share <= 1:
         raise ValueError(f"inject={share}: expected a share of the patch tokens, from 0 to 1")
     tower = read_tower(model)
+    tower.check_refocusable("simulated distraction")
     middle = tower.blocks[len(tower.blocks) // 2 - 1]
     stream: list[Tensor] = []
 

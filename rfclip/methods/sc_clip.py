@@ -9,6 +9,7 @@ from rfclip.methods.base import Method
 from rfclip.methods.cosines import cosines, positive_softmax
 from rfclip.ops.numerics import computing_dtype, matmul
 from rfclip.ops.reference import neighbour_sum
+from rfclip.towers import Block
 
 
 class SCCLIP(Method):
@@ -38,11 +39,12 @@ class SCCLIP(Method):
         W2 = _smoothing(cosines(kept[4]))
         P = positive_softmax(3 * (W1 - W1.mean(dim=(1, 2), keepdim=True)))
         X = matmul(_smoothing(W1), _mend(x[:, prefix:], outliers, grid)).to(x.dtype)
-        return matmul(W2, self._guided(X, x[:, :1], P) + self._guided(Y[:, prefix:], Y[:, :1], P)).to(x.dtype)
+        last = self.tower.blocks_on(grid)[-1]
+        guided = self._guided(last, X, x[:, :1], P) + self._guided(last, Y[:, prefix:], Y[:, :1], P)
+        return matmul(W2, guided).to(x.dtype)
 
-    def _guided(self, x: Tensor, cls: Tensor, P: Tensor) -> Tensor:
-        """G of patches x [B, N, d] and a class token [B, 1, d]."""
-        last = self.tower.blocks[-1]
+    def _guided(self, last: Block, x: Tensor, cls: Tensor, P: Tensor) -> Tensor:
+        """G of patches x [B, N, d] and a class token [B, 1, d], in the last block."""
         k, v = last.key_value(last.ln_1(x))
         own = self.ops.self_attention(k, v, prefix=0)
         return last.project((matmul(P[:, None], v).to(v.dtype) + own) / 2) + 0.3 * cls

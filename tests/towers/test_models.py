@@ -1,4 +1,4 @@
-"""Models by name: loading them, and every model that open_clip lists, of which those that can be refocused are."""
+"""Models by name: loading them, and every model that open_clip lists, refocused, read or refused as its use says."""
 
 import json
 import re
@@ -18,13 +18,13 @@ from torch import nn
 
 import rfclip
 from rfclip import RefocusConfig, Segmenter
-from rfclip.towers import read_tower
+from rfclip.towers import read_tower, use_of
 from rfclip.towers.loading import find_model, load_model, tiny_folder
-from rfclip.towers.open_clip import can_refocus
 
 NAMES = open_clip.list_models()
+REFOCUSED = [name for name in NAMES if use_of(name)[0] == "refocus"]
 ALONE = {}  # one name for each kind of tower, whatever its depth and the size of its pictures
-for _name in filter(can_refocus, NAMES):
+for _name in REFOCUSED:
     _vision = open_clip.get_model_config(_name)["vision_cfg"]
     ALONE.setdefault(str({**_vision, "layers": 1, "image_size": 0}), _name)
 
@@ -38,19 +38,24 @@ def image_tower(name, **changes):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_list_tells_what_can_be_refocused(name):
+def test_the_use_of_a_name_is_that_of_its_tower(name):
     if "timm_model_name" in open_clip.get_model_config(name)["vision_cfg"] and Version(version("timm")) < Version(
         "1.0.23"
     ):
         pytest.skip("timm before 1.0.23 cannot make its towers without memory")
     with torch.device("meta"):
         model = image_tower(name)
-    if can_refocus(name):
-        assert len(read_tower(model).blocks) == open_clip.get_model_config(name)["vision_cfg"]["layers"]
-    else:
-        kinds = "TimmModel|ModifiedResNet|pools its tokens by attention"
-        with pytest.raises(ValueError, match=kinds):
+    use, reason = use_of(name)
+    if use == "neither":
+        assert reason
+        with pytest.raises(ValueError, match="TimmModel around timm's .*, which cannot be read"):
             read_tower(model)
+        return
+    tower = read_tower(model)
+    assert tower.reason == reason and (use == "refocus") == (not reason)
+    assert [side // patch for side, patch in zip(tower.image_size, tower.patch_size, strict=True)] == [*tower.grid_size]
+    if use == "refocus":
+        assert len(tower.blocks) == open_clip.get_model_config(name)["vision_cfg"]["layers"]
 
 
 @pytest.mark.parametrize("source", ["openai", "laion2b", "laion400m", "datacomp", "dfn", "metaclip"])
@@ -58,7 +63,7 @@ def test_the_checkpoints_of_standard_towers(source):
     """Every checkpoint of these sources for a plain ViT belongs to a tower that can be refocused."""
     found = [name for name, tag in open_clip.list_pretrained() if tag.startswith(source) and name.startswith("ViT-")]
     assert found
-    assert [name for name in found if not can_refocus(name)] == []
+    assert [name for name in found if name not in REFOCUSED] == []
 
 
 @pytest.mark.parametrize("name", ALONE.values())
@@ -164,8 +169,8 @@ def test_models_and_weights_that_do_not_exist(tmp_path):
         rfclip.load_model("ViT-B-16", "nonsense")
     with pytest.raises(ValueError, match="needs pretrained weights: one of openai,"):
         rfclip.load_model("ViT-B-16")
-    with pytest.raises(ValueError, match="RN50 cannot be refocused; rfclip works with"):
-        rfclip.load_model("RN50", "openai")
+    with pytest.raises(ValueError, match="convnext_base cannot be read: a ConvNeXt has no .*; rfclip works with"):
+        rfclip.load_model("convnext_base", "laion400m_s13b_b51k")
     with pytest.raises(ValueError, match="no such folder"):
         rfclip.load_model(f"local-dir:{tmp_path}/nowhere")
     with pytest.raises(ValueError, match="'dfn2b' are not known.*rfclip calibrate"):
