@@ -166,7 +166,7 @@ class Tower:
 
     @classmethod
     def tokenizer(cls, name: str) -> Callable[[list[str]], Tensor] | None:
-        """The tokenizer of a model; None if it has CLIP's vocabulary."""
+        """The tokenizer of a model; None if it has CLIP's vocabulary. ConnectionError if it cannot be downloaded."""
         raise NotImplementedError
 
     # The tower

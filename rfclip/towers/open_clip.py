@@ -16,6 +16,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from rfclip.config import TINY
+from rfclip.extras import require
 from rfclip.towers.base import SUPPORTED, Block, Tower, first_line, is_plain, steps
 from rfclip.towers.bounds import Bounded
 from rfclip.towers.uses import use_of
@@ -75,6 +76,9 @@ class OpenCLIPTower(Tower):
         use, reason = use_of(name)
         if use == "neither":
             raise ValueError(f"{name} cannot be read: {reason}; {SUPPORTED}")
+        text = open_clip.get_model_config(name).get("text_cfg", {})
+        if text.get("hf_tokenizer_name") or text.get("hf_model_name"):
+            require(name, "transformers", "transformers")
         tags = open_clip.list_pretrained_tags_by_model(name)
         if pretrained is None:
             raise ValueError(f"{name} needs pretrained weights: one of {', '.join(tags) or 'none is known'}, or a path")
@@ -111,7 +115,13 @@ class OpenCLIPTower(Tower):
 
     @classmethod
     def tokenizer(cls, name: str) -> Callable[[list[str]], Tensor] | None:
-        return open_clip.get_tokenizer(name)
+        try:
+            return open_clip.get_tokenizer(name)
+        except OSError as error:  # transformers' own, for a tokenizer of the hub
+            raise ConnectionError(
+                f"the tokenizer of {name!r} could not be downloaded: {first_line(error)}\n"
+                "This needs a network once; later runs use the copy on disk."
+            ) from error
 
     def __init__(self, model: Any) -> None:
         visual = model.visual
