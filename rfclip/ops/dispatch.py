@@ -21,8 +21,14 @@ LAYER_NORMS = {
     "torch.nn.modules.normalization.LayerNorm",
     "open_clip.transformer.LayerNorm",
     "open_clip.transformer.LayerNormFp32",
+    "open_clip.layers.LayerNorm",  # where they are from open_clip 4 on
+    "open_clip.layers.LayerNormFp32",
 }
-QUICK_GELUS = {"open_clip.transformer.QuickGELU", "transformers.activations.QuickGELUActivation"}
+QUICK_GELUS = {
+    "open_clip.transformer.QuickGELU",
+    "open_clip.layers.QuickGELU",
+    "transformers.activations.QuickGELUActivation",
+}
 REFERENCE = {name: getattr(reference, name) for name in OPERATIONS}
 
 
