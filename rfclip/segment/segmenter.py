@@ -100,8 +100,8 @@ class Segmenter:
         cache: folder for text embeddings; None: the user's cache folder; False: no cache on disk.
 
     Raises:
-        ValueError: an argument is out of range, the protocol has other positions than a model refocused already, or as
-            `rfclip.load_model` and `rfclip.refocus`.
+        ValueError: an argument is out of range, the protocol has other positions than a model refocused already, its
+            rule does not go with the method or the model, or as `rfclip.load_model` and `rfclip.refocus`.
     """
 
     def __init__(
@@ -175,6 +175,11 @@ class Segmenter:
         if self._handle is not None:
             running.tower.position_offset = protocol.position_offset
         self._method = running
+        try:
+            self._rule.check(running)
+        except ValueError:
+            self.close()
+            raise
 
     @property
     def backend(self) -> str:
@@ -489,7 +494,7 @@ class Segmenter:
             for start in range(0, len(windows), batch):
                 part = windows[start : start + batch]
                 given = None
-                if method.card.sees_images:
+                if method.card.sees_images or rule.sees_images:
                     cut = (
                         self.windows.images(pictures[number].padded, [pictures[number].corners[window]], tower)
                         for number, window in part
@@ -499,13 +504,12 @@ class Segmenter:
                 tokens = tokens.movedim(-1, 1)  # as they lie in memory
                 seen_by: Tensor | None = None
                 if own:
-                    features, image = method.dense_and_image(tokens, given)
-                    seen_by = F.normalize(image.float(), dim=-1)
+                    dense, image = method.dense_and_image(tokens, given)
+                    features, seen_by = F.normalize(dense.float(), dim=1), F.normalize(image.float(), dim=-1)
                 else:
-                    features = method.dense(tokens, given)
+                    features = rule.look(method, tokens, given)
                     of_pictures = [of_one for number, _ in part if (of_one := images[number]) is not None]
                     seen_by = torch.cat(of_pictures) if of_pictures else None
-                features = F.normalize(features.float(), dim=1)
                 for place, each in enumerate(lists):
                     logits = rule.window(features, seen_by, each.text, each.known)
                     for (number, _), of_window in zip(part, logits, strict=True):
