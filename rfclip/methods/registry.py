@@ -46,6 +46,7 @@ class Protocol:
         refined: where PAMR works: on the picture as "resized", or as "given", its own size.
         rule: what else happens to the logits, as "module:class" within `rfclip.methods`.
         options: the rule's constants.
+        constants: of formulas, by the name of the method they are tuned for, as its class names them.
         datasets: what differs on some datasets, by name.
 
     Raises:
@@ -66,6 +67,7 @@ class Protocol:
     refined: Literal["resized", "given"] = "resized"
     rule: str = "rule:Rule"
     options: Mapping[str, Any] = field(default_factory=dict)
+    constants: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     datasets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"cityscapes": {"short_side": 560}})
 
     def __post_init__(self) -> None:

@@ -21,7 +21,17 @@ from rfclip.simulated_distraction import inject_distraction
 from rfclip.towers.loading import absolute_names, find_model, load_model
 
 # Of a protocol, what is not stated on its own.
-PROTOCOL = ("resizing", "padding", "position_offset", "imagenet", "templates", "refined", "rule", "options")
+PROTOCOL = (
+    "resizing",
+    "padding",
+    "position_offset",
+    "imagenet",
+    "templates",
+    "refined",
+    "rule",
+    "options",
+    "constants",
+)
 
 
 @dataclass(frozen=True)

@@ -145,10 +145,11 @@ class Segmenter:
             raise ValueError("config, method: this model is already refocused, with its own")
         card = present.card if present else find_method(method or RF_CLIP)
         protocol = protocol or card.protocol
-        if present is not None and protocol.position_offset != present.tower.position_offset:
+        if present is not None and not present.follows(protocol):
             raise ValueError(
                 f"protocol: it resizes position embeddings with an offset of {protocol.position_offset:g}, and this "
-                f"model is refocused with {present.tower.position_offset:g}: give the plain model, and method="
+                f"model is refocused with {present.tower.position_offset:g}, or has other constants than the "
+                f"{present.constants} here: give the plain model, and method="
             )
         self.protocol, self._rule = protocol, protocol.load_rule()
         self._text = TextEmbeddings(
@@ -173,7 +174,7 @@ class Segmenter:
         running = installed(self.tower)
         assert running is not None
         if self._handle is not None:
-            running.tower.position_offset = protocol.position_offset
+            running.follow(protocol)
         self._method = running
         try:
             self._rule.check(running)
