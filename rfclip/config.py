@@ -17,7 +17,7 @@ from rfclip.files import parse_json
 TINY = "rfclip-tiny"  # the small CLIP bundled with the package
 BackendName = Literal["auto", "eager", "reference", "triton"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
-PostName = Literal["none", "pamr"]
+PostName = Literal["none", "pamr", "pearl"]
 BACKENDS: tuple[str, ...] = get_args(BackendName)
 POSTS: tuple[str, ...] = get_args(PostName)  # what may happen to the logits of pixels
 

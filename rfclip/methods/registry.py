@@ -274,7 +274,7 @@ METHODS: dict[str, MethodCard] = {
             blocks=9,
             beyond="four more attentions in the last block",
         ),
-        MethodCard("pearl", "pearl:PEARL", "Pei et al., CVPR 2026", _WHOLE_VOC),
+        MethodCard("pearl", "pearl:PEARL", "Pei et al., CVPR 2026", replace(_WHOLE_VOC, post="pearl")),
         MethodCard(
             "itaclip",
             "itaclip:ITACLIP",

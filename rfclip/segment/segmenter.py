@@ -18,6 +18,7 @@ from rfclip.config import TINY, RefocusConfig, check_post, check_precision, is_f
 from rfclip.datasets.names import ClassNames
 from rfclip.images import ImageLike, is_image, to_rgb
 from rfclip.methods import RF_CLIP, Protocol, find_method
+from rfclip.methods.post import propagate
 from rfclip.plugin import installed, refocus
 from rfclip.segment.classes import GENERAL, Classes, parse_classes, title, with_background
 from rfclip.segment.result import Segmentation
@@ -253,8 +254,9 @@ class Segmenter:
             threshold: pixels whose largest class probability is below it get the class called "background" or, if there
                 is none, the label `Segmentation.nothing`.
             probabilities: also return every class's probability.
-            post: what happens to the logits of pixels, step 9 of the method: "none", or "pamr", which refines them
-                along the picture's edges; None: what the protocol does.
+            post: what happens to the logits of pixels, step 9 of the method: "none"; "pamr", which refines them along
+                the picture's edges; or "pearl", PEARL's propagation (`rfclip.methods.post.propagate`). None: what the
+                protocol does.
             background: add a class "background", made of general names such as sky, wall and road. None: if there is
                 one class, which would otherwise cover every picture whole.
             progress: show a progress bar on the error stream.
@@ -402,7 +404,7 @@ class Segmenter:
             found.append([])
             # One list at a time, since the logits of pixels take far more memory than those of patches.
             for named, listed, logits in zip(lists, names, of_lists, strict=True):
-                averaged = self._averaged(torch.stack(logits), seen, post)
+                averaged = self._averaged(torch.stack(logits), seen, listed.text, post)
                 labels = self._labels(averaged, seen, named, listed.class_of_name, threshold)
                 dense, certain = None, None
                 if probabilities or confidence:
@@ -516,11 +518,11 @@ class Segmenter:
                         parts[number][place].append(of_window)
         return parts
 
-    def _averaged(self, logits: Tensor, seen: Seen, post: str) -> Tensor:
+    def _averaged(self, logits: Tensor, seen: Seen, text: Tensor, post: str) -> Tensor:
         """The logits [K, h, w] in every pixel that is seen from those in the windows' patches, [W, K, gh, gw].
 
-        The size is that of the resized picture, of its patches where the rule goes to pixels at once, or of the picture
-        as given where PAMR refined it there.
+        The size is that of the resized picture, of its patches where the rule goes to pixels at once, of the picture as
+        given where PAMR refined it there, or of the cells that PEARL's propagation works on.
         """
         if not logits.isfinite().all():
             raise ValueError(
@@ -537,7 +539,10 @@ class Segmenter:
         averaged = self._rule.picture(averaged)
         if post == "none":
             return averaged
-        refined = self.windows.seen(rgb.height, rgb.width)[2:] if self.protocol.refined == "given" else (height, width)
+        given = self.windows.seen(rgb.height, rgb.width)[2:]
+        if post == "pearl":
+            return propagate(averaged, x, text, given)
+        refined = given if self.protocol.refined == "given" else (height, width)
         x, averaged = (
             F.interpolate(planes[None], size=refined, mode="bilinear", align_corners=False)[0]
             for planes in (x, averaged)
