@@ -731,25 +731,33 @@ class Operations:
         scale = checks.attention_scale(scale, sizes["D"])
         return self._run["proxy_attention"](keys, v, scale, sizes["prefix"], normalizers)
 
-    def cosine_aggregation(self, guide: Tensor, x: Tensor, cut: float) -> Tensor:
+    def cosine_aggregation(self, guide: Tensor, x: Tensor, cut: float | Tensor, *, gain: float | None = None) -> Tensor:
         """Sum over similar patches, weighted by their cosines: the last block's input in the released code [R].
 
         out[i] = sum of w[i, j] x[j] over the j with w[i, j] >= cut,  w[i, j] = <g[i], g[j]> / (|g[i]| |g[j]|)
 
         Weights are not normalized. A g[i] of zeros has cosines 0. A cosine within rounding of the cut may fall on
-        either side of it.
+        either side of it. With a gain, as attention across windows has it, the patch itself always counts, and
+
+        out[i] = sum of exp(gain w[i, j]) x[j] / sum of exp(gain w[i, j]) over the same j
 
         Args:
             guide: g, patch tokens [B, N, d], any floating-point dtype.
             x: what is summed, [B, N, e] of the same dtype; several tensors share the cosines if they are concatenated.
-            cut: the least cosine that counts; the released code's is 0.4.
+            cut: the least cosine that counts, or one for each image, floating-point [B]; the released code's is 0.4.
+            gain: a factor of at least 0.
 
         Returns:
             A new tensor [B, N, e] of x's dtype.
         """
         sizes = tensor_sizes("guide", guide, "B N d")
         tensor_sizes("x", x, "B N e", sizes, guide.dtype)
-        return self._run["cosine_aggregation"](guide, x, checks.number("cut", cut))
+        if isinstance(cut, Tensor):
+            tensor_sizes("cut", cut, "B", sizes)
+        else:
+            cut = checks.number("cut", cut)
+        gain = gain if gain is None else checks.number("gain", gain, 0)
+        return self._run["cosine_aggregation"](guide, x, cut, gain)
 
     # Step 8: from windows to pixels
 

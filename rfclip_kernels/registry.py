@@ -510,6 +510,13 @@ EXAMPLES = (
         module="released",
         kernels={"cosine_aggregation_kernel": Products(_cosines)},
     ),
+    Example(
+        "cosine_aggregation",
+        lambda s: _aggregated(s) | {"cut": s.scores(s.B) / 10, "gain": 3.0},
+        "gain",
+        module="released",
+        kernels={"cosine_aggregation_kernel": Products(_cosines)},
+    ),
     Example("average_windows", _windows, module="upsample", batched=False),
     Example("class_probabilities", lambda s: _pixels(s) | {"classes": -(-s.names // 3)}, batched=False),
     Example("upsample_argmax", lambda s: _pixels(s) | {"threshold": 0.1}, module="upsample", batched=False),

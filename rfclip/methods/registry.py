@@ -141,6 +141,15 @@ _WHOLE_VOC = Protocol(
     resizing="mmcv",
     datasets={"cityscapes": {"short_side": 560}, "voc20": {"window": None}, "voc21": {"window": None}},
 )
+_SC_CLIP = Protocol(
+    resizing="mmcv",
+    threshold=0.15,
+    datasets={
+        "cityscapes": {"short_side": 560},
+        "voc21": {"logit_scale": 50.0, **_AREA},
+        "coco_object": {"logit_scale": 55.0, "threshold": 0.35},
+    },
+)
 _PAPER = "Target Refocusing via Attention Redistribution, AAAI 2026"
 
 
@@ -294,19 +303,12 @@ METHODS: dict[str, MethodCard] = {
             blocks=11,
             beyond="seven more attentions in the last block",
         ),
+        MethodCard("sc-clip", "sc_clip:SCCLIP", "Bai et al., 2024", _SC_CLIP, blocks=11),
         MethodCard(
-            "sc-clip",
-            "sc_clip:SCCLIP",
-            "Bai et al., 2024",
-            Protocol(
-                resizing="mmcv",
-                threshold=0.15,
-                datasets={
-                    "cityscapes": {"short_side": 560},
-                    "voc21": {"logit_scale": 50.0, **_AREA},
-                    "coco_object": {"logit_scale": 55.0, "threshold": 0.35},
-                },
-            ),
+            "sfp",
+            "sfp:SFP",
+            "Jin et al., ICCV 2025",
+            replace(_SC_CLIP, datasets={**_SC_CLIP.datasets, "ade20k": {"short_side": 384}}),
             blocks=11,
         ),
         MethodCard(

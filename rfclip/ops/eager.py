@@ -383,16 +383,23 @@ def _after_giving(taken: Tensor, given: Tensor, beta: float, prefix: int) -> tup
     return taken - omega, given + omega
 
 
-def cosine_aggregation(guide: Tensor, x: Tensor, cut: float) -> Tensor:
+def cosine_aggregation(guide: Tensor, x: Tensor, cut: float | Tensor, gain: float | None) -> Tensor:
     """Tile by tile."""
     if torch.compiler.is_compiling():
-        return reference.cosine_aggregation(guide, x, cut)
+        return reference.cosine_aggregation(guide, x, cut, gain)
     unit = F.normalize(guide.to(computing_dtype(guide)), dim=-1)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     size = max(32, TILE // x.shape[1])
     for b, start in product(range(len(x)), range(0, x.shape[1], size)):
-        weight = matmul(unit[b, start : start + size], unit[b].T)
-        out[b, start : start + size] = matmul(weight.where(weight >= cut, 0), x[b]).to(x.dtype)
+        rows = slice(start, start + size)
+        weight = matmul(unit[b, rows], unit[b].T)
+        kept = weight >= (cut[b] if isinstance(cut, Tensor) else cut)
+        if gain is None:
+            weight = weight.where(kept, 0)
+        else:
+            kept.diagonal(start).fill_(True)
+            weight = (gain * weight).masked_fill_(~kept, -torch.inf).softmax(dim=-1)
+        out[b, rows] = matmul(weight, x[b]).to(x.dtype)
     return out
 
 

@@ -264,10 +264,14 @@ def proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int, normaliz
     return matmul(total / len(keys), v[:, :, prefix:]).to(v.dtype)
 
 
-def cosine_aggregation(guide: Tensor, x: Tensor, cut: float) -> Tensor:
+def cosine_aggregation(guide: Tensor, x: Tensor, cut: float | Tensor, gain: float | None) -> Tensor:
     unit = F.normalize(guide.to(computing_dtype(guide)), dim=-1)
     weight = matmul(unit, unit.mT)
-    return matmul(weight.where(weight >= cut, 0), x).to(x.dtype)
+    kept = weight >= (cut[:, None, None] if isinstance(cut, Tensor) else cut)
+    if gain is None:
+        return matmul(weight.where(kept, 0), x).to(x.dtype)
+    kept = kept | torch.eye(weight.shape[-1], dtype=torch.bool, device=x.device)
+    return matmul((gain * weight).where(kept, -torch.inf).softmax(dim=-1), x).to(x.dtype)
 
 
 # Steps 8 and 9: from windows to pixels

@@ -97,6 +97,15 @@ TABLE = {
             "coco_object": {"logit_scale": 55, "threshold": 0.35},
         },
     ),
+    "sfp": (
+        {"resizing": "mmcv", "threshold": 0.15},
+        {
+            "cityscapes": {"short_side": 560},
+            "ade20k": {"short_side": 384},
+            "voc21": {"logit_scale": 50, **AREA},
+            "coco_object": {"logit_scale": 55, "threshold": 0.35},
+        },
+    ),
     "proxyclip": (
         {"resizing": "mmcv", "window": 336, "padding": 56, "threshold": 0.2},
         {

@@ -161,6 +161,8 @@ ERRORS = {
     "cosine-guide": (lambda f: f.cosine_aggregation(X[0], X, 0.4), "guide must be", "[B>=0, N>=1, d>=1]", "[6, 8]"),
     "cosine-x": (lambda f: f.cosine_aggregation(X, X[:, 1:], 0.4), "x must be", "N=6", "[2, 5, 8]"),
     "cosine-x-dtype": (lambda f: f.cosine_aggregation(X, X.half(), 0.4), "x must be a float32", "float16"),
+    "cosine-cuts": (lambda f: f.cosine_aggregation(X, X, torch.ones(3)), "cut must be", "[B=2]", "[3]"),
+    "cosine-gain": (lambda f: f.cosine_aggregation(X, X, 0.4, gain=-1), "gain must be a number", "-1"),
     "cosine-cut": (lambda f: f.cosine_aggregation(X, X, None), "cut must be a number", "None"),
     "average-rank": (
         lambda f: f.average_windows(X, [(0, 0)], (2, 2), (2, 2)),

@@ -256,6 +256,23 @@ def test_cosine_aggregation(impl, dtype, N, d, e, cut):
 
 
 @dtypes()
+@pytest.mark.parametrize("N, d, e", [(1, 3, 2), (9, 4, 7), (20, 3, 5)])
+def test_cosine_aggregation_with_a_gain(impl, dtype, N, d, e):
+    guide, x = randn(2, N, d, seed=4, dtype=dtype), randn(2, N, e, seed=5, dtype=dtype)
+    guide[1, 0] = 0  # whose cosines are 0, also that with itself, which counts all the same
+    cosines, cuts = brute_cosines(guide), [0.2, 1.5]
+    want = torch.zeros(2, N, e, dtype=torch.float64)
+    for b, i in product(range(2), range(N)):
+        kept = [j for j in range(N) if cosines[b, i, j] >= cuts[b] or j == i]
+        shares = torch.stack([cosines[b, i, j] for j in kept]).mul(3).exp()
+        want[b, i] = sum(share * x[b, j].double() for share, j in zip(shares, kept, strict=True)) / shares.sum()
+    got = impl.cosine_aggregation(guide, x, torch.tensor(cuts, dtype=score_dtype(dtype)), gain=3)
+    assert_matches(got, want.to(score_dtype(dtype)), dtype)
+    assert_matches(got[1], x[1].to(score_dtype(dtype)), dtype)  # no other patch counts
+    assert_matches(impl.cosine_aggregation(guide[:1], x[:1], 0.2, gain=3), want[:1].to(score_dtype(dtype)), dtype)
+
+
+@dtypes()
 def test_a_cosine_equal_to_the_cut_counts(impl, dtype):
     guide = torch.tensor([[[1, 1, 1, 1], [1, 1, 1, -1], [1, -1, 1, -1], [0, 0, 0, 0]]], dtype=dtype)
     x = torch.tensor([[[1], [10], [100], [1000]]], dtype=dtype)
