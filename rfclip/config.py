@@ -17,9 +17,9 @@ from rfclip.files import parse_json
 TINY = "rfclip-tiny"  # the small CLIP bundled with the package
 BackendName = Literal["auto", "eager", "reference", "triton"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
-PostName = Literal["none", "pamr"]
+PostName = Literal["none", "pamr", "pearl", "resclip"]
 BACKENDS: tuple[str, ...] = get_args(BackendName)
-POSTS: tuple[str, ...] = get_args(PostName)  # what may happen to the logits of pixels
+POSTS: tuple[str, ...] = get_args(PostName)  # what may happen after a first pass, to logits or to attention
 
 CHOICES = {
     "tokens": ("distraction", "random"),

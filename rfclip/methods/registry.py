@@ -42,11 +42,11 @@ class Protocol:
         templates: "imagenet" (open_clip's 80), "photo" ("a photo of a cat.") or "scene" (the 80, and five of scenes).
         logit_scale: factor of the cosines before the softmax.
         threshold: class probability below which a pixel is background, in datasets that have such a class.
-        post: what happens to the logits of pixels if nothing is said: one of `rfclip.config.POSTS`.
+        post: what happens after a first pass if nothing is said: one of `rfclip.config.POSTS`.
         refined: where PAMR works: on the picture as "resized", or as "given", its own size.
         rule: what else happens to the logits, as "module:class" within `rfclip.methods`.
         options: the rule's constants.
-        constants: of formulas, by the name of the method they are tuned for, as its class names them.
+        constants: of formulas, by the name of the method, or of the `post`, that they are tuned for, as it names them.
         datasets: what differs on some datasets, by name.
 
     Raises:
@@ -143,6 +143,19 @@ _WHOLE_VOC = Protocol(
     resizing="mmcv",
     datasets={"cityscapes": {"short_side": 560}, "voc20": {"window": None}, "voc21": {"window": None}},
 )
+_RESCLIP = {  # the residue's share, and theta, t and l of the feedback
+    name: dict(zip(("share", "confidence", "gain", "agreement"), tuned, strict=True))
+    for name, tuned in {
+        "voc21": (0.3, 0.5, 2.2, 0.7),
+        "context60": (0.3, 0.3, 1.8, 0.7),
+        "coco_object": (0.4, 0.11, 1.8, 0.7),
+        "voc20": (0.6, 0.1, 2.1, 0.6),
+        "context59": (0.4, 0.25, 1.8, 0.7),
+        "coco_stuff": (0.4, 0.11, 1.8, 0.7),
+        "cityscapes": (0.2, 0.1, 2.1, 0.6),
+        "ade20k": (0.3, 0.25, 2.1, 0.7),
+    }.items()
+}
 _SC_CLIP = Protocol(
     resizing="mmcv",
     threshold=0.15,
@@ -153,6 +166,15 @@ _SC_CLIP = Protocol(
     },
 )
 _PAPER = "Target Refocusing via Attention Redistribution, AAAI 2026"
+
+
+def _tuned(protocol: Protocol, constants: Mapping[str, Any]) -> Protocol:
+    """The protocol with constants by data set."""
+    datasets = {
+        name: {**protocol.datasets.get(name, {}), **({"constants": constants[name]} if name in constants else {})}
+        for name in {**protocol.datasets, **constants}
+    }
+    return replace(protocol, datasets=datasets)
 
 
 def _adjusted(share: float, shift: float, distance: float) -> dict[str, float]:
@@ -281,11 +303,30 @@ METHODS: dict[str, MethodCard] = {
             "resclip-rcs",
             "resclip:ResidualCrossAttention",
             "Yang et al., CVPR 2025",
-            _WHOLE_VOC,
+            _tuned(_WHOLE_VOC, {name: {"resclip-rcs": {"share": of["share"]}} for name, of in _RESCLIP.items()}),
             blocks=9,
             beyond="four more attentions in the last block",
         ),
-        MethodCard("pearl", "pearl:PEARL", "Pei et al., CVPR 2026", _WHOLE_VOC),
+        MethodCard(
+            "resclip",
+            "resclip:ResidualCrossAttention",
+            "Yang et al., CVPR 2025",
+            _tuned(replace(_WHOLE_VOC, post="resclip"), {name: {"resclip": of} for name, of in _RESCLIP.items()}),
+            blocks=9,
+            beyond="four more attentions in the last block, and, by its own protocol, a second pass through the tower",
+        ),
+        MethodCard(
+            "pearl",
+            "pearl:PEARL",
+            "Pei et al., CVPR 2026",
+            _tuned(
+                replace(_WHOLE_VOC, post="pearl"),
+                {
+                    "ade20k": {"pearl": {"share": 0.3}},
+                    "cityscapes": {"pearl": {"share": 0.3, "cells": 224}},
+                },
+            ),
+        ),
         MethodCard(
             "itaclip",
             "itaclip:ITACLIP",

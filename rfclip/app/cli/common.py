@@ -58,8 +58,8 @@ Post = Annotated[
     PostName | None,
     typer.Option(
         "--post",
-        help="What happens to the logits of pixels: pamr refines them along the picture's edges. By default what the "
-        "protocol does.",
+        help="What happens to the logits of pixels: pamr refines them along the picture's edges, pearl shares "
+        "them among neighbours of one colour and meaning. By default what the protocol does.",
     ),
 ]
 ProtocolName = Annotated[
