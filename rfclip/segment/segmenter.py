@@ -150,11 +150,15 @@ class Segmenter:
             raise ValueError("config, method: this model is already refocused, with its own")
         card = present.card if present else find_method(method or RF_CLIP)
         protocol = protocol or card.protocol
-        if present is not None and not present.follows(protocol):
+        if present is not None and protocol.position_offset != present.tower.position_offset:
             raise ValueError(
                 f"protocol: it resizes position embeddings with an offset of {protocol.position_offset:g}, and this "
-                f"model is refocused with {present.tower.position_offset:g}, or has other constants than the "
-                f"{present.constants} here: give the plain model, and method="
+                f"model is refocused with {present.tower.position_offset:g}: give the plain model, and method="
+            )
+        if present is not None and not present.follows(protocol):
+            raise ValueError(
+                f"protocol: it has the constants {dict(protocol.constants[card.name])}, and this model is refocused "
+                f"with {present.constants}: give the plain model, and method="
             )
         self.protocol, self._rule = protocol, protocol.load_rule()
         self._text = TextEmbeddings(
@@ -380,9 +384,7 @@ class Segmenter:
             feedback.check_feedback(self._method)
             self._check_plain("post='resclip'")
             if self.across_windows:
-                raise ValueError(
-                    "post='resclip' corrects attention within a window, not across_windows: give one of them"
-                )
+                raise ValueError("post='resclip' corrects attention within each window: leave out across_windows")
 
     def _check_plain(self, option: str) -> None:
         """Raise ValueError for a rule that looks at windows for itself."""
