@@ -19,7 +19,7 @@ class SFP(SCCLIP):
     1. With A the attention of block L-1, averaged over heads, outliers are the patches j with 1.5 A[CLS, j] > A[j, j],
        the ten with the largest A[CLS, j] if there are more. As in SC-CLIP, one without an inlier beside it stays [D].
     3. P = softmax(3 (C - mean C)) over what is not negative, C being W1 without entries under 0.4.
-    4. G(x, c) = O((softmax(q q^T / sqrt(D)) + softmax(k k^T / sqrt(D)) + P) v / 3) + 0.3 c; for Y, it is O(P v) + 0.3 c.
+    4. G(x, c) = O((softmax(q q^T / sqrt(D)) + softmax(k k^T / sqrt(D)) + P) v / 3) + 0.3 c; for Y, O(P v) + 0.3 c.
     """
 
     cut_first: ClassVar[bool] = True
