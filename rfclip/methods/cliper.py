@@ -43,8 +43,7 @@ class CLIPer(Method):
         found: list[Tensor] = []
         for block, u, A in zip(self.tower.blocks, streams, _balanced(S, len(streams)), strict=True):
             u = u if len(found) == len(streams) - 1 else block.ln_1(u)
-            z = self._gathered(A, u)[:, prefix:]
-            found.append(self.tower.readout(z).mT.unflatten(-1, patches.shape[2:]))
+            found.append(self.embeddings(self._gathered(A, u)[:, prefix:], patches.shape[2:]))
         return torch.stack(found, dim=1), A.mean(dim=1)[:, prefix:, prefix:]
 
     def _streams(self, patches: Tensor) -> tuple[list[Tensor], Tensor]:

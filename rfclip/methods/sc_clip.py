@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rfclip.methods.base import Method
+from rfclip.methods.base import Method, own
 from rfclip.methods.cosines import cosines, positive_softmax
 from rfclip.ops.numerics import computing_dtype, matmul
 from rfclip.ops.reference import neighbour_sum
@@ -56,8 +56,8 @@ class SCCLIP(Method):
         """G of patches x [B, N, d] and a class token [B, 1, d]."""
         last = self.tower.blocks[-1]
         k, v = last.key_value(last.ln_1(x))
-        own = self.ops.self_attention(k, v, prefix=0)
-        return last.project((matmul(P[:, None], v).to(v.dtype) + own) / 2) + 0.3 * cls
+        heads = self.gather([own(k, 0.5)], v, prefix=0) + (matmul(P[:, None], v) / 2).to(v.dtype)
+        return last.project(heads) + 0.3 * cls
 
     def _guided_sum(self, x: Tensor, cls: Tensor, P: Tensor) -> Tensor:
         """G of the sum Y."""

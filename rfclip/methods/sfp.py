@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rfclip.methods.base import own
 from rfclip.methods.sc_clip import SCCLIP
 from rfclip.ops.numerics import computing_dtype, matmul
 
@@ -19,7 +20,7 @@ class SFP(SCCLIP):
     1. With A the attention of block L-1, averaged over heads, outliers are the patches j with 1.5 A[CLS, j] > A[j, j],
        the ten with the largest A[CLS, j] if there are more. As in SC-CLIP, one without an inlier beside it stays [D].
     3. P = softmax(3 (C - mean C)) over what is not negative, C being W1 without entries under 0.4.
-    4. G(x, c) = O((softmax(q q^T / sqrt(D)) + softmax(k k^T / sqrt(D)) + P) v / 3) + 0.3 c; for Y, O(P v) + 0.3 c.
+    4. G(x, c) = O((softmax(q q^T / sqrt(D)) + softmax(k k^T / sqrt(D)) + P) v / 3) + 0.3 c; of Y, O(P v) + 0.3 c.
     """
 
     cut_first: ClassVar[bool] = True
@@ -32,10 +33,10 @@ class SFP(SCCLIP):
         return torch.zeros_like(candidates).scatter(1, first, True) & candidates
 
     def _guided(self, x: Tensor, cls: Tensor, P: Tensor) -> Tensor:
-        last, ops = self.tower.blocks[-1], self.ops
+        last = self.tower.blocks[-1]
         q, k, v = last.query_key_value(x)
-        own = ops.self_attention(q, v, prefix=0) + ops.self_attention(k, v, prefix=0)
-        return last.project((matmul(P[:, None], v).to(v.dtype) + own) / 3) + 0.3 * cls
+        heads = self.gather([own(q, 1 / 3), own(k, 1 / 3)], v, prefix=0) + (matmul(P[:, None], v) / 3).to(v.dtype)
+        return last.project(heads) + 0.3 * cls
 
     def _guided_sum(self, x: Tensor, cls: Tensor, P: Tensor) -> Tensor:
         last = self.tower.blocks[-1]

@@ -118,7 +118,7 @@ class Scorer:
         dataset, lists = self.dataset, list(self.lists.values())
         if dataset.background:
             lists = [[Background(first), *rest] for first, *rest in lists]
-        each = self.segmenter.segment_by(rgb, lists, threshold=self.threshold, pamr=self.job.pamr)
+        each = self.segmenter.segment_by(rgb, lists, threshold=self.threshold, post=self.job.post)
         predicted = {}
         for name, found in zip(self.lists, each, strict=True):
             labels = np.where(found.labels == found.nothing, 0, found.labels) if dataset.background else found.labels

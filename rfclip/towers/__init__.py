@@ -7,10 +7,11 @@ from torch import nn
 from rfclip.towers.base import SUPPORTED, Block, Tower
 from rfclip.towers.hugging_face import HuggingFaceTower
 from rfclip.towers.open_clip import OpenCLIPTower
+from rfclip.towers.openai_clip import OpenAITower
 
 __all__ = ["FAMILIES", "SUPPORTED", "Block", "Tower", "find_module", "read_tower"]
 
-FAMILIES: tuple[type[Tower], ...] = (HuggingFaceTower, OpenCLIPTower)  # the first that fits is taken
+FAMILIES: tuple[type[Tower], ...] = (HuggingFaceTower, OpenAITower, OpenCLIPTower)  # the first that fits is taken
 
 
 def read_tower(model: nn.Module) -> Tower:

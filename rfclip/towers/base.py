@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 SUPPORTED = (
     "rfclip works with open_clip's own vision transformers (ViT-B-16, ViT-L-14 and the like, with a class token, "
-    "standard attention and no attentional pooling) and with transformers' CLIPModel and CLIPVisionModelWithProjection"
+    "standard attention and no attentional pooling), with those of OpenAI's package clip, and with transformers' "
+    "CLIPModel and CLIPVisionModelWithProjection"
 )
 
 

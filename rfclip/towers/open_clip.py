@@ -29,9 +29,10 @@ class OpenCLIPBlock(Block):
 
     def __init__(self, block: Any) -> None:
         self.attention = block.attn
-        # LayerScale and the norm in open_clip's custom blocks belong to the branch; in CLIP both are identities.
-        norms = [block.ln_attn] if hasattr(block, "ln_attn") else []
-        out, mlp = [block.attn.out_proj, *norms, block.ls_1], [*steps(block.mlp), block.ls_2]
+        # LayerScale and the norm in open_clip's custom blocks belong to the branch; OpenAI's blocks have neither.
+        ends = [getattr(block, name) for name in ("ln_attn", "ls_1") if hasattr(block, name)]
+        scale = [block.ls_2] if hasattr(block, "ls_2") else []
+        out, mlp = [block.attn.out_proj, *ends], [*steps(block.mlp), *scale]
         super().__init__(block.attn.num_heads, block.ln_1, out, block.ln_2, mlp)
 
     def _projections(self, y: Tensor, query: bool) -> Sequence[Tensor]:
@@ -117,6 +118,12 @@ class OpenCLIPTower(Tower):
             raise ValueError(f"got an image tower of class {type(visual).__name__}; {SUPPORTED}")
         if visual.attn_pool is not None or visual.pool_type not in ("tok", "avg"):
             raise ValueError(f"this image tower pools its tokens by attention or not at all; {SUPPORTED}")
+        self.image_size, self.patch_size = tuple(visual.image_size), tuple(visual.patch_size)
+        self.grid_size = tuple(visual.grid_size)
+        self._take(visual)
+
+    def _take(self, visual: Any) -> None:
+        """The parts of a tower, by the names that open_clip has from OpenAI; ValueError as for the constructor."""
         blocks = visual.transformer.resblocks
         parts = [("transformer", visual.transformer), ("resblocks", blocks)]
         for number, block in enumerate(blocks, 1):
@@ -128,8 +135,6 @@ class OpenCLIPTower(Tower):
         self.module, self.conv = visual, visual.conv1
         self.ln_pre, self.ln_post = visual.ln_pre, visual.ln_post
         self.blocks = [OpenCLIPBlock(block) for block in blocks]
-        self.image_size, self.patch_size = tuple(visual.image_size), tuple(visual.patch_size)
-        self.grid_size = tuple(visual.grid_size)
         self._normalize_as(visual)
         self._bypass(*parts)
 
@@ -236,7 +241,7 @@ def can_refocus(name: str) -> bool:
 
 def _check_block(block: Any) -> None:
     attn = getattr(block, "attn", None)
-    if getattr(attn, "in_proj_weight", None) is None or not hasattr(block, "ls_1"):
+    if getattr(attn, "in_proj_weight", None) is None:
         raise ValueError(
             f"this tower has blocks of class {type(block).__name__}, without a packed projection; {SUPPORTED}"
         )

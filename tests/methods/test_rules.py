@@ -40,7 +40,7 @@ COMMON = {
     "templates": "imagenet",
     "logit_scale": 40,
     "threshold": 0.1,
-    "pamr": False,
+    "post": "none",
     "refined": "resized",
     "rule": "rule:Rule",
     "options": {},
@@ -67,7 +67,7 @@ TABLE = {
         },
     ),
     "naclip": (
-        {"resizing": "mmcv", "pamr": True, "refined": "given"},
+        {"resizing": "mmcv", "post": "pamr", "refined": "given"},
         {
             "cityscapes": {"short_side": 560},
             "voc20": WHOLE | {"rule": "peers:AtOnce"},
@@ -79,7 +79,7 @@ TABLE = {
         ({"resizing": "mmcv"}, {"cityscapes": {"short_side": 560}, "voc20": WHOLE, "voc21": WHOLE}),
     ),
     "itaclip": (
-        {"resizing": "mmcv", "stride": 28, "pamr": True},
+        {"resizing": "mmcv", "stride": 28, "post": "pamr"},
         {
             "cityscapes": {"short_side": 560},
             "coco_stuff": {"short_side": 448},
@@ -578,7 +578,7 @@ def test_naclip_on_whole_pictures(segmenter):
     x = normalized(model, as_mmcv(picture, 48, 293))[None]
     whole = x[:, :, : x.shape[2] // 8 * 8, : x.shape[3] // 8 * 8]
     logits = resize_planes(logits_of(formula("naclip", model, whole), text), 61, 83)
-    check(made, picture, names, logits, pamr=False)
+    check(made, picture, names, logits, post="none")
     image = torch.from_numpy(resize_planes(x[0].numpy(), 61, 83))[None]
     refined = rfclip.reference.pamr(image, torch.from_numpy(logits)[None], iterations=10, dilations=[8, 16])[0]
     check(made, picture, names, refined.numpy())
