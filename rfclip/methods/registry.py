@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rfclip.towers import Tower
 
 
-Resizing = Literal["antialiased", "mmcv", "square", "crop"]
+Resizing = Literal["antialiased", "mmcv", "patches", "square", "crop"]
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Protocol:
         short_side, window, stride: of the resized picture, and of the windows over it; window None: the picture as a
             whole.
         resizing: "antialiased" (bicubic, the short side no less than a window), as "mmcv" does it (8-bit bilinear
-            without antialiasing, the long side at most 2048 even if the short one falls below a window), or
-            antialiased to a "square", its aspect lost, or of the square "crop" at its centre, without which no pixel
-            counts.
+            without antialiasing, the long side at most 2048 even if the short one falls below a window), antialiased
+            with both sides rounded to whole "patches", or to a "square", its aspect lost, or of the square "crop" at
+            its centre, without which no pixel counts.
         padding: a picture shorter than a window is padded with zeros, on both sides, to a multiple of so many pixels or
             of the "patch"; None: what is beyond whole patches is dropped.
         position_offset: added to the sides of grids to which position embeddings are resized: 0.1 in the authors' code.
@@ -180,6 +180,11 @@ def _tuned(protocol: Protocol, constants: Mapping[str, Any]) -> Protocol:
 def _adjusted(share: float, shift: float, distance: float) -> dict[str, float]:
     """The constants of `released.AdjustedNames`."""
     return {"share": share, "shift": shift, "distance": distance}
+
+
+def _fused(cut: float, scale: float, score: float, least: float, stretched: bool = False) -> dict[str, float]:
+    """The constants of `cliper.Fused`."""
+    return {"scale": scale, "cut": cut, "score": score, "least": least, "stretched": stretched}
 
 
 METHODS: dict[str, MethodCard] = {
@@ -345,6 +350,29 @@ METHODS: dict[str, MethodCard] = {
             ),
             blocks=11,
             beyond="seven more attentions in the last block",
+        ),
+        MethodCard(
+            "cliper",
+            "cliper:CLIPer",
+            "Sun et al., ICCV 2025",
+            Protocol(
+                window=None,
+                resizing="patches",
+                logit_scale=1.0,
+                threshold=None,
+                rule="cliper:Fused",
+                options=_fused(0.2, 100, 0.3, 0.3),
+                datasets={
+                    "voc21": {"options": _fused(0.1, 100, 0.7, 0.6, True)},
+                    "voc20": {"options": _fused(0.1, 100, 0, 1e-3)},
+                    "context60": {"options": _fused(0.2, 100, 0.45, 0.45)},
+                    "coco_object": {"options": _fused(0.2, 50, 0.3, 0.3)},
+                    "coco_stuff": {"options": _fused(0.2, 50, 0.1, 0.1)},
+                    "cityscapes": {"short_side": 560, "options": _fused(0.35, 100, 0, 1e-4)},
+                },
+            ),
+            blocks=2,
+            beyond="the attention matrices of all blocks",
         ),
         MethodCard("sc-clip", "sc_clip:SCCLIP", "Bai et al., 2024", _SC_CLIP, blocks=11),
         MethodCard(

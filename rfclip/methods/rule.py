@@ -34,12 +34,13 @@ class Rule:
     def check(self, method: Method) -> None:
         """Raise ValueError if the rule does not go with a method or its tower; called before any picture is seen."""
 
-    def knows(self, text: Tensor, embed: Callable[[tuple[str, ...]], Tensor]) -> Tensor | None:
+    def knows(self, text: Tensor, embed: Callable[[tuple[str, ...]], Tensor], background: Tensor) -> Tensor | None:
         """What `window` needs to know of a list of names, worked out once.
 
         Args:
             text: their normalized embeddings [K, C], on a CPU.
             embed: from other names to theirs.
+            background: which of the names are those of a class "background", bool [K].
         """
         return None
 
@@ -57,7 +58,7 @@ class Rule:
         """
         return F.normalize(method.dense(patches, images).float(), dim=1)
 
-    def window(self, patches: Tensor, image: Tensor | None, text: Tensor, known: Tensor | None) -> Tensor:
+    def window(self, patches: Any, image: Tensor | None, text: Tensor, known: Tensor | None) -> Tensor:
         """The logits of a batch of windows, [B, K, gh, gw] float32.
 
         Args:

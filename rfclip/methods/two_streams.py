@@ -76,7 +76,7 @@ class FeatureSurgery(Rule):
     image: ClassVar[Literal["picture", "window"] | None] = "picture"
     at_once: ClassVar[bool] = True
 
-    def knows(self, text: Tensor, embed: Callable[[tuple[str, ...]], Tensor]) -> Tensor | None:
+    def knows(self, text: Tensor, embed: Callable[[tuple[str, ...]], Tensor], background: Tensor) -> Tensor | None:
         """The embedding of the empty text [1, C] if there is one name."""
         return embed(("",)) if len(text) == 1 else None
 

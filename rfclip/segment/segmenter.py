@@ -455,7 +455,8 @@ class Segmenter:
         key, kept = (tuple(named), device), self._uploaded
         found = kept.get(key)
         if found is None:
-            known = self._rule.knows(text, self.text_embeddings)
+            background = torch.tensor([title(names) == "background" for names in named for _ in names])
+            known = self._rule.knows(text, self.text_embeddings, background)
             classes = torch.tensor([c for c, names in enumerate(named) for _ in names], device=device)
             found = Names(text.to(device), classes, known if known is None else known.to(device))
             # Another dictionary, since another thread may read this one.

@@ -139,6 +139,31 @@ def itaclip(p):
     return x + p.out(p.L, A @ p.qkv(p.L, x)[2])
 
 
+def cliper_rounds(p):
+    """z_l [T, d] and A_l [H, T, T] after each round."""
+    S = 0
+    for n in range(1, p.L):
+        q, k, _ = p.qkv(n, p.F[n - 1])
+        S = S + softmax(q @ k.transpose(0, 2, 1) / q.shape[-1] ** 0.5)
+    rounds = []
+    for n in range(1, p.L + 1):
+        S = S / S.sum(axis=1, keepdims=True)
+        S = S / S.sum(axis=2, keepdims=True)
+        A = (S + S.transpose(0, 2, 1)) / 2
+        A = np.maximum(A - A.mean(axis=1, keepdims=True), 0)
+        for head in A:
+            for i, row in enumerate(head):
+                row[i] += not row.any()
+        A = A / A.sum(axis=2, keepdims=True)
+        u = p.F[p.L - 1] if n == p.L else p.ln_1(n, p.F[n - 1])
+        rounds.append((p.out(p.L, A @ p.qkv(p.L, u)[2]), A))
+    return rounds
+
+
+def cliper(p):
+    return cliper_rounds(p)[-1][0]
+
+
 def clip_surgery(p):
     z = p.F[p.L - 6]
     for n in range(p.L - 5, p.L + 1):
@@ -287,6 +312,7 @@ FORMULAS = {
     "gem": gem,
     "clip-surgery": clip_surgery,
     "cliptrase": cliptrase,
+    "cliper": cliper,
     "sc-clip": sc_clip,
     "sfp": sfp,
     "kk": kk,

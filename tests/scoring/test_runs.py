@@ -34,6 +34,18 @@ def test_background_is_what_no_class_is_sure_of(tmp_path):
     assert (predicted.labels == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:rfclip-tiny")
+def test_a_rule_knows_the_background_of_a_dataset(tmp_path, monkeypatch):
+    """Whatever its names are; on a dataset without one, no name is of it."""
+    for name, names in (("voc21", 26), ("context60", 1), ("voc20", 0)):
+        asked = []
+        with Scorer(Job(method="cliper"), find_dataset(name).open(root=tmp_path)) as scorer:
+            known = lambda text, embed, background: asked.append(background) or ~background  # noqa: E731, B023
+            monkeypatch.setattr(scorer.segmenter._rule, "knows", known)
+            scorer.predict(Image.new("RGB", SIZE[::-1]))
+        assert asked[0][:names].all() and not asked[0][names:].any()
+
+
 def test_an_interrupted_run_resumes(tmp_path):
     root = make(tmp_path / "data", "ade20k")
     whole = score(root, "ade20k", tmp_path / "whole")
