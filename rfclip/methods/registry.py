@@ -114,6 +114,7 @@ class MethodCard:
         configured: whether it takes a `RefocusConfig`.
         fixed: the config of a method that is a special case of RF-CLIP.
         sees_images: whether it looks at the pictures as well as their patches.
+        cls: whether it looks at a class token.
         beyond: what its formula computes in addition to the tower's blocks, for methods that take notably longer.
     """
 
@@ -125,11 +126,26 @@ class MethodCard:
     configured: bool = False
     fixed: RefocusConfig | None = None
     sees_images: bool = False
+    cls: bool = False
     beyond: str = ""
 
     def load(self) -> type[Method]:
         """The class."""
         return resolve_name(f"rfclip.methods.{self.target}")
+
+    def check_tower(self, tower: Tower) -> None:
+        """Raise ValueError if a tower does not give what the method needs."""
+        if self.configured:
+            tower.check_refocusable(f"method {self.name!r}")
+        blocks = len(tower.blocks)
+        if blocks < self.blocks:
+            raise ValueError(
+                f"method {self.name!r} needs {self.blocks} blocks, and this tower has {blocks}; 'maskclip' needs one"
+            )
+        if self.cls and not tower.has_cls:
+            raise ValueError(
+                f"method {self.name!r} looks at a class token, which {tower.title} does not have; 'maskclip' needs none"
+            )
 
     def __call__(self, tower: Tower, config: RefocusConfig | None, backend: str, **options: Any) -> Method:
         """The method on a tower. A config goes with `configured` methods only; options are the class's own."""
@@ -303,6 +319,7 @@ METHODS: dict[str, MethodCard] = {
                 rule="cliptrase:Regions",
                 datasets={"voc20": {"rule": "cliptrase:RegionsByPicture"}},
             ),
+            cls=True,
         ),
         MethodCard(
             "resclip-rcs",
@@ -381,6 +398,7 @@ METHODS: dict[str, MethodCard] = {
             "Jin et al., ICCV 2025",
             replace(_SC_CLIP, datasets={**_SC_CLIP.datasets, "ade20k": {"short_side": 384}}),
             blocks=11,
+            cls=True,
         ),
         MethodCard(
             "proxyclip",

@@ -136,9 +136,9 @@ class Segmenter:
         if isinstance(model, str):
             model, pretrained = find_model(model, pretrained)
             self.name, self.pretrained = model, pretrained
-            if config is None and model != TINY and find_method(method or RF_CLIP).configured:
-                check_model(model, pretrained)
-                config = RefocusConfig.preset(model, pretrained)  # before a download that would be in vain
+            if model != TINY and find_method(method or RF_CLIP).configured:  # before a download that would be in vain
+                check_model(model, pretrained, refocused=True)
+                config = RefocusConfig.preset(model, pretrained) if config is None else config
             self.model = load_model(model, pretrained, device=device, precision=precision)
         elif pretrained is not None:
             raise ValueError(f"pretrained={pretrained!r} goes with a model's name; this model has its weights")

@@ -90,3 +90,18 @@ def test_a_checkpoint_that_was_calibrated(stranger):
     _, record = check_result("rfclip-out/picture", scene(1), [[name] for name in NAMES])
     assert (record["model"], record["pretrained"]) == (stranger[1], stranger[3])
     assert record["config"] == json.loads(Path("config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["calibrate", "."],
+        ["explain", "."],
+        ["segment", ".", "--classes", "cat"],
+        ["evaluate", "scenes", "--method", "rf-clip"],
+    ],
+)
+def test_towers_that_are_read_only(scenes, command):
+    """Refused before a download, with what works in its place."""
+    result = run(*command, "--model", "RN50", "--pretrained", "openai")
+    refused(result, "RN50 is only read, not refocused: it has no transformer blocks", "method='maskclip'")

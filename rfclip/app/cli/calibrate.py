@@ -36,7 +36,10 @@ def calibrate(
         from rfclip.calibration import calibrate as find_dims
         from rfclip.images import to_rgb
         from rfclip.towers import read_tower
+        from rfclip.towers.loading import check_model, find_model
 
+        if model != TINY:
+            check_model(*find_model(model, pretrained), refocused=True)
         clip, _ = common.load(model, pretrained, device, None, [])
         tower = read_tower(clip)
         prepare = image_transform(tower.image_size, is_train=False, mean=tower.image_mean, std=tower.image_std)
