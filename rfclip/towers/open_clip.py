@@ -16,6 +16,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from rfclip.config import TINY
+from rfclip.extras import require
 from rfclip.towers.base import SUPPORTED, Block, Tower, first_line, is_plain, steps
 from rfclip.towers.bounds import Bounded
 
@@ -74,6 +75,8 @@ class OpenCLIPTower(Tower):
             raise ValueError(f"unknown model {name!r}{_similar(name)}; `rfclip models` lists the known ones")
         if not can_refocus(name):
             raise ValueError(f"{name} cannot be refocused; {SUPPORTED}")
+        if "hf_tokenizer_name" in open_clip.get_model_config(name)["text_cfg"]:
+            require(f"the tokenizer of {name}", "transformers", "transformers")
         tags = open_clip.list_pretrained_tags_by_model(name)
         if pretrained is None:
             raise ValueError(f"{name} needs pretrained weights: one of {', '.join(tags) or 'none is known'}, or a path")
@@ -110,7 +113,15 @@ class OpenCLIPTower(Tower):
 
     @classmethod
     def tokenizer(cls, name: str) -> Callable[[list[str]], Tensor] | None:
-        return open_clip.get_tokenizer(name)
+        try:
+            return open_clip.get_tokenizer(name)
+        except Exception as error:  # of any kind: the hub's own, a timeout, a file that is broken
+            require(f"the tokenizer of {name}", "transformers", "transformers")
+            local = name.startswith("local-dir:")
+            message = f"the tokenizer of {name!r} could not be {'read' if local else 'downloaded'}: {first_line(error)}"
+            if local:
+                raise ValueError(message) from error
+            raise ConnectionError(f"{message}\nThis needs a network once; later runs use the copy on disk.") from error
 
     def __init__(self, model: Any) -> None:
         visual = model.visual

@@ -8,7 +8,8 @@ import typer
 from rich.table import Column, Table
 
 from rfclip.app.cli import common
-from rfclip.config import PRESETS, TINY, plain_name
+from rfclip.config import TINY, plain_name
+from rfclip.presets import PRESETS
 
 CAPTION = (
     "side: of the resized picture, the shorter one; window: side and stride of the windows, or the picture as a whole; "
@@ -38,7 +39,7 @@ def models(as_json: common.Json = False) -> None:
         known = ", ".join(known_for[name])
         table.add_row(name, ", ".join(tags), f"known for {known}, else calibrate" if known else "calibrate")
     known = ", ".join(name.removeprefix(HUGGING_FACE) for name, _ in PRESETS if name.startswith(HUGGING_FACE))
-    table.add_row(f"{HUGGING_FACE}NAME", f"{known}, other CLIPModels on the hub, or a folder", "known for these two")
+    table.add_row(f"{HUGGING_FACE}NAME", f"{known}, other CLIPModels on the hub, or a folder", "known for those named")
     common.out_console.print(table)
 
 
