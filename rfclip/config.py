@@ -20,7 +20,9 @@ from rfclip.files import parse_json
 TINY = "rfclip-tiny"  # the small CLIP bundled with the package
 BackendName = Literal["auto", "eager", "reference", "triton"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
+PostName = Literal["none", "pamr"]
 BACKENDS: tuple[str, ...] = get_args(BackendName)
+POSTS: tuple[str, ...] = get_args(PostName)  # what may happen to the logits of pixels
 
 CHOICES = {
     "tokens": ("distraction", "random"),
@@ -247,6 +249,12 @@ def check_precision(precision: str) -> None:
     """Raise ValueError for a precision that is none."""
     if precision not in get_args(PrecisionName):
         raise ValueError(f"precision={precision!r}: expected one of {', '.join(get_args(PrecisionName))}")
+
+
+def check_post(post: str | None) -> None:
+    """Raise ValueError for a step after the windows that is none; None is what the protocol does."""
+    if post is not None and post not in POSTS:
+        raise ValueError(f"post={post!r}: expected one of {', '.join(POSTS)}, or None for what the protocol does")
 
 
 def plain_name(name: str) -> str:

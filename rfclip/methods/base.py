@@ -9,8 +9,8 @@ embeddings are resized by `rfclip.towers` in the same way for all methods but `r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,21 @@ if TYPE_CHECKING:
     from rfclip.methods.registry import MethodCard
 
 QKV = tuple[Tensor, Tensor, Tensor]
+
+
+class Sweep(NamedTuple):
+    """factor * softmax(q k^T * scale + bias), an attention of a sum; as `self_attention` takes them."""
+
+    q: Tensor
+    k: Tensor
+    factor: float = 1.0
+    bias: Tensor | None = None
+    scale: float | Tensor | None = None
+
+
+def own(u: Tensor, factor: float = 1.0, bias: Tensor | None = None, scale: Tensor | None = None) -> Sweep:
+    """SS(u), the attention of a vector with itself."""
+    return Sweep(u, u, factor, bias, scale)
 
 
 class Method:
@@ -75,6 +90,16 @@ class Method:
         """What leaves the last block [B, T, d] on the way to the image embedding; most methods do not change it."""
         x, qkv = self.last(patches)
         return self.finished(x, F.scaled_dot_product_attention(*qkv))
+
+    def gather(self, sweeps: Iterable[Sweep], v: Tensor, *, prefix: int | None = None) -> Tensor:
+        """The sum of what sweeps gather of the values, [B, H, T, D]; the prefix is the tower's by default."""
+        heads, prefix = None, self.tower.prefix if prefix is None else prefix
+        for q, k, factor, bias, scale in sweeps:
+            options: dict[str, Any] = {"scale": scale, "prefix": prefix, "factor": factor, "out": heads}
+            options["inplace"] = heads is not None and not heads.requires_grad
+            heads = self.ops.self_attention(q, k, v, bias, **options)
+        assert heads is not None
+        return heads
 
     def finished(self, x: Tensor, heads: Tensor) -> Tensor:
         """The last block's output [B, T, d] from its input x and what its heads gathered [B, H, T, D]."""

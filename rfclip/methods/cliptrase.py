@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import reduce
 from itertools import islice
 from typing import ClassVar, Literal
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfclip.extras import require
-from rfclip.methods.base import Method
+from rfclip.methods.base import Method, own
 from rfclip.methods.rule import Rule
 from rfclip.ops.numerics import computing_dtype, matmul
 
@@ -34,8 +33,7 @@ class CLIPtrase(Method):
 
     def _z(self, patches: Tensor) -> Tensor:
         x, qkv = self.last(patches)
-        heads = (self.ops.self_attention(u, qkv[2], prefix=self.tower.prefix) for u in qkv)
-        return self.finished(x, reduce(torch.add, heads))
+        return self.finished(x, self.gather(map(own, qkv), qkv[2]))
 
 
 class Regions(Rule):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from rfclip.methods.base import Method
+from rfclip.methods.base import Method, Sweep
 from rfclip.ops.numerics import computing_dtype, matmul
 
 STEPS = 5  # of Newton and Schulz; the exact polar factor is another method
@@ -34,8 +33,7 @@ class PEARL(Method):
         keys = wide_k - (weight * wide_k).sum(dim=2, keepdim=True)
         R = _aligned(matmul(keys.mT, wide_q - (weight * wide_q).sum(dim=2, keepdim=True)))
         turned = (matmul(wide_q, R.mT) + self.share * keys).to(q.dtype)
-        gathered = F.scaled_dot_product_attention(turned, k, v)
-        return self.tower.blocks[-1].project(gathered)[:, prefix:]
+        return self.tower.blocks[-1].project(self.gather([Sweep(turned, k)], v))[:, prefix:]
 
 
 def _aligned(C: Tensor) -> Tensor:

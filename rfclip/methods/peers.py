@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rfclip.methods.base import Method
+from rfclip.methods.base import Method, own
 from rfclip.methods.rule import Rule
 from rfclip.ops import Backend
 from rfclip.ops.numerics import computing_dtype
@@ -31,9 +31,7 @@ class SCLIP(Method):
 
     def tokens(self, patches: Tensor) -> Tensor:
         x, (q, k, v) = self.last(patches)
-        prefix = self.tower.prefix
-        gathered = self.ops.self_attention(q, v, prefix=prefix) + self.ops.self_attention(k, v, prefix=prefix)
-        return self.finished(x, gathered)[:, prefix:]
+        return self.finished(x, self.gather([own(q), own(k)], v))[:, self.tower.prefix :]
 
 
 class ClearCLIP(Method):
@@ -41,8 +39,7 @@ class ClearCLIP(Method):
 
     def tokens(self, patches: Tensor) -> Tensor:
         _, (q, _, v) = self.last(patches)
-        prefix = self.tower.prefix
-        return self.tower.blocks[-1].project(self.ops.self_attention(q, v, prefix=prefix))[:, prefix:]
+        return self.tower.blocks[-1].project(self.gather([own(q)], v))[:, self.tower.prefix :]
 
 
 class NACLIP(Method):
@@ -50,9 +47,8 @@ class NACLIP(Method):
 
     def tokens(self, patches: Tensor) -> Tensor:
         _, (_, k, v) = self.last(patches)
-        bias = distance_bias(k, patches.shape[2:])
-        prefix = self.tower.prefix
-        return self.tower.blocks[-1].project(self.ops.self_attention(k, v, bias, prefix=prefix))[:, prefix:]
+        sweep = own(k, bias=distance_bias(k, patches.shape[2:]))
+        return self.tower.blocks[-1].project(self.gather([sweep], v))[:, self.tower.prefix :]
 
 
 def distance_bias(k: Tensor, grid: Sequence[int]) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal
 
-from rfclip.config import PLAIN, RefocusConfig
+from rfclip.config import PLAIN, PostName, RefocusConfig, check_post
 from rfclip.datasets import DATASETS, check_dataset
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ class Protocol:
         templates: "imagenet" (open_clip's 80), "photo" ("a photo of a cat.") or "scene" (the 80, and five of scenes).
         logit_scale: factor of the cosines before the softmax.
         threshold: class probability below which a pixel is background, in datasets that have such a class.
-        pamr: whether logits are refined by PAMR if nothing is said.
+        post: what happens to the logits of pixels if nothing is said: one of `rfclip.config.POSTS`.
         refined: where PAMR works: on the picture as "resized", or as "given", its own size.
         rule: what else happens to the logits, as "module:class" within `rfclip.methods`.
         options: the rule's constants.
         datasets: what differs on some datasets, by name.
 
     Raises:
-        ValueError: `datasets` names one that does not exist.
+        ValueError: `datasets` names one that does not exist, or there is no such `post`.
     """
 
     short_side: int = 336
@@ -62,20 +62,21 @@ class Protocol:
     templates: Literal["imagenet", "photo", "scene"] = "imagenet"
     logit_scale: float = 40.0
     threshold: float | None = 0.1
-    pamr: bool = False
+    post: PostName = "none"
     refined: Literal["resized", "given"] = "resized"
     rule: str = "rule:Rule"
     options: Mapping[str, Any] = field(default_factory=dict)
     datasets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"cityscapes": {"short_side": 560}})
 
     def __post_init__(self) -> None:
+        check_post(self.post)
         for name in self.datasets:
             check_dataset(name)
 
     def beyond(self) -> str:
         """What differs from the common protocol beside sides, scale and threshold, in words."""
         common, said = Protocol(), []
-        for name in ("resizing", "padding", "position_offset", "imagenet", "templates", "pamr", "refined"):
+        for name in ("resizing", "padding", "position_offset", "imagenet", "templates", "post", "refined"):
             value = getattr(self, name)
             if value != getattr(common, name):
                 said.append(name.replace("_", " ") if value is True else f"{name.replace('_', ' ')} {value}")
@@ -139,6 +140,15 @@ _AREA: dict[str, Any] = {"rule": "peers:AreaRule", "options": {"share": 0.1}}
 _WHOLE_VOC = Protocol(
     resizing="mmcv",
     datasets={"cityscapes": {"short_side": 560}, "voc20": {"window": None}, "voc21": {"window": None}},
+)
+_SC_CLIP = Protocol(
+    resizing="mmcv",
+    threshold=0.15,
+    datasets={
+        "cityscapes": {"short_side": 560},
+        "voc21": {"logit_scale": 50.0, **_AREA},
+        "coco_object": {"logit_scale": 55.0, "threshold": 0.35},
+    },
 )
 _PAPER = "Target Refocusing via Attention Redistribution, AAAI 2026"
 
@@ -208,7 +218,7 @@ METHODS: dict[str, MethodCard] = {
             "Hajimiri et al., WACV 2025",
             Protocol(
                 resizing="mmcv",
-                pamr=True,
+                post="pamr",
                 datasets={  # any picture at its own size would take gigabytes
                     **{name: {"refined": "given"} for name in DATASETS},
                     "cityscapes": {"short_side": 560, "refined": "given"},
@@ -281,7 +291,7 @@ METHODS: dict[str, MethodCard] = {
             Protocol(
                 stride=28,
                 resizing="mmcv",
-                pamr=True,
+                post="pamr",
                 datasets={
                     "cityscapes": {"short_side": 560},
                     "coco_stuff": {"short_side": 448},
@@ -293,19 +303,12 @@ METHODS: dict[str, MethodCard] = {
             blocks=11,
             beyond="seven more attentions in the last block",
         ),
+        MethodCard("sc-clip", "sc_clip:SCCLIP", "Bai et al., 2024", _SC_CLIP, blocks=11),
         MethodCard(
-            "sc-clip",
-            "sc_clip:SCCLIP",
-            "Bai et al., 2024",
-            Protocol(
-                resizing="mmcv",
-                threshold=0.15,
-                datasets={
-                    "cityscapes": {"short_side": 560},
-                    "voc21": {"logit_scale": 50.0, **_AREA},
-                    "coco_object": {"logit_scale": 55.0, "threshold": 0.35},
-                },
-            ),
+            "sfp",
+            "sfp:SFP",
+            "Jin et al., ICCV 2025",
+            replace(_SC_CLIP, datasets={**_SC_CLIP.datasets, "ade20k": {"short_side": 384}}),
             blocks=11,
         ),
         MethodCard(

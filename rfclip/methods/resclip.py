@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from rfclip.methods.base import Method
+from rfclip.methods.base import Method, Sweep, own
 from rfclip.methods.peers import distance_bias
 
 
@@ -21,8 +20,7 @@ class ResidualCrossAttention(Method):
 
     def tokens(self, patches: Tensor) -> Tensor:
         _, (_, k, v), earlier = self.last_and(patches, self.blocks)
-        prefix = self.tower.prefix
-        own = self.ops.self_attention(k, v, distance_bias(k, patches.shape[2:]), prefix=prefix)
-        residue = sum(F.scaled_dot_product_attention(q, key, v) for q, key in earlier) / len(earlier)
-        gathered = 2 * ((1 - self.share) * own + self.share * residue)
-        return self.tower.blocks[-1].project(gathered)[:, prefix:]
+        residue = 2 * self.share / len(earlier)
+        sweeps = [own(k, 2 * (1 - self.share), distance_bias(k, patches.shape[2:]))]
+        sweeps += [Sweep(q, key, residue) for q, key in earlier]
+        return self.tower.blocks[-1].project(self.gather(sweeps, v))[:, self.tower.prefix :]

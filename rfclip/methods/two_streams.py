@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfclip.methods.base import QKV, Method
+from rfclip.methods.base import QKV, Method, own
 from rfclip.methods.rule import Rule
 from rfclip.ops.numerics import computing_dtype
 from rfclip.towers import Block
@@ -39,7 +38,7 @@ class CLIPSurgery(TwoStreams):
     """SS(v) v in each of the last six blocks."""
 
     def _gather(self, block: Block, x: Tensor, qkv: QKV) -> Tensor:
-        return self.ops.self_attention(qkv[2], qkv[2], prefix=self.tower.prefix)
+        return self.gather([own(qkv[2])], qkv[2])
 
 
 class GEM(TwoStreams):
@@ -50,15 +49,14 @@ class GEM(TwoStreams):
     """
 
     def _gather(self, block: Block, x: Tensor, qkv: QKV) -> Tensor:
-        y, v, prefix = block.ln_1(x), qkv[2], self.tower.prefix
+        y, v = block.ln_1(x), qkv[2]
         theta = y.to(computing_dtype(y)).norm(dim=-1).mean(dim=1) / v.shape[-1] ** 0.5
-        root = theta.sqrt()[:, None, None, None].to(v.dtype)  # per image, while the operation has one scale for all
-        gathered = []
+        sweeps = []
         for u in qkv:
             u = F.normalize(u, dim=-1)
-            u = F.normalize(self.ops.self_attention(root * u, u, scale=1.0, prefix=prefix), dim=-1)
-            gathered.append(self.ops.self_attention(root * u, v, scale=1.0, prefix=prefix))
-        return reduce(torch.add, gathered) / 3
+            u = F.normalize(self.gather([own(u, scale=theta)], u), dim=-1)
+            sweeps.append(own(u, 1 / 3, scale=theta))
+        return self.gather(sweeps, v)
 
 
 class FeatureSurgery(Rule):

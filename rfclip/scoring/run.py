@@ -115,7 +115,7 @@ class Scorer:
     def predictions(self, rgb: Image.Image) -> dict[str, Segmentation]:
         """By list of names, the segmentation into the dataset's classes; where none is sure, the background, if any."""
         dataset, lists = self.dataset, list(self.lists.values())
-        each = self.segmenter.segment_by(rgb, lists, threshold=self.threshold, pamr=self.job.pamr)
+        each = self.segmenter.segment_by(rgb, lists, threshold=self.threshold, post=self.job.post)
         predicted = {}
         for name, found in zip(self.lists, each, strict=True):
             labels = np.where(found.labels == found.nothing, 0, found.labels) if dataset.background else found.labels

@@ -30,7 +30,7 @@ class Job:
 
     Attributes:
         model, pretrained: as `find_model` finds them.
-        pamr: None: if the protocol does.
+        post: as for a call of a `Segmenter`.
         inject: the share of patch tokens in which distraction is simulated, see `inject_distraction`.
         protocol: as `find_protocol` takes it.
     """
@@ -43,7 +43,7 @@ class Job:
     device: str = "cpu"
     precision: str = "fp32"
     batch: int | None = None
-    pamr: bool | None = None
+    post: str | None = None
     inject: float = 0.0
     protocol: str = OWN
 
@@ -117,7 +117,7 @@ class Job:
             "window": windows.window,
             "stride": windows.stride,
             "logit_scale": segmenter.logit_scale,
-            "pamr": segmenter.protocol.pamr if self.pamr is None else self.pamr,
+            "post": segmenter.protocol.post if self.post is None else self.post,
             "protocol": {"name": self.protocol} | {key: protocol[key] for key in PROTOCOL},
             "inject_distraction": self.inject,
             "rfclip": __version__,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from rfclip.config import TINY, RefocusConfig, check_precision, is_finite
+from rfclip.config import TINY, RefocusConfig, check_post, check_precision, is_finite
 from rfclip.datasets.names import ClassNames
 from rfclip.images import ImageLike, is_image, to_rgb
 from rfclip.methods import RF_CLIP, Protocol, find_method
@@ -100,8 +100,8 @@ class Segmenter:
         cache: folder for text embeddings; None: the user's cache folder; False: no cache on disk.
 
     Raises:
-        ValueError: an argument is out of range, the protocol has other positions than a model refocused already, or as
-            `rfclip.load_model` and `rfclip.refocus`.
+        ValueError: an argument is out of range, the protocol has other positions than a model refocused already, its
+            rule does not go with the method or the model, or as `rfclip.load_model` and `rfclip.refocus`.
     """
 
     def __init__(
@@ -175,6 +175,11 @@ class Segmenter:
         if self._handle is not None:
             running.tower.position_offset = protocol.position_offset
         self._method = running
+        try:
+            self._rule.check(running)
+        except ValueError:
+            self.close()
+            raise
 
     @property
     def backend(self) -> str:
@@ -210,7 +215,7 @@ class Segmenter:
         *,
         threshold: float | None = None,
         probabilities: bool = False,
-        pamr: bool | None = None,
+        post: str | None = None,
         background: bool | None = None,
         progress: bool = False,
     ) -> Segmentation: ...
@@ -223,7 +228,7 @@ class Segmenter:
         *,
         threshold: float | None = None,
         probabilities: bool = False,
-        pamr: bool | None = None,
+        post: str | None = None,
         background: bool | None = None,
         progress: bool = False,
     ) -> list[Segmentation]: ...
@@ -235,7 +240,7 @@ class Segmenter:
         *,
         threshold: float | None = None,
         probabilities: bool = False,
-        pamr: bool | None = None,
+        post: str | None = None,
         background: bool | None = None,
         progress: bool = False,
     ) -> Segmentation | list[Segmentation]:
@@ -248,7 +253,8 @@ class Segmenter:
             threshold: pixels whose largest class probability is below it get the class called "background" or, if there
                 is none, the label `Segmentation.nothing`.
             probabilities: also return every class's probability.
-            pamr: refine the logits along the picture's edges, step 9 of the method; None: if the protocol does.
+            post: what happens to the logits of pixels, step 9 of the method: "none", or "pamr", which refines them
+                along the picture's edges; None: what the protocol does.
             background: add a class "background", made of general names such as sky, wall and road. None: if there is
                 one class, which would otherwise cover every picture whole.
             progress: show a progress bar on the error stream.
@@ -257,14 +263,14 @@ class Segmenter:
             A `Segmentation`, or for several pictures a list of them.
 
         Raises:
-            ValueError: an image, the classes or the threshold is not as described, two names are the same to the
-                model, or its features are not finite.
+            ValueError: an image, the classes or an option is not as described, two names are the same to the model, or
+                its features are not finite.
             RuntimeError: the segmenter is closed.
 
         Warns:
             UserWarning: the bundled CLIP is asked for names that it does not know, or for a picture that is no scene.
         """
-        options: dict[str, Any] = {"threshold": threshold, "probabilities": probabilities, "pamr": pamr}
+        options: dict[str, Any] = {"threshold": threshold, "probabilities": probabilities, "post": post}
         if is_image(image) or not isinstance(image, Iterable):  # what is neither, `to_rgb` refuses
             named = self._named(classes, background)
             return self.segment(to_rgb(cast(ImageLike, image)), named, confidence=True, **options)
@@ -284,7 +290,7 @@ class Segmenter:
         *,
         threshold: float | None = None,
         probabilities: bool = False,
-        pamr: bool | None = None,
+        post: str | None = None,
         background: bool | None = None,
     ) -> Iterator[Segmentation]:
         """The results of pictures one after the other, as a call with a list returns them.
@@ -293,15 +299,15 @@ class Segmenter:
 
         Args:
             images: any iterable, also one without end.
-            classes, threshold, probabilities, pamr, background: as for a call.
+            classes, threshold, probabilities, post, background: as for a call.
 
         Raises:
             ValueError, RuntimeError: as a call does; the results before that of a bad image are given first.
         """
         named = self._named(classes, background)
-        self._check_call(threshold)
+        self._check_call(threshold, post)
         names = self._upload(named)
-        options: dict[str, Any] = {"threshold": threshold, "probabilities": probabilities, "pamr": pamr}
+        options: dict[str, Any] = {"threshold": threshold, "probabilities": probabilities, "post": post}
 
         def results() -> Iterator[Segmentation]:
             for seen in self._together(images, len(names.text)):
@@ -324,14 +330,14 @@ class Segmenter:
         threshold: float | None = None,
         probabilities: bool = False,
         confidence: bool = False,
-        pamr: bool | None = None,
+        post: str | None = None,
     ) -> Segmentation:
         """The same for an upright RGB picture and the names of each class, taken literally, with confidence on request.
 
         A name may stand in several classes: those have the same score for it, and the first of them wins.
         """
         options: dict[str, Any] = {"threshold": threshold, "probabilities": probabilities, "confidence": confidence}
-        return self.segment_by(rgb, [named], pamr=pamr, **options)[0]
+        return self.segment_by(rgb, [named], post=post, **options)[0]
 
     @torch.inference_mode()
     def segment_by(
@@ -342,18 +348,19 @@ class Segmenter:
         threshold: float | None = None,
         probabilities: bool = False,
         confidence: bool = False,
-        pamr: bool | None = None,
+        post: str | None = None,
     ) -> list[Segmentation]:
         """`segment` for several lists of names, which share one pass of the picture through the tower."""
-        self._check_call(threshold)
+        self._check_call(threshold, post)
         options: dict[str, Any] = {"threshold": threshold, "probabilities": probabilities, "confidence": confidence}
-        return self._segmented([self._see(rgb)], lists, list(map(self._upload, lists)), pamr=pamr, **options)[0]
+        return self._segmented([self._see(rgb)], lists, list(map(self._upload, lists)), post=post, **options)[0]
 
-    def _check_call(self, threshold: float | None) -> None:
+    def _check_call(self, threshold: float | None, post: str | None) -> None:
         if installed(self.model) is not self._method:
             raise RuntimeError("this segmenter is closed, or its model was restored: make another Segmenter")
         if threshold is not None and not (is_finite(threshold) and 0 <= threshold <= 1):
             raise ValueError(f"threshold={threshold!r}: expected a probability, from 0 to 1")
+        check_post(post)
 
     @torch.inference_mode()
     def _together(self, images: Iterable[ImageLike], names: int) -> Iterator[list[Seen]]:
@@ -386,16 +393,16 @@ class Segmenter:
         threshold: float | None,
         probabilities: bool,
         confidence: bool,
-        pamr: bool | None,
+        post: str | None,
     ) -> list[list[Segmentation]]:
         """For each picture, the result by each list of names, which are on the device."""
-        pamr = self.protocol.pamr if pamr is None else pamr
+        post = self.protocol.post if post is None else post
         found: list[list[Segmentation]] = []
         for seen, of_lists in zip(pictures, self._logits(pictures, names), strict=True):
             found.append([])
             # One list at a time, since the logits of pixels take far more memory than those of patches.
             for named, listed, logits in zip(lists, names, of_lists, strict=True):
-                averaged = self._averaged(torch.stack(logits), seen, pamr)
+                averaged = self._averaged(torch.stack(logits), seen, post)
                 labels = self._labels(averaged, seen, named, listed.class_of_name, threshold)
                 dense, certain = None, None
                 if probabilities or confidence:
@@ -487,7 +494,7 @@ class Segmenter:
             for start in range(0, len(windows), batch):
                 part = windows[start : start + batch]
                 given = None
-                if method.card.sees_images:
+                if method.card.sees_images or rule.sees_images:
                     cut = (
                         self.windows.images(pictures[number].padded, [pictures[number].corners[window]], tower)
                         for number, window in part
@@ -497,20 +504,19 @@ class Segmenter:
                 tokens = tokens.movedim(-1, 1)  # as they lie in memory
                 seen_by: Tensor | None = None
                 if own:
-                    features, image = method.dense_and_image(tokens, given)
-                    seen_by = F.normalize(image.float(), dim=-1)
+                    dense, image = method.dense_and_image(tokens, given)
+                    features, seen_by = F.normalize(dense.float(), dim=1), F.normalize(image.float(), dim=-1)
                 else:
-                    features = method.dense(tokens, given)
+                    features = rule.look(method, tokens, given)
                     of_pictures = [of_one for number, _ in part if (of_one := images[number]) is not None]
                     seen_by = torch.cat(of_pictures) if of_pictures else None
-                features = F.normalize(features.float(), dim=1)
                 for place, each in enumerate(lists):
                     logits = rule.window(features, seen_by, each.text, each.known)
                     for (number, _), of_window in zip(part, logits, strict=True):
                         parts[number][place].append(of_window)
         return parts
 
-    def _averaged(self, logits: Tensor, seen: Seen, pamr: bool) -> Tensor:
+    def _averaged(self, logits: Tensor, seen: Seen, post: str) -> Tensor:
         """The logits [K, h, w] in every pixel that is seen from those in the windows' patches, [W, K, gh, gw].
 
         The size is that of the resized picture, of its patches where the rule goes to pixels at once, or of the picture
@@ -529,7 +535,7 @@ class Segmenter:
             whole = ops.average_windows(logits, seen.corners, seen.size, shape)
             averaged = whole[:, top : top + height, left : left + width]
         averaged = self._rule.picture(averaged)
-        if not pamr:
+        if post == "none":
             return averaged
         refined = self.windows.seen(rgb.height, rgb.width)[2:] if self.protocol.refined == "given" else (height, width)
         x, averaged = (

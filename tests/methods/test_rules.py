@@ -20,6 +20,7 @@ from rfclip.methods import METHODS, Protocol, find_protocol
 from rfclip.methods import proxyclip as proxyclip_file
 from rfclip.methods.cliptrase import dbscan_constants
 from rfclip.methods.peers import AreaRule
+from rfclip.methods.rule import Rule
 from rfclip.methods.two_streams import FeatureSurgery, min_max
 from rfclip.ops import operations
 from rfclip.segment.windows import resized_as_opencv
@@ -38,7 +39,7 @@ COMMON = {
     "templates": "imagenet",
     "logit_scale": 40,
     "threshold": 0.1,
-    "pamr": False,
+    "post": "none",
     "refined": "resized",
     "rule": "rule:Rule",
     "options": {},
@@ -58,7 +59,7 @@ TABLE = {
         },
     ),
     "naclip": (
-        {"resizing": "mmcv", "pamr": True, "refined": "given"},
+        {"resizing": "mmcv", "post": "pamr", "refined": "given"},
         {
             "cityscapes": {"short_side": 560},
             "voc20": WHOLE | {"rule": "peers:AtOnce"},
@@ -70,7 +71,7 @@ TABLE = {
         ({"resizing": "mmcv"}, {"cityscapes": {"short_side": 560}, "voc20": WHOLE, "voc21": WHOLE}),
     ),
     "itaclip": (
-        {"resizing": "mmcv", "stride": 28, "pamr": True},
+        {"resizing": "mmcv", "stride": 28, "post": "pamr"},
         {
             "cityscapes": {"short_side": 560},
             "coco_stuff": {"short_side": 448},
@@ -92,6 +93,15 @@ TABLE = {
         {"resizing": "mmcv", "threshold": 0.15},
         {
             "cityscapes": {"short_side": 560},
+            "voc21": {"logit_scale": 50, **AREA},
+            "coco_object": {"logit_scale": 55, "threshold": 0.35},
+        },
+    ),
+    "sfp": (
+        {"resizing": "mmcv", "threshold": 0.15},
+        {
+            "cityscapes": {"short_side": 560},
+            "ade20k": {"short_side": 384},
             "voc21": {"logit_scale": 50, **AREA},
             "coco_object": {"logit_scale": 55, "threshold": 0.35},
         },
@@ -436,7 +446,7 @@ def test_naclip_on_whole_pictures(segmenter):
     x = normalized(model, as_mmcv(picture, 48, 293))[None]
     whole = x[:, :, : x.shape[2] // 8 * 8, : x.shape[3] // 8 * 8]
     logits = resize_planes(logits_of(formula("naclip", model, whole), text), 61, 83)
-    check(made, picture, names, logits, pamr=False)
+    check(made, picture, names, logits, post="none")
     image = torch.from_numpy(resize_planes(x[0].numpy(), 61, 83))[None]
     refined = rfclip.reference.pamr(image, torch.from_numpy(logits)[None], iterations=10, dilations=[8, 16])[0]
     check(made, picture, names, refined.numpy())
@@ -530,3 +540,44 @@ def test_a_protocol_of_another_method():
     with rfclip.Segmenter(model, method="kk", protocol=protocol, tokenizer=list) as made:
         made.text_embeddings = lambda names: F.normalize(randn(len(names), 20, seed=5), dim=-1).float()
         assert made.segment(photograph(20, 20), [("a",), ("b",)]).labels.shape == (20, 20)
+
+
+# What a rule may ask for
+
+
+class Seeing(Rule):
+    """Takes the windows' pictures instead of patch embeddings, and refuses a method."""
+
+    sees_images = True
+
+    def check(self, method):
+        if method.name == "kk":
+            raise ValueError("not with kk")
+
+    def look(self, method, patches, images):
+        return patches, images
+
+    def window(self, patches, image, text, known):
+        seen, images = patches
+        assert len(seen) == len(images) and images.shape[2:] == (32, 32) and seen.shape[2:] == (4, 4)
+        return F.avg_pool2d(images, 8)[:, : len(text)]
+
+
+def test_a_rule_that_looks_for_itself(monkeypatch):
+    monkeypatch.setattr(Protocol, "load_rule", lambda protocol: Seeing())
+    model, picture = small_clip(planted=False), photograph(48, 64)
+    with rfclip.Segmenter(model, method="clip", short_side=48, window=32, stride=16, tokenizer=list, batch=2) as made:
+        made.text_embeddings = lambda names: F.normalize(randn(len(names), 20, seed=5), dim=-1).float()
+        found = made.segment(picture, [("a",), ("b",)], probabilities=True)
+        x = made.windows.picture(picture, made.tower)
+    total, count = np.zeros((2, 48, 64)), np.zeros((48, 64))
+    for top, bottom in windows(48, 32, 16):
+        for left, right in windows(64, 32, 16):
+            means = F.avg_pool2d(x[:2, top:bottom, left:right], 8)
+            total[:, top:bottom, left:right] += resize_planes(means.double().numpy(), 32, 32)
+            count[top:bottom, left:right] += 1
+    probabilities = rules.class_probabilities(total / count, np.arange(2), (48, 64), 40)
+    np.testing.assert_allclose(found.probabilities, probabilities, atol=1e-4)
+    with pytest.raises(ValueError, match="not with kk"):
+        rfclip.Segmenter(model, method="kk", tokenizer=list)
+    assert "forward" not in vars(model.visual)

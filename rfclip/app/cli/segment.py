@@ -51,7 +51,7 @@ def segment(
             help='Add a class "background" of general names (sky, wall, road, ...). By default if there is one class.',
         ),
     ] = None,
-    pamr: common.Pamr = None,
+    post: common.Post = None,
     protocol: common.ProtocolName = OWN,
     format: Annotated[
         Literal["png", "parquet"],
@@ -127,7 +127,7 @@ def segment(
             default = model is None
             if model is None:
                 model, pretrained = _model_for([file for file, _ in found], pretrained)
-            job = Job(model, pretrained, refocusing, method, backend, device, precision, pamr=pamr, protocol=protocol)
+            job = Job(model, pretrained, refocusing, method, backend, device, precision, post=post, protocol=protocol)
             # What is left once the workers are gone was theirs.
             with swept(out, mark), starting as where, contextlib.ExitStack() as stack:
                 common.available(where.here)
