@@ -102,7 +102,7 @@ NEEDS = [
     (
         "transformers",
         "transformers",
-        [*SEGMENT, "--model", "ViT-H-14-worldwide", "--pretrained", "metaclip2_worldwide"],
+        [*SEGMENT, "--model", "ViT-L-14-CLIPA", "--pretrained", "datacomp1b"],
     ),
     ("rasterio", "geo", [*SEGMENT, "--scale", "1"]),
     ("av", "video", ["segment", "camera:0", "--classes", "cat"]),

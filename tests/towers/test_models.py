@@ -189,6 +189,8 @@ KINDS = {  # of the text towers of MetaCLIP 2 and CLIPA, which differ in vocabul
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_with_a_tokenizer_of_transformers(tmp_path, kind):
     """Its texts are embedded as by hand: <s> words </s> and padding, without </s> where separators are stripped."""
+    if kind == "metaclip-2" and not hasattr(open_clip.CLIPTextCfg, "eos_id"):
+        pytest.skip("open_clip 3.0 does not have MetaCLIP 2")
     words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "dog": 4, "a": 5, "grass": 6}
     text, options = KINDS[kind]
     text = {"context_length": 6, "vocab_size": len(words), "width": 16, "heads": 2, "layers": 2, **text}
