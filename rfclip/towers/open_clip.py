@@ -79,7 +79,7 @@ class OpenCLIPTower(Tower):
             raise ValueError(f"{name} cannot be read: {reason}; {SUPPORTED}")
         text = open_clip.get_model_config(name).get("text_cfg", {})
         if text.get("hf_tokenizer_name") or text.get("hf_model_name"):
-            require(name, "transformers", "transformers")
+            require(f"the tokenizer of {name}", "transformers", "transformers")
         tags = open_clip.list_pretrained_tags_by_model(name)
         if pretrained is None:
             raise ValueError(f"{name} needs pretrained weights: one of {', '.join(tags) or 'none is known'}, or a path")
@@ -118,11 +118,13 @@ class OpenCLIPTower(Tower):
     def tokenizer(cls, name: str) -> Callable[[list[str]], Tensor] | None:
         try:
             return open_clip.get_tokenizer(name)
-        except OSError as error:  # transformers' own, for a tokenizer of the hub
-            raise ConnectionError(
-                f"the tokenizer of {name!r} could not be downloaded: {first_line(error)}\n"
-                "This needs a network once; later runs use the copy on disk."
-            ) from error
+        except Exception as error:  # of any kind: the hub's own, a timeout, a file that is broken
+            require(f"the tokenizer of {name}", "transformers", "transformers")
+            local = name.startswith("local-dir:")
+            message = f"the tokenizer of {name!r} could not be {'read' if local else 'downloaded'}: {first_line(error)}"
+            if local:
+                raise ValueError(message) from error
+            raise ConnectionError(f"{message}\nThis needs a network once; later runs use the copy on disk.") from error
 
     def __init__(self, model: Any) -> None:
         visual = model.visual
