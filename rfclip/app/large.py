@@ -222,6 +222,8 @@ def _check_local(segmenter: Segmenter, post: str) -> None:
         raise ValueError(
             "PEARL's propagation looks at pictures as a whole, and not tile by tile: give --post none or pamr"
         )
+    if segmenter.across_windows:
+        raise ValueError("--across-windows looks at pictures as a whole, and not tile by tile: leave it out")
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ class Job:
         post: as for a call of a `Segmenter`.
         inject: the share of patch tokens in which distraction is simulated, see `inject_distraction`.
         protocol: as `find_protocol` takes it.
+        across_windows: as for a `Segmenter`.
     """
 
     model: str = TINY
@@ -56,6 +57,7 @@ class Job:
     post: str | None = None
     inject: float = 0.0
     protocol: str = OWN
+    across_windows: bool = False
 
     def __post_init__(self) -> None:
         for field, value in zip(("model", "pretrained"), find_model(self.model, self.pretrained), strict=True):
@@ -101,6 +103,7 @@ class Job:
             device=there,
             precision=self.precision,
             batch=self.batch,
+            across_windows=self.across_windows,
             **options,
         )
         with segmenter, inject_distraction(segmenter.model, self.inject):
@@ -130,6 +133,7 @@ class Job:
             "logit_scale": segmenter.logit_scale,
             "post": segmenter.protocol.post if self.post is None else self.post,
             "protocol": {"name": self.protocol} | {key: protocol[key] for key in PROTOCOL},
+            "across_windows": self.across_windows,
             "inject_distraction": self.inject,
             "rfclip": __version__,
         }

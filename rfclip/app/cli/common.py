@@ -58,8 +58,17 @@ Post = Annotated[
     PostName | None,
     typer.Option(
         "--post",
-        help="What happens to the logits of pixels: pamr refines them along the picture's edges, pearl shares "
-        "them among neighbours of one colour and meaning. By default what the protocol does.",
+        help="What happens after a first pass: pamr refines the logits of pixels along the picture's edges; pearl "
+        "shares them among neighbours of one colour and meaning; resclip passes again, with attention corrected by the "
+        "classes of the first pass. By default what the protocol does.",
+    ),
+]
+AcrossWindows = Annotated[
+    bool,
+    typer.Option(
+        "--across-windows",
+        help="Attend across all windows of a picture in the last block, for methods whose last block is "
+        "self-attention: the core of GLA-CLIP on CLIP alone, not its published configuration with a DINO.",
     ),
 ]
 ProtocolName = Annotated[
