@@ -19,7 +19,8 @@ BAND = 1 << 22  # resized values held at a time
 def propagate(logits: Tensor, image: Tensor, text: Tensor, size: tuple[int, int], cells: float = GRID) -> Tensor:
     """PEARL's propagation (Pei et al., CVPR 2026): logits that neighbours of one colour and one meaning share.
 
-    Logits and picture are resized to `size` and averaged over squares of max(1, round(side / cells)) pixels a side.
+    Logits and picture are resized to `size` and averaged over rectangles, of max(1, round(side / cells)) pixels
+    along each axis.
     There, with p = softmax of the logits over names and g_c = (softmax(t t^T / 0.5)[c, c] + 10) / 11,
 
         agree(a, b) = sum_c g_c p_ac p_bc

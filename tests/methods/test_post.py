@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import rand, randn
-from oracles.post import propagated
+from oracles.post import cells, propagated
 
 from rfclip.methods import post
 from rfclip.methods.post import propagate
@@ -39,7 +39,7 @@ def test_propagation(names, logits, picture, size, dtype, tolerance):
     got = propagate(*given, size)
     want = propagated(*(each.double().numpy() for each in given), size)
     assert got.dtype == dtype and got.shape == want.shape
-    change = np.abs(want - post._cells(given[0].double(), size).numpy()).max()
+    change = np.abs(want - cells(given[0].double().numpy(), *size)).max()
     assert np.abs(got.double().numpy() - want).max() <= tolerance * change + 1e-15
     assert (change > 0.01) == (size != (1, 1))
     assert all(map(torch.equal, given, before))
@@ -55,6 +55,13 @@ def test_a_blank_picture():
     np.testing.assert_allclose(got.numpy(), want, atol=1e-12)
     level = torch.full((3, 9, 12), 0.2)
     assert torch.equal(propagate(level, image, text, (31, 47)), torch.full((3, 31, 47), 0.2))
+
+
+def test_other_cells():
+    given = inputs(3, (20, 30), (20, 30))
+    got = propagate(*given, (64, 90), 20)
+    assert got.shape == (3, 21, 22)
+    np.testing.assert_allclose(got.numpy(), propagated(*(each.numpy() for each in given), (64, 90), 20), atol=1e-12)
 
 
 def test_in_bands(monkeypatch):

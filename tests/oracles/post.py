@@ -8,10 +8,10 @@ from oracles.methods import softmax
 from oracles.released_evaluation import resize_planes
 
 
-def cells(planes, height, width):
+def cells(planes, height, width, count=80):
     """Means [K, h, w] of planes resized to height x width; what is beyond whole cells is left out."""
     planes = resize_planes(planes, height, width)
-    down, across = max(1, round(height / 80)), max(1, round(width / 80))
+    down, across = max(1, round(height / count)), max(1, round(width / count))
     found = np.zeros((len(planes), height // down, width // across))
     for row in range(found.shape[1]):
         for column in range(found.shape[2]):
@@ -20,9 +20,9 @@ def cells(planes, height, width):
     return found
 
 
-def propagated(logits, image, text, size):
+def propagated(logits, image, text, size, count=80):
     """u [K, h, w] of logits [K, h', w'], a normalized picture [3, H, W] and embeddings [K, C]."""
-    logits, grey = cells(logits, *size), cells(image, *size).mean(axis=0)
+    logits, grey = cells(logits, *size, count), cells(image, *size, count).mean(axis=0)
     K, h, w = logits.shape
     g = [(softmax(text @ text.T / 0.5)[c, c] + 10) / 11 for c in range(K)]
     p = softmax(logits.reshape(K, -1).T)
