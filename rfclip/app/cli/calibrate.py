@@ -80,7 +80,8 @@ def calibrate(
         finally:
             common.print_failed(failed)
         common.answer(f"{seen} images. {calibration.report()}")
-        source = f"calibrated on {seen} pictures: {', '.join(images[:NAMED])}{', ...' if len(images) > NAMED else ''}"
+        pictures = ", ".join(images[:NAMED] + ["..."] * (len(images) > NAMED))
+        source = f"calibrated on {seen} picture{'s' * (seen > 1)}: {pictures}"
         origin = Origin(plain_name(model), tags, source, date.today().isoformat(), __version__)
         text = calibration.config().to_json(origin)
         out.parent.mkdir(parents=True, exist_ok=True)
