@@ -75,7 +75,8 @@ def refocus(
     adapters or a forward of their own are refused, and `forward_intermediates` stays plain.
 
     Args:
-        model: an open_clip CLIP model, or transformers' CLIPModel or CLIPVisionModelWithProjection, in eval mode.
+        model: an open_clip CLIP model, transformers' CLIPModel or CLIPVisionModelWithProjection, or a model of OpenAI's
+            own package, `clip`, in eval mode.
         config: RF-CLIP's settings; None takes those of a model loaded by `rfclip.load_model`, or by transformers from
             OpenAI's ViT-B/16 or ViT-L/14. Only "rf-clip" and "released" have settings.
         method: one of `rfclip.methods.METHODS`.

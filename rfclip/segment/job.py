@@ -21,7 +21,17 @@ from rfclip.simulated_distraction import inject_distraction
 from rfclip.towers.loading import absolute_names, find_model, load_model
 
 # Of a protocol, what is not stated on its own.
-PROTOCOL = ("resizing", "padding", "position_offset", "imagenet", "templates", "refined", "rule", "options")
+PROTOCOL = (
+    "resizing",
+    "padding",
+    "position_offset",
+    "imagenet",
+    "templates",
+    "refined",
+    "rule",
+    "options",
+    "constants",
+)
 
 
 @dataclass(frozen=True)
@@ -30,9 +40,10 @@ class Job:
 
     Attributes:
         model, pretrained: as `find_model` finds them.
-        pamr: None: if the protocol does.
+        post: as for a call of a `Segmenter`.
         inject: the share of patch tokens in which distraction is simulated, see `inject_distraction`.
         protocol: as `find_protocol` takes it.
+        across_windows: as for a `Segmenter`.
     """
 
     model: str = TINY
@@ -43,9 +54,10 @@ class Job:
     device: str = "cpu"
     precision: str = "fp32"
     batch: int | None = None
-    pamr: bool | None = None
+    post: str | None = None
     inject: float = 0.0
     protocol: str = OWN
+    across_windows: bool = False
 
     def __post_init__(self) -> None:
         for field, value in zip(("model", "pretrained"), find_model(self.model, self.pretrained), strict=True):
@@ -91,9 +103,11 @@ class Job:
             device=there,
             precision=self.precision,
             batch=self.batch,
+            across_windows=self.across_windows,
             **options,
         )
         with segmenter, inject_distraction(segmenter.model, self.inject):
+            segmenter.check_post(self.post)
             yield segmenter
 
     def elsewhere(self) -> Job:
@@ -117,8 +131,9 @@ class Job:
             "window": windows.window,
             "stride": windows.stride,
             "logit_scale": segmenter.logit_scale,
-            "pamr": segmenter.protocol.pamr if self.pamr is None else self.pamr,
+            "post": segmenter.protocol.post if self.post is None else self.post,
             "protocol": {"name": self.protocol} | {key: protocol[key] for key in PROTOCOL},
+            "across_windows": self.across_windows,
             "inject_distraction": self.inject,
             "rfclip": __version__,
         }

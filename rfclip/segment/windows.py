@@ -71,7 +71,7 @@ class Windows:
         patch, trained = max(tower.patch_size), max(tower.image_size)
         if protocol.window is None and window is None:
             short = protocol.short_side * trained / 224
-            whole = protocol.resizing in ("square", "crop")  # these can be of whole patches
+            whole = protocol.resizing in ("square", "crop", "patches")  # these can be of whole patches
             short_side = short_side or (round(short / patch) * patch if whole else round(short))
         else:
             usual = protocol.window or 224
@@ -108,6 +108,9 @@ class Windows:
             if self.resizing == "antialiased":
                 scale = max(scale, (self.window or self.patch) / min(height, width))
             scale = max(scale, self.patch / min(height, width))
+        if self.resizing == "patches":
+            height, width = (max(1, math.floor(side * scale / self.patch + 0.5)) for side in (height, width))
+            return height * self.patch, width * self.patch
         return math.floor(height * scale + 0.5), math.floor(width * scale + 0.5)
 
     def margins(self, height: int, width: int) -> tuple[int, int, int, int]:

@@ -8,6 +8,7 @@ from rfclip.towers.base import SUPPORTED, Block, Tower
 from rfclip.towers.coca import CoCaTower
 from rfclip.towers.hugging_face import HuggingFaceTower
 from rfclip.towers.open_clip import OpenCLIPTower
+from rfclip.towers.openai_clip import OpenAITower
 from rfclip.towers.resnet import ResNetTower
 from rfclip.towers.timm import TimmTower
 from rfclip.towers.uses import use_of
@@ -16,6 +17,7 @@ __all__ = ["FAMILIES", "SUPPORTED", "Block", "Tower", "find_module", "read_tower
 
 FAMILIES: tuple[type[Tower], ...] = (  # the first that fits is taken
     HuggingFaceTower,
+    OpenAITower,
     TimmTower,
     ResNetTower,
     CoCaTower,

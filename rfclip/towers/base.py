@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 SUPPORTED = (
     "rfclip works with open_clip's own vision transformers (ViT-B-16, ViT-L-14 and the like, with a class token, "
-    "standard attention and no attentional pooling) and with transformers' CLIPModel and CLIPVisionModelWithProjection"
-    "; it reads without refocusing open_clip's ResNets, CoCa and towers of timm (SigLIP, PE-Core, EVA02 and more)"
+    "standard attention and no attentional pooling), with those of OpenAI's package clip, and with transformers' "
+    "CLIPModel and CLIPVisionModelWithProjection; it reads without refocusing open_clip's ResNets, CoCa and towers of "
+    "timm (SigLIP, PE-Core, EVA02 and more)"
 )
 
 

@@ -31,9 +31,10 @@ class OpenCLIPBlock(Block):
 
     def __init__(self, block: Any) -> None:
         self.attention = block.attn
-        # LayerScale and the norm in open_clip's custom blocks belong to the branch; in CLIP both are identities.
-        norms = [block.ln_attn] if hasattr(block, "ln_attn") else []
-        out, mlp = [block.attn.out_proj, *norms, block.ls_1], [*steps(block.mlp), block.ls_2]
+        # LayerScale and the norm in open_clip's custom blocks belong to the branch; OpenAI's blocks have neither.
+        ends = [getattr(block, name) for name in ("ln_attn", "ls_1") if hasattr(block, name)]
+        scale = [block.ls_2] if hasattr(block, "ls_2") else []
+        out, mlp = [block.attn.out_proj, *ends], [*steps(block.mlp), *scale]
         super().__init__(block.attn.num_heads, block.ln_1, out, block.ln_2, mlp)
 
     def _projections(self, y: Tensor, query: bool) -> Sequence[Tensor]:
@@ -78,7 +79,7 @@ class OpenCLIPTower(Tower):
             raise ValueError(f"{name} cannot be read: {reason}; {SUPPORTED}")
         text = open_clip.get_model_config(name).get("text_cfg", {})
         if text.get("hf_tokenizer_name") or text.get("hf_model_name"):
-            require(name, "transformers", "transformers")
+            require(f"the tokenizer of {name}", "transformers", "transformers")
         tags = open_clip.list_pretrained_tags_by_model(name)
         if pretrained is None:
             raise ValueError(f"{name} needs pretrained weights: one of {', '.join(tags) or 'none is known'}, or a path")
@@ -117,17 +118,25 @@ class OpenCLIPTower(Tower):
     def tokenizer(cls, name: str) -> Callable[[list[str]], Tensor] | None:
         try:
             return open_clip.get_tokenizer(name)
-        except OSError as error:  # transformers' own, for a tokenizer of the hub
-            raise ConnectionError(
-                f"the tokenizer of {name!r} could not be downloaded: {first_line(error)}\n"
-                "This needs a network once; later runs use the copy on disk."
-            ) from error
+        except Exception as error:  # of any kind: the hub's own, a timeout, a file that is broken
+            require(f"the tokenizer of {name}", "transformers", "transformers")
+            local = name.startswith("local-dir:")
+            message = f"the tokenizer of {name!r} could not be {'read' if local else 'downloaded'}: {first_line(error)}"
+            if local:
+                raise ValueError(message) from error
+            raise ConnectionError(f"{message}\nThis needs a network once; later runs use the copy on disk.") from error
 
     def __init__(self, model: Any) -> None:
         visual = model.visual
         if not isinstance(visual, VisionTransformer):
             raise ValueError(f"got an image tower of class {type(visual).__name__}; {SUPPORTED}")
         self._check_pool(visual)
+        self.image_size, self.patch_size = tuple(visual.image_size), tuple(visual.patch_size)
+        self.grid_size = tuple(visual.grid_size)
+        self._take(visual)
+
+    def _take(self, visual: Any) -> None:
+        """The parts of a tower, by the names that open_clip has from OpenAI; ValueError as for the constructor."""
         blocks = visual.transformer.resblocks
         parts = [("transformer", visual.transformer), ("resblocks", blocks)]
         for number, block in enumerate(blocks, 1):
@@ -139,8 +148,6 @@ class OpenCLIPTower(Tower):
         self.module, self.conv = visual, visual.conv1
         self.ln_pre, self.ln_post = visual.ln_pre, visual.ln_post
         self.blocks = [OpenCLIPBlock(block) for block in blocks]
-        self.image_size, self.patch_size = tuple(visual.image_size), tuple(visual.patch_size)
-        self.grid_size = tuple(visual.grid_size)
         self._normalize_as(visual)
         self._bypass(*parts)
 
@@ -251,7 +258,7 @@ def _readable(name: str) -> bool:
 
 def _check_block(block: Any) -> None:
     attn = getattr(block, "attn", None)
-    if getattr(attn, "in_proj_weight", None) is None or not hasattr(block, "ls_1"):
+    if getattr(attn, "in_proj_weight", None) is None:
         raise ValueError(
             f"this tower has blocks of class {type(block).__name__}, without a packed projection; {SUPPORTED}"
         )

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
+import transformers
 from open_clip.model import CustomTextCLIP, _build_vision_tower
 from packaging.version import Version
 from PIL import Image
@@ -229,6 +231,53 @@ def test_models_and_weights_that_do_not_exist(tmp_path):
     torch.save({}, pickled)
     with pytest.raises(ValueError, match="must be safetensors"):
         rfclip.load_model("ViT-B-16", str(pickled))
+
+
+KINDS = {  # of the text towers of MetaCLIP 2 and CLIPA, which differ in vocabulary, pooling and what is masked
+    "metaclip-2": ({"pool_type": "eos", "eos_id": 2}, {}),
+    "clipa": ({"pool_type": "last", "no_causal_mask": True}, {"strip_sep_token": True}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_with_a_tokenizer_of_transformers(tmp_path, kind):
+    """Its texts are embedded as by hand: <s> words </s> and padding, without </s> where separators are stripped."""
+    if kind == "metaclip-2" and not hasattr(open_clip.CLIPTextCfg, "eos_id"):
+        pytest.skip("open_clip 3.0 does not have MetaCLIP 2")
+    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "dog": 4, "a": 5, "grass": 6}
+    text, options = KINDS[kind]
+    text = {"context_length": 6, "vocab_size": len(words), "width": 16, "heads": 2, "layers": 2, **text}
+    vision = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
+    torch.manual_seed(0)
+    plain = open_clip.model.CLIP(16, vision, text).eval()
+    save_model(plain, tmp_path / "open_clip_model.safetensors")
+    text |= {"hf_tokenizer_name": "elsewhere/the-one-in-the-folder", "tokenizer_kwargs": options}
+    config = {"model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    ends = [("<s>", 0), ("</s>", 2)]
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(tmp_path)
+    end = 0 if options else 2
+    tokens = torch.tensor([[0, 4, end, 1, 1, 1], [0, 5, 6, end, 1, 1]])
+    found = rfclip.text_embeddings(
+        rfclip.load_model(f"local-dir:{tmp_path}"), ["dog", "a grass"], templates=[str], cache=False
+    )
+    torch.testing.assert_close(found, F.normalize(plain.encode_text(tokens), dim=-1))
+    with pytest.raises(ValueError, match=r"knows 7 tokens, .* 49408: pass one that fits"):
+        rfclip.text_embeddings(plain, ["dog"], cache=False)
+
+
+@pytest.mark.parametrize("name, error", [("ViT-H-14-worldwide", ConnectionError), ("local-dir:a", ValueError)])
+def test_a_tokenizer_that_cannot_be_loaded(monkeypatch, name, error):
+    def fail(*given):
+        raise OSError("no such tokenizer")
+
+    monkeypatch.setattr("open_clip.get_tokenizer", fail)
+    with pytest.raises(error, match=f"the tokenizer of '{name}' could not be .*: no such tokenizer"):
+        OpenCLIPTower.tokenizer(name)
 
 
 def test_weights_that_are_not(tmp_path):

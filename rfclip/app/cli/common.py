@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 
 from rfclip.app.sources import VIDEOS, result_name
-from rfclip.config import TINY, BackendName, PrecisionName, RefocusConfig
+from rfclip.config import TINY, BackendName, PostName, PrecisionName, RefocusConfig
 from rfclip.files import RESULTS, same_name
 from rfclip.methods import METHODS
 
@@ -54,9 +54,22 @@ MethodName = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
 Backend = Annotated[BackendName, typer.Option(help="See `rfclip info` for what auto chooses.")]
-Pamr = Annotated[
-    bool | None,
-    typer.Option("--pamr/--no-pamr", help="Refine along the picture's edges (PAMR). By default if the protocol does."),
+Post = Annotated[
+    PostName | None,
+    typer.Option(
+        "--post",
+        help="What happens after a first pass: pamr refines the logits of pixels along the picture's edges; pearl "
+        "shares them among neighbours of one colour and meaning; resclip passes again, with attention corrected by the "
+        "classes of the first pass. By default what the protocol does.",
+    ),
+]
+AcrossWindows = Annotated[
+    bool,
+    typer.Option(
+        "--across-windows",
+        help="Attend across all windows of a picture in the last block, for methods whose last block is "
+        "self-attention: the core of GLA-CLIP on CLIP alone, not its published configuration with a DINO.",
+    ),
 ]
 ProtocolName = Annotated[
     str,

@@ -91,7 +91,8 @@ def evaluate(
     count: Count = None,
     seed: Seed = None,
     batch: Batch = None,
-    pamr: common.Pamr = None,
+    post: common.Post = None,
+    across_windows: common.AcrossWindows = False,
     method: Methods = None,
     protocol: common.ProtocolName = OWN,
     names: Names = "official",
@@ -139,20 +140,22 @@ def evaluate(
         from rfclip.segment.job import Job
 
         # The paper's figures are for OpenAI's weights, all pictures, and the settings of the authors' code.
-        plain = protocol in (OWN, "released") and not (pamr or limit or config or inject_distraction)
+        plain = protocol in (OWN, "released") and post in (None, "none") and not across_windows
+        plain &= not (limit or config or inject_distraction)
         comparable = (pretrained or "").lower() == "openai" and plain
         rows: list[Row] = []
         with starting as where:
             clip, refocusing = common.load(model, pretrained, where.here, given, methods)
-            more: dict[str, Any] = {"batch": batch, "pamr": pamr, "inject": inject_distraction, "protocol": protocol}
+            more: dict[str, Any] = {"batch": batch, "post": post, "inject": inject_distraction, "protocol": protocol}
+            more["across_windows"] = across_windows
             shared = Job(model, pretrained, None, RF_CLIP, backend, device, **more)
             own = _injected(refocusing, inject_distraction)
             jobs = {
                 name: replace(shared, method=name, config=config)
-                for name, config in _possible(clip, methods, own, method == "all")
+                for name, config in _possible(clip, shared, methods, own, method == "all")
             }
             single = len(opened) * len(jobs) == 1
-            marks = _marks(protocol, names)
+            marks = _marks(protocol, names) + "-across-windows" * across_windows
             out = out or RUNS.joinpath(*([_run_name(opened[0].name, *jobs) + marks] if single else []))
             for name, job in jobs.items():
                 for data in opened:
@@ -162,7 +165,7 @@ def evaluate(
             if sheet is not None:
                 _draw_sheet(sheet, opened[0], items[opened[0].name], jobs, clip, where, lists[opened[0].name])
         title = f"{model}, {pretrained or 'its own weights'}{_with_distraction(inject_distraction)}"
-        title += f"; {_about(protocol)}; names: {names}"
+        title += f"; {_about(protocol)}; names: {names}" + "; attention across windows" * across_windows
         _print_table("method", rows, title, out / ("table.md" if single else f"table{marks}.md"))
         common.answer(f"Written to {out}.")
         if not inject_distraction and refocusing == RefocusConfig(distraction_dims=()):
@@ -177,7 +180,7 @@ def ablate(
     count: Count = None,
     seed: Seed = None,
     batch: Batch = None,
-    pamr: common.Pamr = None,
+    post: common.Post = None,
     inject_distraction: common.Inject = 0.0,
     model: Model = None,
     pretrained: common.Pretrained = None,
@@ -214,7 +217,7 @@ def ablate(
             refocusing = _injected(refocusing, inject_distraction)
             assert refocusing is not None
             configs = variants(ablation, refocusing, len(read_tower(clip).blocks))
-            more: dict[str, Any] = {"batch": batch, "pamr": pamr, "inject": inject_distraction}
+            more: dict[str, Any] = {"batch": batch, "post": post, "inject": inject_distraction}
             shared = Job(model, pretrained, None, RF_CLIP, backend, device, **more)
             scored: dict[RefocusConfig, Scores] = {}  # the full method appears more than once in a table
             for number, (label, choice) in enumerate(configs.items(), 1):
@@ -301,16 +304,16 @@ def _with_distraction(share: float) -> str:
 
 
 def _possible(
-    clip: nn.Module, names: list[str], config: RefocusConfig | None, every: bool
+    clip: nn.Module, shared: Job, names: list[str], config: RefocusConfig | None, every: bool
 ) -> Iterator[tuple[str, RefocusConfig | None]]:
     """Each method with its settings. Of all methods, those that this model cannot have are left out, saying so."""
     from rfclip.methods import find_method
-    from rfclip.plugin import refocus
 
     for name in names:
         own = config if find_method(name).configured else None
         try:
-            refocus(clip, own, method=name).remove()
+            with replace(shared, method=name, config=own).segmenter(clip):
+                pass
         except (ValueError, OSError) as error:
             if not every:
                 raise

@@ -8,7 +8,8 @@ import typer
 from rich.table import Column, Table
 
 from rfclip.app.cli import common
-from rfclip.config import PRESETS, TINY, plain_name
+from rfclip.config import TINY, plain_name
+from rfclip.presets import PRESETS
 
 CAPTION = (
     "side: of the resized picture, the shorter one; window: side and stride of the windows, or the picture as a whole; "
@@ -46,7 +47,7 @@ def models(as_json: common.Json = False) -> None:
         table.add_row(name, ", ".join(tags) or "none known", f"{use}{known}{why}")
     known = ", ".join(name.removeprefix(HUGGING_FACE) for name, _ in PRESETS if name.startswith(HUGGING_FACE))
     table.add_row(
-        f"{HUGGING_FACE}NAME", f"{known}, other CLIPModels on the hub, or a folder", "refocus; known for these two"
+        f"{HUGGING_FACE}NAME", f"{known}, other CLIPModels on the hub, or a folder", "refocus; known for those named"
     )
     common.out_console.print(table)
 

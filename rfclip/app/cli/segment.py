@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -51,7 +51,8 @@ def segment(
             help='Add a class "background" of general names (sky, wall, road, ...). By default if there is one class.',
         ),
     ] = None,
-    pamr: common.Pamr = None,
+    post: common.Post = None,
+    across_windows: common.AcrossWindows = False,
     protocol: common.ProtocolName = OWN,
     format: Annotated[
         Literal["png", "parquet"],
@@ -127,7 +128,8 @@ def segment(
             default = model is None
             if model is None:
                 model, pretrained = _model_for([file for file, _ in found], pretrained)
-            job = Job(model, pretrained, refocusing, method, backend, device, precision, pamr=pamr, protocol=protocol)
+            more: dict[str, Any] = {"post": post, "protocol": protocol, "across_windows": across_windows}
+            job = Job(model, pretrained, refocusing, method, backend, device, precision, **more)
             # What is left once the workers are gone was theirs.
             with swept(out, mark), starting as where, contextlib.ExitStack() as stack:
                 common.available(where.here)
