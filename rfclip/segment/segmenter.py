@@ -157,8 +157,8 @@ class Segmenter:
             )
         if present is not None and not present.follows(protocol):
             raise ValueError(
-                f"protocol: it has the constants {dict(protocol.constants[card.name])}, and this model is refocused "
-                f"with {present.constants}: give the plain model, and method="
+                f"protocol: it has the constants {dict(protocol.constants.get(card.name, {}))}, and this model is "
+                f"refocused with {present.constants}: give the plain model, and method="
             )
         self.protocol, self._rule = protocol, protocol.load_rule()
         self._text = TextEmbeddings(

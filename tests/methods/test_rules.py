@@ -77,6 +77,7 @@ TABLE = {
         },
     ),
     "resclip-rcs": ({"resizing": "mmcv"}, WHOLE_VOC),
+    "resclip": ({"resizing": "mmcv", "post": "resclip"}, WHOLE_VOC),
     "pearl": ({"resizing": "mmcv", "post": "pearl"}, WHOLE_VOC),
     "itaclip": (
         {"resizing": "mmcv", "stride": 28, "post": "pamr"},

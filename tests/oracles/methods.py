@@ -100,17 +100,18 @@ def distances(p):
     return G
 
 
-def resclip_rcs(p):
+def resclip_rcs(p, share=0.3):
     q, k, v = p.qkv(p.L, p.F[p.L - 1])
     R = 0
     for n in (6, 7, 8, 9):
         a, b, _ = p.qkv(n, p.F[n - 1])
         R = R + softmax(a @ b.transpose(0, 2, 1) / a.shape[-1] ** 0.5) / 4
-    A = 2 * (0.7 * softmax(k @ k.transpose(0, 2, 1) / k.shape[-1] ** 0.5 + distances(p)) + 0.3 * R)
+    own = softmax(k @ k.transpose(0, 2, 1) / k.shape[-1] ** 0.5 + distances(p))
+    A = 2 * ((1 - share) * own + share * R)
     return p.out(p.L, A @ v)
 
 
-def pearl(p):
+def pearl(p, share=0.08):
     """By the paper's own logits, not by changed queries."""
     q, k, v = p.qkv(p.L, p.F[p.L - 1])
     heads = []
@@ -125,7 +126,7 @@ def pearl(p):
             step = (3 * np.eye(len(C)) - Z @ Y) / 2
             Y, Z = Y @ step, step @ Z
         centred = K - w @ K
-        S = (Q @ (K @ (C @ Z / c**0.5)).T + 0.08 * centred @ centred.T) / Q.shape[1] ** 0.5
+        S = (Q @ (K @ (C @ Z / c**0.5)).T + share * centred @ centred.T) / Q.shape[1] ** 0.5
         heads.append(softmax(S) @ V)
     return p.out(p.L, np.stack(heads))
 
@@ -307,6 +308,7 @@ FORMULAS = {
     "clearclip": clearclip,
     "naclip": naclip,
     "resclip-rcs": resclip_rcs,
+    "resclip": resclip_rcs,
     "pearl": pearl,
     "itaclip": itaclip,
     "gem": gem,
@@ -321,12 +323,12 @@ FORMULAS = {
 }  # RF-CLIP's is oracles/tower.py, ProxyCLIP's is below
 
 
-def formula(name, model, images):
+def formula(name, model, images, *constants):
     """Patch embeddings [B, C, gh, gw] in float64."""
     found = []
     for image in images:
         p = Plain(model, image, offset=0.1 if name == "released" else 0.0)
-        z = torch.from_numpy(FORMULAS[name](p)[1:])
+        z = torch.from_numpy(FORMULAS[name](p, *constants)[1:])
         found.append((model.visual.ln_post(z) @ model.visual.proj).T.reshape(-1, *p.grid))
     return torch.stack(found)
 
