@@ -86,7 +86,7 @@ class TimmBlock(Block):
             return u
         if self.rotary is None:
             raise RuntimeError("queries and keys of this tower depend on the grid: take its blocks_on(grid)")
-        prefix = u.shape[2] - len(self.rotary)
+        prefix = u.shape[2] - self.rotary.shape[0]  # len() would fix a size that an exporter leaves open
         half = {"half": True} if getattr(self.attention, "rotate_half", False) else {}
         rotated = apply_rot_embed_cat(u[:, :, prefix:], self.rotary, **half)
         return torch.cat([u[:, :, :prefix], rotated.to(u.dtype)], dim=2)
@@ -168,9 +168,12 @@ class TimmTower(OpenCLIPTower):
     def _rotary_on(self, grid: tuple[int, int]) -> Tensor:
         """timm's rotary embeddings, [N, 2 D], by its own rule for other grids than the trained one."""
         rope: Any = self.rope
+        weight = self.weight
+        # A size that an exporter leaves open may be the trained one, whose embeddings the same rule gives.
+        if any(isinstance(side, torch.SymInt) for side in grid):
+            return self._rotary_of(list(grid))
         if grid == self.grid_size:
             return rope.get_embed()
-        weight = self.weight
         if torch.compiler.is_compiling() or detect_fake_mode(weight) is not None:
             return self._rotary_of(list(grid))
         key = grid, weight.device, weight.dtype

@@ -251,6 +251,30 @@ def test_blocks_know_their_grid():
     assert not torch.allclose(tower.blocks_on((3, 2))[-1].heads_of(y)[0], q)
 
 
+@pytest.mark.parametrize("kind", ["siglip", "eva02"])
+def test_a_traced_tower(kind):
+    """Compiled and exported before anything is kept of its positions; an exported one takes any size."""
+    model = small_timm(kind, torch.float32)
+    given = images_of(model, 2, 5).float()
+
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            return rfclip.dense_features(self.model, images)
+
+    with rfclip.refocus(model, method="clearclip", cuda_graphs=False):
+        compiled = torch.compile(Dense(), fullgraph=True, backend="eager")(given)
+        sides = {axis: 8 * torch.export.Dim(f"side_{axis}", min=2, max=20) for axis in (2, 3)}
+        exported = torch.export.export(Dense(), (given,), strict=False, dynamic_shapes={"images": sides}).module()
+        assert relative_error(compiled, Dense()(given)) < 1e-5
+        for grid in ((2, 5), (4, 4), (6, 3)):
+            other = torch.randn(2, 3, 8 * grid[0], 8 * grid[1])
+            assert relative_error(exported(other), Dense()(other)) < 1e-5
+
+
 def test_windows_of_a_tower_that_looks_beyond_its_patches():
     """Each window is seen by itself, as the tower would see it."""
     tower = read_tower(small_timm("vitamin", torch.float32))
