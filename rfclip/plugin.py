@@ -51,7 +51,7 @@ def installed(model: nn.Module | Tower) -> Method | None:
     """The method that refocuses a model, or the model of a tower; None for a plain one.
 
     Raises:
-        ValueError: the model has no tower of standard blocks.
+        ValueError: the model has no tower that can be read.
     """
     module = model.module if isinstance(model, Tower) else find_module(model)
     present = module.__dict__.get("forward")  # torch 2.8 does not compile vars()
@@ -93,11 +93,12 @@ def refocus(
         exception.
 
     Raises:
-        ValueError: the tower is of another kind, the config is missing or does not fit it, or the backend is unknown
-            or cannot run there.
+        ValueError: the tower is of another kind, or does not give what the method needs, the config is missing or does
+            not fit it, or the backend is unknown or cannot run there.
         RuntimeError: the model is already refocused, or in training mode.
     """
     tower, card = read_tower(model), find_method(method)
+    card.check_tower(tower)
     if not card.configured and config is not None:
         raise ValueError(f"config: method {method!r} has nothing to configure; leave it out")
     if card.configured:

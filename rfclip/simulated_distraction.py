@@ -35,11 +35,15 @@ def inject_distraction(model: nn.Module, share: float, *, strength: float = 40.0
         seed: which tokens.
 
     Raises:
-        ValueError: share is out of range.
+        ValueError: share is out of range, or the tower is read only.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"inject={share}: expected a share of the patch tokens, from 0 to 1")
+    if not share:
+        yield
+        return
     tower = read_tower(model)
+    tower.check_refocusable("simulated distraction")
     middle = tower.blocks[len(tower.blocks) // 2 - 1]
     stream: list[Tensor] = []
 
@@ -59,9 +63,6 @@ def inject_distraction(model: nn.Module, share: float, *, strength: float = 40.0
         output[:, chosen[:, None], dims] += strength * spread
         return output
 
-    if not share:
-        yield
-        return
     hooks = middle.ln_2.register_forward_pre_hook(remember), middle.mlp[-1].register_forward_hook(over_activate)
     try:
         yield

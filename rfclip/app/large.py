@@ -177,7 +177,7 @@ def label_large(
     """
     post = segmenter.protocol.post if post is None else post
     names, windows = tuple(map(title, named)), segmenter.windows
-    _check_local(segmenter)
+    _check_local(segmenter, post)
     with _opened(source, settings, settings["scale"]) as raster:
         size = raster.height, raster.width
         with _opened(source, settings, min(1, SHOWN / max(size)) * settings["scale"]) as small:
@@ -206,7 +206,7 @@ def label_large(
     return facts, Segmentation(shown, small_labels, names)
 
 
-def _check_local(segmenter: Segmenter) -> None:
+def _check_local(segmenter: Segmenter, post: str) -> None:
     """Refuse a protocol by which the labels of a part depend on the rest of the picture."""
     protocol, rule = segmenter.protocol, segmenter.protocol.load_rule()
     if (
@@ -218,6 +218,10 @@ def _check_local(segmenter: Segmenter) -> None:
         or type(rule).labels is not Rule.labels
     ):
         raise ValueError("its protocol looks at pictures as a whole, and not tile by tile: --protocol common does not")
+    if post == "pearl":
+        raise ValueError(
+            "PEARL's propagation looks at pictures as a whole, and not tile by tile: give --post none or pamr"
+        )
 
 
 @contextlib.contextmanager

@@ -27,12 +27,13 @@ from torch import nn
 from rfclip.app import panels
 from rfclip.app.guard import UPLOAD_LIMIT, Guard, Hosts, one_line
 from rfclip.app.writer import described, save
-from rfclip.config import POSTS, PRESETS, TINY, RefocusConfig
+from rfclip.config import POSTS, TINY, RefocusConfig
 from rfclip.datasets.names import ClassNames
 from rfclip.explanation import explain, figures
 from rfclip.files import OUTPUTS
 from rfclip.images import to_rgb
 from rfclip.methods import METHODS, OWN, RF_CLIP, find_method
+from rfclip.presets import PRESETS
 from rfclip.segment.classes import Background, parse_classes, shipped_list, split_classes
 from rfclip.segment.drawing import Colour, as_seen, class_colours, marked
 from rfclip.segment.job import Job

@@ -74,7 +74,7 @@ class Method:
         backend: as for `rfclip.refocus`.
 
     Raises:
-        ValueError: the tower has too few blocks, or the backend is unknown or cannot run there.
+        ValueError: the tower does not give what the method needs, or the backend is unknown or cannot run there.
     """
 
     graphs: Graphs | None = None
@@ -82,8 +82,7 @@ class Method:
     crosses: bool = False
 
     def __init__(self, card: MethodCard, tower: Tower, config: RefocusConfig | None, backend: str) -> None:
-        if len(tower.blocks) < card.blocks:
-            raise ValueError(f"method {card.name!r} needs {card.blocks} blocks, and this tower has {len(tower.blocks)}")
+        card.check_tower(tower)
         self.card, self.tower, self.config, self.backend = card, tower, config, backend
         self.follow(card.protocol)
         self._chosen: tuple[torch.device, torch.dtype, Backend] | None = None
@@ -150,9 +149,9 @@ class Method:
         return self.graphs(self._dense, patches, self.tower)
 
     def image(self, patches: Tensor) -> Tensor:
-        """The image embedding [B, C] of images whose patches are given, before normalization: CLS of the last block."""
+        """The image embedding [B, C] of images whose patches are given, before normalization: `Tower.embedding`."""
         self.tower.check_ready()
-        return self.tower.readout(self.stream(patches)[:, 0])
+        return self.tower.embedding(self.stream(patches))
 
     def dense_and_image(self, patches: Tensor, images: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What `dense` returns, and the image embedding for the rule of a protocol, which is that of `image` for most.
@@ -195,7 +194,7 @@ class Method:
         """Each block with its input in the plain tower, and its q, k and v."""
         ops, branch = self.ops, None
         x = self.tower.embed(patches, ops)
-        for number, block in enumerate(self.tower.blocks, 1):
+        for number, block in enumerate(self.tower.blocks_on(patches.shape[2:]), 1):
             x, y = ops.add_norm(block.ln_1, x, branch)
             qkv = block.heads_of(y)
             yield block, x, qkv

@@ -18,7 +18,8 @@ class PEARL(Method):
     Per head, q0 and k0 are the means of queries and keys over patches, weighted by ||q_i||, and R is what five steps of
     Newton and Schulz make of C (C^T C)^(-1/2), where C = (k - k0)^T (q - q0). Rows of logits are free up to a constant,
     so that this is the paper's softmax of q (k R)^T + 0.08 (k - k0) (k - k0)^T. On ADE20K and Cityscapes, its protocol
-    has 0.3 in place of 0.08, and it refines logits by a propagation that is not built here.
+    has 0.3 in place of 0.08, and on all the propagation of `rfclip.methods.post`, as the authors' runs do; alone, their
+    code has that off.
     """
 
     defaults = {"share": 0.08}  # noqa: RUF012  a mapping that nobody changes

@@ -42,11 +42,11 @@ class Protocol:
         templates: "imagenet" (open_clip's 80), "photo" ("a photo of a cat.") or "scene" (the 80, and five of scenes).
         logit_scale: factor of the cosines before the softmax.
         threshold: class probability below which a pixel is background, in datasets that have such a class.
-        post: what happens to the logits of pixels if nothing is said: one of `rfclip.config.POSTS`.
+        post: what happens after a first pass if nothing is said: one of `rfclip.config.POSTS`.
         refined: where PAMR works: on the picture as "resized", or as "given", its own size.
         rule: what else happens to the logits, as "module:class" within `rfclip.methods`.
         options: the rule's constants.
-        constants: of formulas, by the name of the method they are tuned for, as its class names them.
+        constants: of formulas, by the name of the method, or of the `post`, that they are tuned for, as it names them.
         datasets: what differs on some datasets, by name.
 
     Raises:
@@ -114,6 +114,7 @@ class MethodCard:
         configured: whether it takes a `RefocusConfig`.
         fixed: the config of a method that is a special case of RF-CLIP.
         sees_images: whether it looks at the pictures as well as their patches.
+        cls: whether it looks at a class token.
         beyond: what its formula computes in addition to the tower's blocks, for methods that take notably longer.
     """
 
@@ -125,11 +126,26 @@ class MethodCard:
     configured: bool = False
     fixed: RefocusConfig | None = None
     sees_images: bool = False
+    cls: bool = False
     beyond: str = ""
 
     def load(self) -> type[Method]:
         """The class."""
         return resolve_name(f"rfclip.methods.{self.target}")
+
+    def check_tower(self, tower: Tower) -> None:
+        """Raise ValueError if a tower does not give what the method needs."""
+        if self.configured:
+            tower.check_refocusable(f"method {self.name!r}")
+        blocks = len(tower.blocks)
+        if blocks < self.blocks:
+            raise ValueError(
+                f"method {self.name!r} needs {self.blocks} blocks, and this tower has {blocks}; 'maskclip' needs one"
+            )
+        if self.cls and not tower.has_cls:
+            raise ValueError(
+                f"method {self.name!r} looks at a class token, which {tower.title} does not have; 'maskclip' needs none"
+            )
 
     def __call__(self, tower: Tower, config: RefocusConfig | None, backend: str, **options: Any) -> Method:
         """The method on a tower. A config goes with `configured` methods only; options are the class's own."""
@@ -159,6 +175,19 @@ _ITACLIP = Protocol(
     },
 )
 _LESS_UPRIGHT = {"constants": {"itaclip-views": {"upright": 0.7}}}
+_RESCLIP = {  # the residue's share, and theta, t and l of the feedback
+    name: dict(zip(("share", "confidence", "gain", "agreement"), tuned, strict=True))
+    for name, tuned in {
+        "voc21": (0.3, 0.5, 2.2, 0.7),
+        "context60": (0.3, 0.3, 1.8, 0.7),
+        "coco_object": (0.4, 0.11, 1.8, 0.7),
+        "voc20": (0.6, 0.1, 2.1, 0.6),
+        "context59": (0.4, 0.25, 1.8, 0.7),
+        "coco_stuff": (0.4, 0.11, 1.8, 0.7),
+        "cityscapes": (0.2, 0.1, 2.1, 0.6),
+        "ade20k": (0.3, 0.25, 2.1, 0.7),
+    }.items()
+}
 _SC_CLIP = Protocol(
     resizing="mmcv",
     threshold=0.15,
@@ -169,6 +198,15 @@ _SC_CLIP = Protocol(
     },
 )
 _PAPER = "Target Refocusing via Attention Redistribution, AAAI 2026"
+
+
+def _tuned(protocol: Protocol, constants: Mapping[str, Any]) -> Protocol:
+    """The protocol with constants by data set."""
+    datasets = {
+        name: {**protocol.datasets.get(name, {}), **({"constants": constants[name]} if name in constants else {})}
+        for name in {**protocol.datasets, **constants}
+    }
+    return replace(protocol, datasets=datasets)
 
 
 def _adjusted(share: float, shift: float, distance: float) -> dict[str, float]:
@@ -297,16 +335,36 @@ METHODS: dict[str, MethodCard] = {
                 rule="cliptrase:Regions",
                 datasets={"voc20": {"rule": "cliptrase:RegionsByPicture"}},
             ),
+            cls=True,
         ),
         MethodCard(
             "resclip-rcs",
             "resclip:ResidualCrossAttention",
             "Yang et al., CVPR 2025",
-            _WHOLE_VOC,
+            _tuned(_WHOLE_VOC, {name: {"resclip-rcs": {"share": of["share"]}} for name, of in _RESCLIP.items()}),
             blocks=9,
             beyond="four more attentions in the last block",
         ),
-        MethodCard("pearl", "pearl:PEARL", "Pei et al., CVPR 2026", _WHOLE_VOC),
+        MethodCard(
+            "resclip",
+            "resclip:ResidualCrossAttention",
+            "Yang et al., CVPR 2025",
+            _tuned(replace(_WHOLE_VOC, post="resclip"), {name: {"resclip": of} for name, of in _RESCLIP.items()}),
+            blocks=9,
+            beyond="four more attentions in the last block, and, by its own protocol, a second pass through the tower",
+        ),
+        MethodCard(
+            "pearl",
+            "pearl:PEARL",
+            "Pei et al., CVPR 2026",
+            _tuned(
+                replace(_WHOLE_VOC, post="pearl"),
+                {
+                    "ade20k": {"pearl": {"share": 0.3}},
+                    "cityscapes": {"pearl": {"share": 0.3, "cells": 224}},
+                },
+            ),
+        ),
         MethodCard(
             "itaclip",
             "itaclip:ITACLIP",
@@ -362,6 +420,7 @@ METHODS: dict[str, MethodCard] = {
             "Jin et al., ICCV 2025",
             replace(_SC_CLIP, datasets={**_SC_CLIP.datasets, "ade20k": {"short_side": 384}}),
             blocks=11,
+            cls=True,
         ),
         MethodCard(
             "proxyclip",

@@ -39,7 +39,7 @@ class RFCLIP(Method):
     def last(self, patches: Tensor) -> tuple[Tensor, QKV]:
         """With every block refocused; the last one then runs unchanged."""
         x, y, qkv, distraction, _ = self._run(patches)
-        q, k, v = qkv or self.tower.blocks[-1].heads_of(y)
+        q, k, v = qkv or self.tower.blocks_on(patches.shape[2:])[-1].heads_of(y)
         self.observe(Observed(len(self.tower.blocks), x, q, k, distraction, None, None))
         return x, (q, k, v)
 
@@ -49,7 +49,7 @@ class RFCLIP(Method):
 
     def last_block(self, patches: Tensor) -> LastBlock:
         """What `tokens` computes with fewer passes: the rows and columns of the prefix count as 0."""
-        proxy, last, prefix = self.config.proxy, self.tower.blocks[-1], self.tower.prefix
+        proxy, last, prefix = self.config.proxy, self.tower.blocks_on(patches.shape[2:])[-1], self.tower.prefix
         keys: list[Tensor] = []
         x, y, qkv, _, _ = self._run(patches, keys=keys)
         q, k, v = qkv or last.heads_of(y)
@@ -62,7 +62,7 @@ class RFCLIP(Method):
 
     def tokens(self, patches: Tensor) -> Tensor:
         """The last block's values gathered by the proxy attention [P 14]: step 6."""
-        proxy, last, prefix = self.config.proxy, self.tower.blocks[-1], self.tower.prefix
+        proxy, last, prefix = self.config.proxy, self.tower.blocks_on(patches.shape[2:])[-1], self.tower.prefix
         if proxy == "none":
             return self.stream(patches)[:, prefix:]
         _, y, qkv, _, average = self._run(patches, gathers=proxy == "kk-mean")
@@ -89,8 +89,9 @@ class RFCLIP(Method):
 
         The average can `gather` if asked to, once the last keys are added. Keys of earlier blocks are added to `keys`.
         """
-        config, ops, blocks, prefix = self.config, self.ops, self.tower.blocks, self.tower.prefix
+        config, ops, prefix = self.config, self.ops, self.tower.prefix
         grid = patches.shape[2], patches.shape[3]
+        blocks = self.tower.blocks_on(grid)
         x, branch = self.tower.embed(patches, ops), None
         refocused = range(1, len(blocks) + 1) if config.layers is None else config.layers
         refocused = refocused if config.distraction_dims else ()

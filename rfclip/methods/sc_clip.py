@@ -11,6 +11,7 @@ from rfclip.methods.base import Method, own
 from rfclip.methods.cosines import cosines, positive_softmax
 from rfclip.ops.numerics import computing_dtype, matmul
 from rfclip.ops.reference import neighbour_sum
+from rfclip.towers import Block
 
 
 class SCCLIP(Method):
@@ -45,23 +46,23 @@ class SCCLIP(Method):
         compared = _cut(W1) if self.cut_first else W1
         P = positive_softmax(3 * (compared - compared.mean(dim=(1, 2), keepdim=True)))
         X = matmul(_smoothing(W1), _mend(x[:, prefix:], outliers, grid)).to(x.dtype)
-        guided = self._guided(X, x[:, :1], P) + self._guided_sum(Y[:, prefix:], Y[:, :1], P)
+        last = self.tower.blocks_on(grid)[-1]
+        guided = self._guided(last, X, x[:, :1], P) + self._guided_sum(last, Y[:, prefix:], Y[:, :1], P)
         return matmul(W2, guided).to(x.dtype)
 
     def _outliers(self, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Step 1, bool [B, N], from the patches of F[L-1], and q and k of block L-1."""
         return _by_density(x)
 
-    def _guided(self, x: Tensor, cls: Tensor, P: Tensor) -> Tensor:
-        """G of patches x [B, N, d] and a class token [B, 1, d]."""
-        last = self.tower.blocks[-1]
+    def _guided(self, last: Block, x: Tensor, cls: Tensor, P: Tensor) -> Tensor:
+        """G of patches x [B, N, d] and a class token [B, 1, d], in the last block."""
         k, v = last.key_value(last.ln_1(x))
         heads = self.gather([own(k, 0.5)], v, prefix=0) + (matmul(P[:, None], v) / 2).to(v.dtype)
         return last.project(heads) + 0.3 * cls
 
-    def _guided_sum(self, x: Tensor, cls: Tensor, P: Tensor) -> Tensor:
+    def _guided_sum(self, last: Block, x: Tensor, cls: Tensor, P: Tensor) -> Tensor:
         """G of the sum Y."""
-        return self._guided(x, cls, P)
+        return self._guided(last, x, cls, P)
 
 
 def _by_density(x: Tensor, neighbours: int = 30) -> Tensor:

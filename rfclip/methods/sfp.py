@@ -10,6 +10,7 @@ from torch import Tensor
 from rfclip.methods.base import own
 from rfclip.methods.sc_clip import SCCLIP
 from rfclip.ops.numerics import computing_dtype, matmul
+from rfclip.towers import Block
 
 OUTLIERS = 10  # the most of them
 
@@ -32,14 +33,12 @@ class SFP(SCCLIP):
         _, first = received.where(candidates, -1).topk(torch.sym_min(OUTLIERS, x.shape[1]))
         return torch.zeros_like(candidates).scatter(1, first, True) & candidates
 
-    def _guided(self, x: Tensor, cls: Tensor, P: Tensor) -> Tensor:
-        last = self.tower.blocks[-1]
+    def _guided(self, last: Block, x: Tensor, cls: Tensor, P: Tensor) -> Tensor:
         q, k, v = last.query_key_value(x)
         heads = self.gather([own(q, 1 / 3), own(k, 1 / 3)], v, prefix=0) + (matmul(P[:, None], v) / 3).to(v.dtype)
         return last.project(heads) + 0.3 * cls
 
-    def _guided_sum(self, x: Tensor, cls: Tensor, P: Tensor) -> Tensor:
-        last = self.tower.blocks[-1]
+    def _guided_sum(self, last: Block, x: Tensor, cls: Tensor, P: Tensor) -> Tensor:
         _, v = last.key_value(last.ln_1(x))
         return last.project(matmul(P[:, None], v).to(v.dtype)) + 0.3 * cls
 

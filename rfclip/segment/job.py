@@ -104,6 +104,7 @@ class Job:
             **options,
         )
         with segmenter, inject_distraction(segmenter.model, self.inject):
+            segmenter.check_post(self.post)
             yield segmenter
 
     def elsewhere(self) -> Job:

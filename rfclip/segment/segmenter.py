@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from rfclip.config import TINY, RefocusConfig, check_post, check_precision, is_finite
 from rfclip.datasets.names import ClassNames
 from rfclip.images import ImageLike, is_image, to_rgb
-from rfclip.methods import RF_CLIP, Protocol, find_method
+from rfclip.methods import RF_CLIP, Protocol, across, feedback, find_method
+from rfclip.methods.post import GRID, propagate
+from rfclip.methods.rule import Rule
 from rfclip.plugin import installed, refocus
 from rfclip.segment.classes import GENERAL, Classes, parse_classes, title, with_background
 from rfclip.segment.result import Segmentation
@@ -98,6 +100,8 @@ class Segmenter:
             addition to the model, the convolved patches and patch logits of all windows, and the averaged logits of the
             resized picture.
         cache: folder for text embeddings; None: the user's cache folder; False: no cache on disk.
+        across_windows: attend across all windows of a picture in the last block, as GLA-CLIP does
+            (`rfclip.methods.across`), for methods whose last block is self-attention.
 
     Raises:
         ValueError: an argument is out of range, the protocol has other positions than a model refocused already, its
@@ -126,14 +130,15 @@ class Segmenter:
         logit_scale: float | None = None,
         memory_limit: int = 1 << 30,
         cache: str | os.PathLike | bool | None = None,
+        across_windows: bool = False,
     ) -> None:
         check_precision(precision)
         if isinstance(model, str):
             model, pretrained = find_model(model, pretrained)
             self.name, self.pretrained = model, pretrained
-            if config is None and model != TINY and find_method(method or RF_CLIP).configured:
-                check_model(model, pretrained)
-                config = RefocusConfig.preset(model, pretrained)  # before a download that would be in vain
+            if model != TINY and find_method(method or RF_CLIP).configured:  # before a download that would be in vain
+                check_model(model, pretrained, refocused=True)
+                config = RefocusConfig.preset(model, pretrained) if config is None else config
             self.model = load_model(model, pretrained, device=device, precision=precision)
         elif pretrained is not None:
             raise ValueError(f"pretrained={pretrained!r} goes with a model's name; this model has its weights")
@@ -145,11 +150,15 @@ class Segmenter:
             raise ValueError("config, method: this model is already refocused, with its own")
         card = present.card if present else find_method(method or RF_CLIP)
         protocol = protocol or card.protocol
-        if present is not None and not present.follows(protocol):
+        if present is not None and protocol.position_offset != present.tower.position_offset:
             raise ValueError(
                 f"protocol: it resizes position embeddings with an offset of {protocol.position_offset:g}, and this "
-                f"model is refocused with {present.tower.position_offset:g}, or has other constants than the "
-                f"{present.constants} here: give the plain model, and method="
+                f"model is refocused with {present.tower.position_offset:g}: give the plain model, and method="
+            )
+        if present is not None and not present.follows(protocol):
+            raise ValueError(
+                f"protocol: it has the constants {dict(protocol.constants[card.name])}, and this model is refocused "
+                f"with {present.constants}: give the plain model, and method="
             )
         self.protocol, self._rule = protocol, protocol.load_rule()
         self._text = TextEmbeddings(
@@ -164,7 +173,7 @@ class Segmenter:
             raise ValueError(f"batch={batch}: expected at least 1, or None")
         if logit_scale is not None and not is_finite(logit_scale):
             raise ValueError(f"logit_scale={logit_scale!r}: expected a finite number")
-        self.batch, self.memory_limit = batch, memory_limit
+        self.batch, self.memory_limit, self.across_windows = batch, memory_limit, across_windows
         self._distinct: tuple[str, ...] = ()  # names that were checked last
         self._uploaded: dict[object, Names] = {}  # what the last lists of names need on the device
         self.logit_scale = protocol.logit_scale if logit_scale is None else logit_scale
@@ -178,6 +187,9 @@ class Segmenter:
         self._method = running
         try:
             self._rule.check(running)
+            if across_windows:
+                across.check_across(running)
+                self._check_plain("across_windows")
         except ValueError:
             self.close()
             raise
@@ -254,8 +266,10 @@ class Segmenter:
             threshold: pixels whose largest class probability is below it get the class called "background" or, if there
                 is none, the label `Segmentation.nothing`.
             probabilities: also return every class's probability.
-            post: what happens to the logits of pixels, step 9 of the method: "none", or "pamr", which refines them
-                along the picture's edges; None: what the protocol does.
+            post: what happens after a first pass, step 9 of the method: "none"; "pamr", which refines the logits of
+                pixels along the picture's edges; "pearl", PEARL's propagation (`rfclip.methods.post`); or "resclip", a
+                second pass through the tower with attention corrected by the classes of the first
+                (`rfclip.methods.feedback`). None: what the protocol does.
             background: add a class "background", made of general names such as sky, wall and road. None: if there is
                 one class, which would otherwise cover every picture whole.
             progress: show a progress bar on the error stream.
@@ -361,7 +375,21 @@ class Segmenter:
             raise RuntimeError("this segmenter is closed, or its model was restored: make another Segmenter")
         if threshold is not None and not (is_finite(threshold) and 0 <= threshold <= 1):
             raise ValueError(f"threshold={threshold!r}: expected a probability, from 0 to 1")
+        self.check_post(post)
+
+    def check_post(self, post: str | None) -> None:
+        """Raise ValueError for a `post` that there is not, or that does not go with the method or the protocol."""
         check_post(post)
+        if (post or self.protocol.post) == "resclip":
+            feedback.check_feedback(self._method)
+            self._check_plain("post='resclip'")
+            if self.across_windows:
+                raise ValueError("post='resclip' corrects attention within each window: leave out across_windows")
+
+    def _check_plain(self, option: str) -> None:
+        """Raise ValueError for a rule that looks at windows for itself."""
+        if type(self._rule).look is not Rule.look:
+            raise ValueError(f"{option}: the protocol has features of its own; give another, such as the common one")
 
     @torch.inference_mode()
     def _together(self, images: Iterable[ImageLike], names: int) -> Iterator[list[Seen]]:
@@ -399,11 +427,11 @@ class Segmenter:
         """For each picture, the result by each list of names, which are on the device."""
         post = self.protocol.post if post is None else post
         found: list[list[Segmentation]] = []
-        for seen, of_lists in zip(pictures, self._logits(pictures, names), strict=True):
+        for seen, of_lists in zip(pictures, self._logits(pictures, names, post), strict=True):
             found.append([])
             # One list at a time, since the logits of pixels take far more memory than those of patches.
             for named, listed, logits in zip(lists, names, of_lists, strict=True):
-                averaged = self._averaged(torch.stack(logits), seen, post)
+                averaged = self._averaged(torch.stack(logits), seen, listed.text, post)
                 labels = self._labels(averaged, seen, named, listed.class_of_name, threshold)
                 dense, certain = None, None
                 if probabilities or confidence:
@@ -474,7 +502,7 @@ class Segmenter:
             whole = replace(windows, window=None).patches(tower, padded, [(0, 0)])[0][None]
         return Seen(rgb, x, padded, (top, left), corners, windows.size(*shape), patches, whole)
 
-    def _logits(self, pictures: Sequence[Seen], lists: Sequence[Names]) -> list[list[list[Tensor]]]:
+    def _logits(self, pictures: Sequence[Seen], lists: Sequence[Names], post: str) -> list[list[list[Tensor]]]:
         """For each picture, list and window, the logits [K, gh, gw] of all the list's names in the window's patches.
 
         Windows of one size share passes through the tower, whichever picture they are of.
@@ -491,12 +519,13 @@ class Segmenter:
             windows = [(number, window) for window in range(len(seen.corners))]
             groups.setdefault((seen.patches[0].shape, own), []).extend(windows)
         parts: list[list[list[Tensor]]] = [[[] for _ in lists] for _ in pictures]
+        crossed = [self._across(seen) for seen in pictures] if self.across_windows else None
         for (_, own), windows in groups.items():
             batch = self._batch(pictures[windows[0][0]].size, sum(len(each.text) for each in lists))
             for start in range(0, len(windows), batch):
                 part = windows[start : start + batch]
                 given = None
-                if method.card.sees_images or rule.sees_images:
+                if method.card.sees_images or rule.sees_images or post == "resclip":
                     cut = (
                         self.windows.images(pictures[number].padded, [pictures[number].corners[window]], tower)
                         for number, window in part
@@ -504,25 +533,46 @@ class Segmenter:
                     given = torch.cat(list(cut))
                 tokens = torch.stack([pictures[number].patches[window].movedim(0, -1) for number, window in part])
                 tokens = tokens.movedim(-1, 1)  # as they lie in memory
-                seen_by: Tensor | None = None
-                if own:
+                of_pictures = [of_one for number, _ in part if (of_one := images[number]) is not None]
+                seen_by = torch.cat(of_pictures) if of_pictures else None
+                if crossed is not None:
+                    features = torch.stack([crossed[number][window] for number, window in part])
+                    seen_by = F.normalize(method.image(tokens).float(), dim=-1) if own else seen_by
+                elif own:
                     dense, image = method.dense_and_image(tokens, given)
                     features, seen_by = F.normalize(dense.float(), dim=1), F.normalize(image.float(), dim=-1)
                 else:
                     features = rule.look(method, tokens, given)
-                    of_pictures = [of_one for number, _ in part if (of_one := images[number]) is not None]
-                    seen_by = torch.cat(of_pictures) if of_pictures else None
                 for place, each in enumerate(lists):
                     logits = rule.window(features, seen_by, each.text, each.known)
+                    if post == "resclip":
+                        assert given is not None
+                        features_again = self._fed_back(tokens, given, logits)
+                        logits = rule.window(features_again, seen_by, each.text, each.known)
                     for (number, _), of_window in zip(part, logits, strict=True):
                         parts[number][place].append(of_window)
         return parts
 
-    def _averaged(self, logits: Tensor, seen: Seen, post: str) -> Tensor:
+    def _across(self, seen: Seen) -> Tensor:
+        """The normalized patch embeddings of a picture's windows, [W, C, gh, gw], with attention across them."""
+        batches = torch.stack(seen.patches).split(self._batch(seen.size, 0))
+        return F.normalize(across.across_windows(self._method, batches).float(), dim=1)
+
+    def _fed_back(self, patches: Tensor, images: Tensor, logits: Tensor) -> Tensor:
+        """The normalized patch embeddings of windows in a second pass, after one that gave these logits."""
+        method, given = self._method, self.protocol.constants.get("resclip", {})
+        constants = {key: given.get(key, value) for key, value in feedback.DEFAULTS.items()}
+        labels = feedback.patch_labels(
+            method.ops, logits, images, self.tower.patch_size, self.logit_scale, constants["confidence"]
+        )
+        again = feedback.fed_back(method, patches, feedback.agreement(labels), constants)
+        return F.normalize(again.float(), dim=1)
+
+    def _averaged(self, logits: Tensor, seen: Seen, text: Tensor, post: str) -> Tensor:
         """The logits [K, h, w] in every pixel that is seen from those in the windows' patches, [W, K, gh, gw].
 
-        The size is that of the resized picture, of its patches where the rule goes to pixels at once, or of the picture
-        as given where PAMR refined it there.
+        The size is that of the resized picture, of its patches where the rule goes to pixels at once, of the picture as
+        given where PAMR refined it there, or of the cells that PEARL's propagation works on.
         """
         if not logits.isfinite().all():
             raise ValueError(
@@ -537,9 +587,12 @@ class Segmenter:
             whole = ops.average_windows(logits, seen.corners, seen.size, shape)
             averaged = whole[:, top : top + height, left : left + width]
         averaged = self._rule.picture(averaged)
-        if post == "none":
+        if post in ("none", "resclip"):
             return averaged
-        refined = self.windows.seen(rgb.height, rgb.width)[2:] if self.protocol.refined == "given" else (height, width)
+        given = self.windows.seen(rgb.height, rgb.width)[2:]
+        if post == "pearl":
+            return propagate(averaged, x, text, given, self.protocol.constants.get("pearl", {}).get("cells", GRID))
+        refined = given if self.protocol.refined == "given" else (height, width)
         x, averaged = (
             F.interpolate(planes[None], size=refined, mode="bilinear", align_corners=False)[0]
             for planes in (x, averaged)

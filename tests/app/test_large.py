@@ -286,6 +286,16 @@ def test_protocols_that_see_pictures_as_a_whole(method, name):
         label("a.tif", other)
 
 
+def test_propagation_sees_pictures_as_a_whole(segmenter):
+    write_raster("a.tif", picture(130, 130))
+    with pytest.raises(ValueError, match="PEARL's propagation looks at pictures as a whole.*--post none or pamr"):
+        label("a.tif", segmenter, post="pearl")
+    with rfclip.Segmenter(method="pearl", cache=False) as other:
+        with pytest.raises(ValueError, match="PEARL's propagation"):
+            label("a.tif", other)
+        label("a.tif", other, post="none")
+
+
 def test_a_mask_that_cannot_be_written(segmenter):
     """Which is no bad picture: the folder is not there, or the disk is full."""
     write_raster("small.tif", picture(130, 130), **PLACE)

@@ -191,7 +191,8 @@ def test_the_released_code_on_a_single_block():
 
 def test_methods_differ():
     model, images = tower(), pictures(height=56, width=56)
-    found = {name: features(name, model, images) for name in METHODS if name != "proxyclip"}
+    left_out = {"proxyclip", "resclip"}  # one needs a download, and the other is resclip-rcs but for its protocol
+    found = {name: features(name, model, images) for name in METHODS if name not in left_out}
     for name, one in found.items():
         for other, two in found.items():
             assert name == other or relative_error(one, two) > 1e-3, (name, other)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from helpers import rand, randn, relative_error
 from oracles import rules
 from oracles.methods import Plain, cliper_rounds, cliptrase, formula, itaclip_views, proxyclip
+from oracles.post import propagated
 from oracles.released_evaluation import resize_planes, resized_size, windows
 from PIL import Image
 from small_models import DIMS, pictures, small_clip
@@ -46,6 +47,7 @@ COMMON = {
     "options": {},
 }
 WHOLE = {"window": None}
+WHOLE_VOC = {"cityscapes": {"short_side": 560}, "voc20": WHOLE, "voc21": WHOLE}
 AREA = {"rule": "peers:AreaRule", "options": {"share": 0.1}}
 
 
@@ -74,10 +76,9 @@ TABLE = {
             "voc21": WHOLE | {"rule": "peers:AtOnce"},
         },
     ),
-    **dict.fromkeys(
-        ("resclip-rcs", "pearl"),
-        ({"resizing": "mmcv"}, {"cityscapes": {"short_side": 560}, "voc20": WHOLE, "voc21": WHOLE}),
-    ),
+    "resclip-rcs": ({"resizing": "mmcv"}, WHOLE_VOC),
+    "resclip": ({"resizing": "mmcv", "post": "resclip"}, WHOLE_VOC),
+    "pearl": ({"resizing": "mmcv", "post": "pearl"}, WHOLE_VOC),
     **{
         method: (
             {"resizing": "mmcv", "stride": 28, "post": "pamr", "refined": "given", "rule": rule},
@@ -589,6 +590,23 @@ def test_naclip_on_whole_pictures(segmenter):
     refined = rfclip.reference.pamr(image, torch.from_numpy(logits)[None], iterations=10, dilations=[8, 16])[0]
     check(made, picture, names, refined.numpy())
     assert np.abs(refined.numpy() - logits).max() > 0.01
+
+
+@pytest.mark.parametrize("size", [(61, 83), (200, 90), (1, 30)], ids=str)
+def test_pearl_on_whole_pictures(size, segmenter):
+    """Propagated at the size of the picture as given, along the edges of the resized one."""
+    model, picture = model_with_statistics(), photograph(*size)
+    made, text, names = segmenter("pearl", "voc21", model)
+    x = normalized(model, as_mmcv(picture, 48, 293))
+    logits = in_whole(x, lambda images: formula("pearl", model, images), text)
+    check(made, picture, names, logits, post="none")
+    check(made, picture, names, propagated(logits, x.numpy(), text.double().numpy(), size))
+
+
+def in_whole(x, features_of, text):
+    """Logits [K, h, w] of a normalized picture that is seen as a whole, without what is beyond its whole patches."""
+    part = x[None, :, : x.shape[1] // 8 * 8, : x.shape[2] // 8 * 8]
+    return resize_planes(logits_of(features_of(part), text), *x.shape[1:])
 
 
 def test_maskclip_on_whole_pictures(segmenter):

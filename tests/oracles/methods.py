@@ -306,7 +306,7 @@ FORMULAS = {
     "sclip": sclip,
     "clearclip": clearclip,
     "naclip": naclip,
-    "resclip-rcs": resclip_rcs,
+    **dict.fromkeys(("resclip-rcs", "resclip"), resclip_rcs),  # which differ in what their protocols do after it
     "pearl": pearl,
     "itaclip": itaclip,
     "gem": gem,

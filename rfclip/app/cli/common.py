@@ -58,8 +58,8 @@ Post = Annotated[
     PostName | None,
     typer.Option(
         "--post",
-        help="What happens to the logits of pixels: pamr refines them along the picture's edges. By default what the "
-        "protocol does.",
+        help="What happens to the logits of pixels: pamr refines them along the picture's edges, pearl shares "
+        "them among neighbours of one colour and meaning. By default what the protocol does.",
     ),
 ]
 ProtocolName = Annotated[
@@ -289,14 +289,18 @@ def load(
     """A model, and the settings for those of the methods that have any: those given, the model's own, or a preset's."""
     from rfclip.methods import find_method
 
-    read = any(find_method(name).configured for name in methods)
+    configured = [find_method(name).configured for name in methods]
+    read = any(configured)
     if given is not None and not read:
         have = "has" if len(methods) == 1 else "have"
         raise ValueError(f"--config: {', '.join(methods)} {have} nothing to configure; leave it out")
-    from rfclip.towers.loading import load_model
+    from rfclip.towers import read_tower
+    from rfclip.towers.loading import check_model, find_model, load_model
 
+    if read and all(configured) and model != TINY:
+        check_model(*find_model(model, pretrained), refocused=True)
     with loading(model):
         clip = load_model(model, pretrained, device=available(device))
-    if not read:
+    if not read or read_tower(clip).reason:  # such a tower's methods say so themselves
         return clip, None
     return clip, given or clip.refocus_config or RefocusConfig.preset(model, pretrained)
