@@ -307,8 +307,7 @@ FORMULAS = {
     "sclip": sclip,
     "clearclip": clearclip,
     "naclip": naclip,
-    "resclip-rcs": resclip_rcs,
-    "resclip": resclip_rcs,
+    **dict.fromkeys(("resclip-rcs", "resclip"), resclip_rcs),  # which differ in what their protocols do after it
     "pearl": pearl,
     "itaclip": itaclip,
     "gem": gem,
@@ -320,17 +319,39 @@ FORMULAS = {
     "kk": kk,
     "kk-mean": kk_mean,
     "released": released,
-}  # RF-CLIP's is oracles/tower.py, ProxyCLIP's is below
+}  # RF-CLIP's is oracles/tower.py, those of ProxyCLIP and of ITACLIP's views are below
 
 
 def formula(name, model, images, *constants):
     """Patch embeddings [B, C, gh, gw] in float64."""
+    if name == "itaclip-views":
+        return itaclip_views(model, images, 0.75)
     found = []
     for image in images:
         p = Plain(model, image, offset=0.1 if name == "released" else 0.0)
         z = torch.from_numpy(FORMULAS[name](p, *constants)[1:])
         found.append((model.visual.ln_post(z) @ model.visual.proj).T.reshape(-1, *p.grid))
     return torch.stack(found)
+
+
+def itaclip_views(model, images, c):
+    """The mean of normalized embeddings over views."""
+    views = [images, gray(images), blurred(images), images.flip(2), images.flip(3)]
+    found = [F.normalize(formula("itaclip", model, view), dim=1) for view in views]
+    return c * sum(found[:3]) / 3 + (1 - c) * (found[3].flip(2) + found[4].flip(3)) / 2
+
+
+def gray(images):
+    red, green, blue = images.unbind(1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None].expand(-1, 3, -1, -1)
+
+
+def blurred(images):
+    weights = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 5**2))
+    weights = weights / weights.sum()
+    x = np.pad(images.numpy(), ((0, 0), (0, 0), (5, 5), (5, 5)), mode="reflect")
+    x = sum(w * x[:, :, n : n + images.shape[2]] for n, w in enumerate(weights))
+    return torch.from_numpy(sum(w * x[..., n : n + images.shape[3]] for n, w in enumerate(weights)))
 
 
 def proxyclip(model, images, dino):
