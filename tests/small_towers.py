@@ -2,8 +2,10 @@
 
 import timm
 import torch
+import torch.nn.functional as F
 from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.transformer import Attention, AttentionalPooler
 from torch import nn
 
 TEXT = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
@@ -69,7 +71,37 @@ def small_resnet(dtype=torch.float64):
     return model.eval()
 
 
-def small_coca(dtype=torch.float64, **vision):
+class NextAttention(Attention):
+    """A stand-in for the attention of open_clip's next release, which also attends to other tokens."""
+
+    def __init__(self, attention):
+        super().__init__(attention.embed_dim, attention.num_heads)
+        self.in_proj_weight, self.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
+        for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            self.register_parameter(name, getattr(attention, name))
+        self.out_proj = attention.out_proj
+
+    def forward(self, x, k_x, v_x):
+        weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        weights = weights if self.in_proj_weight is None else self.in_proj_weight.chunk(3)
+        q, k, v = (
+            F.linear(y, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for y, weight, bias in zip((x, k_x, v_x), weights, self.in_proj_bias.chunk(3), strict=True)
+        )
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class NextAttentionalPooler(AttentionalPooler):
+    def forward(self, x):
+        x = self.ln_k(x)
+        return self.attn(self.ln_q(self.query).expand(len(x), -1, -1), x, x)
+
+
+for _stand_in in (NextAttention, NextAttentionalPooler):  # where they will be
+    _stand_in.__module__ = AttentionalPooler.__module__
+
+
+def small_coca(dtype=torch.float64, next_release=False, **vision):
     """An open_clip CoCa of 4 blocks of width 48, whose pool has 5 queries, in eval mode."""
     torch.manual_seed(0)
     pool = {"attentional_pool": True, "attn_pooler_queries": 5, "attn_pooler_heads": 2, "output_tokens": True}
@@ -77,4 +109,7 @@ def small_coca(dtype=torch.float64, **vision):
     text = TEXT | {"embed_cls": True, "output_tokens": True}
     decoder = {"context_length": 8, "vocab_size": 32, "width": 20, "heads": 2, "layers": 1}
     model = CoCa(20, decoder, text, tower | pool | vision)
+    if next_release:
+        pooler = model.visual.attn_pool
+        pooler.attn, pooler.__class__ = NextAttention(pooler.attn), NextAttentionalPooler
     return randomized(model.to(dtype)).eval()

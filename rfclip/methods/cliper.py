@@ -14,6 +14,7 @@ from rfclip.methods.rule import Rule
 from rfclip.ops import Backend
 from rfclip.ops.numerics import matmul
 from rfclip.ops.reference import BAND
+from rfclip.towers import Block
 
 
 class CLIPer(Method):
@@ -27,7 +28,8 @@ class CLIPer(Method):
     def tokens(self, patches: Tensor) -> Tensor:
         streams, S = self._streams(patches)
         *_, A = _balanced(S, len(streams))
-        return self._gathered(A, streams[-1])[:, self.tower.prefix :]
+        last = self.tower.blocks_on(patches.shape[2:])[-1]
+        return _gathered(last, A, streams[-1])[:, self.tower.prefix :]
 
     def fused(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """What `Fused` needs: z_l = O(A_l v_l) for l = 1 .. L, and the map of the last.
@@ -41,9 +43,10 @@ class CLIPer(Method):
         self.tower.check_ready()
         prefix, (streams, S) = self.tower.prefix, self._streams(patches)
         found: list[Tensor] = []
-        for block, u, A in zip(self.tower.blocks, streams, _balanced(S, len(streams)), strict=True):
+        blocks = self.tower.blocks_on(patches.shape[2:])
+        for block, u, A in zip(blocks, streams, _balanced(S, len(streams)), strict=True):
             u = u if len(found) == len(streams) - 1 else block.ln_1(u)
-            found.append(self.embeddings(self._gathered(A, u)[:, prefix:], patches.shape[2:]))
+            found.append(self.embeddings(_gathered(blocks[-1], A, u)[:, prefix:], patches.shape[2:]))
         return torch.stack(found, dim=1), A.mean(dim=1)[:, prefix:, prefix:]
 
     def _streams(self, patches: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -56,11 +59,11 @@ class CLIPer(Method):
                 S = S + (matmul(q, k.mT) * q.shape[-1] ** -0.5).softmax(dim=-1)
         return streams, S
 
-    def _gathered(self, A: Tensor, u: Tensor) -> Tensor:
-        """O(A v), [B, T, d], with v of u [B, T, d]."""
-        last = self.tower.blocks[-1]
-        _, v = last.key_value(last.ln_1(u))
-        return last.project(matmul(A, v).to(v.dtype))
+
+def _gathered(last: Block, A: Tensor, u: Tensor) -> Tensor:
+    """O(A v) in the last block, [B, T, d], with v of u [B, T, d]."""
+    _, v = last.key_value(last.ln_1(u))
+    return last.project(matmul(A, v).to(v.dtype))
 
 
 def _balanced(S: Tensor, rounds: int) -> Iterator[Tensor]:

@@ -413,7 +413,7 @@ METHODS: dict[str, MethodCard] = {
             blocks=2,
             beyond="the attention matrices of all blocks",
         ),
-        MethodCard("sc-clip", "sc_clip:SCCLIP", "Bai et al., 2024", _SC_CLIP, blocks=11),
+        MethodCard("sc-clip", "sc_clip:SCCLIP", "Bai et al., 2024", _SC_CLIP, blocks=11, cls=True),
         MethodCard(
             "sfp",
             "sfp:SFP",

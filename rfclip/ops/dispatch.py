@@ -21,10 +21,13 @@ LAYER_NORMS = {
     "torch.nn.modules.normalization.LayerNorm",
     "open_clip.transformer.LayerNorm",
     "open_clip.transformer.LayerNormFp32",
+    "open_clip.layers.LayerNorm",  # where they are from open_clip 4 on
+    "open_clip.layers.LayerNormFp32",
     "clip.model.LayerNorm",
 }
 QUICK_GELUS = {
     "open_clip.transformer.QuickGELU",
+    "open_clip.layers.QuickGELU",
     "transformers.activations.QuickGELUActivation",
     "clip.model.QuickGELU",
 }

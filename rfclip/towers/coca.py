@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from rfclip.towers.base import SUPPORTED
@@ -34,8 +34,11 @@ class CoCaTower(OpenCLIPTower):
 
     def _check_pool(self, visual: Any) -> None:
         attention = visual.attn_pool.attn
-        if not isinstance(attention, nn.MultiheadAttention) or attention.bias_k is not None:
-            raise ValueError(f"this image tower's pool attends by a {type(attention).__name__}; {SUPPORTED}")
+        known = isinstance(attention, (nn.MultiheadAttention, Attention))  # the latter from open_clip 4 on
+        plain = isinstance(getattr(attention, "ln_inner", nn.Identity()), nn.Identity)
+        more = [name for name in ("bias_k", "head_scale") if getattr(attention, name, None) is not None]
+        if not known or not plain or more:
+            raise ValueError(f"this image tower's pool attends by a {type(attention).__name__} of its own; {SUPPORTED}")
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -46,8 +49,8 @@ class CoCaTower(OpenCLIPTower):
     def readout(self, tokens: Tensor) -> Tensor:
         """Text-aligned embeddings [..., C] of tokens [..., d], each as the pool would see it alone."""
         pool = self.module.attn_pool
-        attention, width = pool.attn, pool.attn.embed_dim
-        weight = attention.v_proj_weight  # None if values are as wide as the pool
+        attention, width = pool.attn, pool.attn.out_proj.in_features
+        weight = getattr(attention, "v_proj_weight", None)  # none if values are as wide as the pool
         weight = attention.in_proj_weight[2 * width :] if weight is None else weight
         bias = None if attention.in_proj_bias is None else attention.in_proj_bias[2 * width :]
         return super().readout(attention.out_proj(F.linear(pool.ln_k(tokens), weight, bias)))

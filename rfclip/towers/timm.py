@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from open_clip.timm_model import TimmModel
-from timm.layers import apply_rot_embed_cat
+from timm.layers import apply_rot_embed_cat, build_rotary_pos_embed
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
@@ -27,6 +27,11 @@ BLOCKS = ("Block", "EvaBlock")
 POST_NORM = ("ResPostBlock", "EvaBlockPostNorm")  # blocks whose norms end the branches
 ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
 POOLS = ("token", "avg", "map")
+# What decides on rotary embeddings beside the grid, in any release of timm; others are for training.
+ROTARY = (
+    *("dim", "max_res", "temperature", "linear_bands", "in_pixels", "ref_feat_shape"),
+    *("grid_offset", "grid_indexing", "rotate_half", "grid_type", "normalize_coords"),
+)
 
 
 class TimmBlock(Block):
@@ -166,15 +171,17 @@ class TimmTower(OpenCLIPTower):
         if grid == self.grid_size:
             return rope.get_embed()
         weight = self.weight
+        if torch.compiler.is_compiling() or detect_fake_mode(weight) is not None:
+            return self._rotary_of(list(grid))
         key = grid, weight.device, weight.dtype
-        if key in self._rotary:
-            return self._rotary[key]
-        moved = copy.deepcopy(rope)
-        moved.update_feat_shape(list(grid))
-        found = moved.get_embed().to(weight)
-        if not torch.compiler.is_compiling() and detect_fake_mode(weight) is None:
-            self._rotary[key] = found  # for good, since CUDA graphs read it
-        return found
+        if key not in self._rotary:  # for good, since CUDA graphs read it
+            with torch.inference_mode(False):  # for use in every mode
+                self._rotary[key] = self._rotary_of(list(grid))
+        return self._rotary[key]
+
+    def _rotary_of(self, grid: list[int]) -> Tensor:
+        settings = {name: getattr(self.rope, name) for name in ROTARY if hasattr(self.rope, name)}
+        return torch.cat(build_rotary_pos_embed(grid, **settings), dim=-1).to(self.weight)
 
     def _embeddings(self) -> tuple[Tensor, Tensor]:
         trunk = self.trunk

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import open_clip
-from timm import model_entrypoint
+from timm import is_model, model_entrypoint
 
 Use = Literal["refocus", "readout", "neither"]
 
@@ -35,6 +35,8 @@ def use_of(name: str) -> tuple[Use, str]:
     """
     vision = open_clip.get_model_config(name)["vision_cfg"]
     if vision.get("timm_model_name"):
+        if not is_model(vision["timm_model_name"]):
+            return "neither", "the installed timm does not have it, a newer one may"
         file = model_entrypoint(vision["timm_model_name"]).__module__.rpartition(".")[2]
         return ("readout", TIMM) if file in READ else ("neither", UNREAD.get(file, f"timm's {file} is not known here"))
     if not isinstance(vision.get("layers", 12), int):

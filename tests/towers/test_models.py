@@ -118,9 +118,10 @@ def test_the_counts_that_the_page_gives():
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
     rows = re.findall(r"^\| (refocus|readout|neither) \| (\d+) \| (.*) \|$", page, re.MULTILINE)
     counts = Counter(use_of(name)[0] for name in NAMES)
-    assert counts["refocus"] + counts["readout"] >= 120
-    if not version("open_clip_torch").startswith("3.3."):
+    assert min(counts.values()) > 10
+    if not version("open_clip_torch").startswith("3.3.") or Version(version("timm")) < Version("1.0.23"):
         return
+    assert counts["refocus"] + counts["readout"] >= 120
     assert {use: int(number) for use, number, _ in rows} == counts and f"lists {len(NAMES)} models" in page
     named = [(use, *found) for use, _, which in rows for found in re.findall(r"([^(,][^(]*?) \((\d+)\)", which)]
     assert {family.strip(", ") for _, family, _ in named} == set(FAMILY)

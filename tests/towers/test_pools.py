@@ -124,9 +124,10 @@ def alone(visual, tokens):
     return found[:, 0] @ visual.proj
 
 
+@pytest.mark.parametrize("next_release", [False, True])
 @pytest.mark.parametrize("vision", [{}, {"width": 20, "head_width": 10}], ids=["wide", "as-wide-as-the-pool"])
-def test_cocas_tokens_are_read_by_its_pool(vision):
-    model = small_coca(**vision)
+def test_cocas_tokens_are_read_by_its_pool(vision, next_release):
+    model = small_coca(next_release=next_release, **vision)
     visual, given = model.visual, images(32, 32)
     blocks = visual.transformer.resblocks
     x = visual._embeds(given)
@@ -153,7 +154,7 @@ def test_cocas_image_embedding_is_its_own(size):
         assert relative_error(tower.encode_image(model, given), want) < 1e-10
         assert relative_error(model.encode_image(given), F.normalize(want, dim=-1)) < 1e-10
         assert relative_error(model.visual.forward.image(tower.patches(given)), want) < 1e-10
-    text = torch.randint(1, 31, (2, 7), generator=torch.Generator().manual_seed(1))
+    text = torch.randint(1, 31, (2, 8), generator=torch.Generator().manual_seed(1))
     found = tower.encode_text(model, text)
     assert relative_error(F.normalize(found, dim=-1), model.encode_text(text)) < 1e-10
     assert not torch.allclose(found.norm(dim=-1), torch.ones(2).double())
@@ -165,6 +166,10 @@ def test_coca_is_not_refocused():
         rfclip.refocus(model, rfclip.RefocusConfig((3,)))
     with pytest.raises(ValueError, match="CoCa knows 32 tokens"):
         find_tokenizer(model, read_tower(model))
+    model.visual.attn_pool.attn.bias_k = nn.Parameter(torch.zeros(1, 1, 20))
+    with pytest.raises(ValueError, match="pool attends by a MultiheadAttention of its own"):
+        read_tower(model)
+    model = small_coca()
     model.visual.attn_pool.register_forward_hook(lambda *given: None)
     with pytest.raises(ValueError, match="the pool has the hook"):
         read_tower(model)

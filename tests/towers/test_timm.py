@@ -1,7 +1,5 @@
 """Towers of timm's, read without refocusing, beside their last block written out from its parameters."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -29,22 +27,22 @@ def images_of(model, rows, columns, count=2):
     return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(4)).double()
 
 
-def resized(model, grid):
-    """The model for pictures of another grid by timm's own means, but with positions resized without antialiasing."""
-    model, trunk = copy.deepcopy(model), None
-    trunk, old = model.visual.trunk, model.visual.trunk.patch_embed.grid_size
-    if tuple(old) == tuple(grid):
+def resized(model, kind, grid):
+    """The model as timm makes it for another grid; positions are resized without antialiasing."""
+    embed = model.visual.trunk.patch_embed
+    old = tuple(embed.grid_size)
+    if old == tuple(grid):
         return model
-    position = trunk.pos_embed
-    ratio = getattr(trunk.patch_embed, "feature_ratio", (1, 1))
-    sides = [side * patch * r for side, patch, r in zip(grid, trunk.patch_embed.patch_size, ratio, strict=True)]
-    trunk.set_input_size(img_size=tuple(sides))
+    patch = read_tower(model).patch_size
+    other = small_timm(kind, img_size=(grid[0] * patch[0], grid[1] * patch[1]))
+    weights, position = model.visual.state_dict(), model.visual.trunk.pos_embed
     if position is not None:
         prefix = position.shape[1] - old[0] * old[1]
         planes = position[0, prefix:].reshape(1, *old, -1).permute(0, 3, 1, 2)
         planes = F.interpolate(planes, size=tuple(grid), mode="bicubic", align_corners=False)
-        trunk.pos_embed = nn.Parameter(torch.cat([position[:, :prefix], planes.flatten(2).mT], dim=1))
-    return model
+        weights["trunk.pos_embed"] = torch.cat([position[:, :prefix], planes.flatten(2).mT], dim=1)
+    other.visual.load_state_dict(weights)
+    return other
 
 
 def softmax(logits):
@@ -169,7 +167,7 @@ def test_every_family_against_its_last_block(kind, other_grid):
     model = small_timm(kind)
     grid = (3, 5) if other_grid else read_tower(model).grid_size
     images = images_of(model, *grid)
-    own = resized(model, grid)
+    own = resized(model, kind, grid)
     last = [Last(own, image) for image in images]
     for p in last:
         np.testing.assert_allclose(p.finished(p.attention(p.q, p.k) @ p.v), p.output, rtol=1e-9, atol=1e-9)
@@ -187,7 +185,7 @@ def test_image_embeddings_are_the_models_own(kind, other_grid):
     model = small_timm(kind)
     grid = (5, 3) if other_grid else read_tower(model).grid_size
     images = images_of(model, *grid)
-    want = resized(model, grid).encode_image(images)
+    want = resized(model, kind, grid).encode_image(images)
     with rfclip.refocus(model, method="maskclip"):
         assert relative_error(model.encode_image(images), want) < 1e-9
         tower = read_tower(model)
