@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from rfclip.app.cli import common
 from rfclip.config import TINY
 from rfclip.files import write_whole
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-BATCH = 16  # pictures at a time
 
 
 def calibrate(
@@ -30,38 +24,16 @@ def calibrate(
     with common.clear_errors():
         found, failed = common.some_images(images)
         common.check_new(out, overwrite)
-        from open_clip import image_transform
-        from torch import stack
-
         from rfclip.calibration import calibrate as find_dims
-        from rfclip.images import to_rgb
         from rfclip.towers import read_tower
 
         clip, _ = common.load(model, pretrained, device, None, [])
-        tower = read_tower(clip)
-        prepare = image_transform(tower.image_size, is_train=False, mean=tower.image_mean, std=tower.image_std)
-        seen = 0
-
-        def batches() -> Iterator[Tensor]:
-            nonlocal seen
-            batch = []
-            with common.progress() as progress:
-                for path, _ in progress.track(found, description="calibrating"):
-                    try:
-                        batch.append(prepare(to_rgb(path)).to(tower.weight.device))
-                        seen += 1
-                    except (ValueError, OSError) as error:
-                        failed.append((str(path), str(error)))
-                    if len(batch) == BATCH:
-                        yield stack(batch)
-                        batch = []
-            if batch:
-                yield stack(batch)
-
+        unfound = len(failed)
         try:
-            calibration = find_dims(clip, batches())
+            calibration = find_dims(clip, common.batches(found, failed, read_tower(clip), "calibrating"))
         finally:
             common.print_failed(failed)
+        seen = len(found) + unfound - len(failed)
         common.answer(f"{seen} images. {calibration.report()}")
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)

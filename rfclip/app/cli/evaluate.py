@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rfclip.app.cli import common
-from rfclip.config import TINY, RefocusConfig
+from rfclip.config import TINY, RefocusConfig, RegisterConfig
 from rfclip.datasets import DATASETS
 from rfclip.extras import require
 from rfclip.files import write_whole
@@ -103,6 +103,7 @@ def evaluate(
     device: common.Device = "cpu",
     backend: common.Backend = "auto",
     config: common.Config = None,
+    registers: common.Registers = None,
     engine: common.EngineName = "local",
     workers: common.Workers = None,
     out: RunFolder = None,
@@ -122,7 +123,7 @@ def evaluate(
         common.check_folder(out or RUNS)
         methods = common.method_names(method) if method else []
         find_protocol(protocol, RF_CLIP)
-        given = common.read_config(config)
+        given, neurons = common.read_config(config), common.read_registers(registers, methods)
         wanted = list(dict.fromkeys(part.strip() for part in names.split(",")))
         if "synonyms" not in wanted and not share is seeds is None:
             raise ValueError(f"--{'seeds' if share is None else 'share'} goes with --names synonyms")
@@ -147,9 +148,13 @@ def evaluate(
             more: dict[str, Any] = {"batch": batch, "pamr": pamr, "inject": inject_distraction, "protocol": protocol}
             shared = Job(model, pretrained, None, RF_CLIP, backend, device, **more)
             own = _injected(refocusing, inject_distraction)
+            if inject_distraction:
+                from rfclip.simulated_distraction import injected_registers
+
+                neurons = injected_registers(clip, neurons)
             jobs = {
-                name: replace(shared, method=name, config=config)
-                for name, config in _possible(clip, methods, own, method == "all")
+                name: replace(shared, method=name, config=settings, registers=found)
+                for name, settings, found in _possible(clip, methods, own, neurons, method == "all")
             }
             single = len(opened) * len(jobs) == 1
             marks = _marks(protocol, names)
@@ -301,23 +306,28 @@ def _with_distraction(share: float) -> str:
 
 
 def _possible(
-    clip: nn.Module, names: list[str], config: RefocusConfig | None, every: bool
-) -> Iterator[tuple[str, RefocusConfig | None]]:
+    clip: nn.Module,
+    names: list[str],
+    config: RefocusConfig | None,
+    registers: RegisterConfig | None,
+    every: bool,
+) -> Iterator[tuple[str, RefocusConfig | None, RegisterConfig | None]]:
     """Each method with its settings. Of all methods, those that this model cannot have are left out, saying so."""
     from rfclip.methods import find_method
     from rfclip.plugin import refocus
 
     for name in names:
-        own = config if find_method(name).configured else None
+        card = find_method(name)
+        own, neurons = config if card.configured else None, registers if card.registers else None
         try:
-            refocus(clip, own, method=name).remove()
+            refocus(clip, own, method=name, registers=neurons).remove()
         except (ValueError, OSError) as error:
             if not every:
                 raise
             text = f"[yellow]left out:[/] {escape(name)}: {escape(str(error))}"
             common.console.print(text, highlight=False, soft_wrap=True)
             continue
-        yield name, own
+        yield name, own, neurons
 
 
 def _marks(protocol: str, names: str) -> str:

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -38,6 +38,7 @@ def segment(
     method: common.MethodName = "rf-clip",
     backend: common.Backend = "auto",
     config: common.Config = None,
+    registers: common.Registers = None,
     threshold: Annotated[
         float | None,
         typer.Option(
@@ -98,7 +99,7 @@ def segment(
             raise ValueError(f"--threshold {threshold}: expected a probability, from 0 to 1")
         find_method(method)
         find_protocol(protocol, method)
-        refocusing = common.read_config(config)
+        refocusing, neurons = common.read_config(config), common.read_registers(registers, [method])
         if format == "png":
             found, clashing = common.distinct(found)
             failed += clashing
@@ -127,7 +128,8 @@ def segment(
             default = model is None
             if model is None:
                 model, pretrained = _model_for([file for file, _ in found], pretrained)
-            job = Job(model, pretrained, refocusing, method, backend, device, precision, pamr=pamr, protocol=protocol)
+            more: dict[str, Any] = {"pamr": pamr, "protocol": protocol, "registers": neurons}
+            job = Job(model, pretrained, refocusing, method, backend, device, precision, **more)
             # What is left once the workers are gone was theirs.
             with swept(out, mark), starting as where, contextlib.ExitStack() as stack:
                 common.available(where.here)
