@@ -300,22 +300,20 @@ def draw_registers(found: Comparison) -> Figure:
     figure, axes = _axes(2, 4, found, bars=1)
     before, after = found.outliers
     nobody = np.zeros_like(before)
-    overlap = "" if found.overlap is None else f"\noverlap with the outliers {100 * found.overlap:.0f} %"
+    distraction = f"RF-CLIP: {found.distraction.sum()} distraction tokens"
+    distraction += "" if found.overlap is None else f"\noverlap with the outliers {100 * found.overlap:.0f} %"
     norms, paid = Scale("viridis", 0, float(found.norms[0].max())), Scale("magma", 0, float(found.attention[0].max()))
     plain, registers, refocused = (paid.over(found, each) for each in found.attention)
-    shares = [f"{100 * each[before].sum():.1f} % to the outliers" for each in found.attention]
+    shares = [f"{100 * each[before].sum():.1f} % to these patches" for each in found.attention]
     panels = (
-        (
-            token_map(found, found.distraction, nobody),
-            f"RF-CLIP: {found.distraction.sum()} distraction tokens{overlap}",
-        ),
-        (token_map(found, nobody, before), f"{before.sum()} outliers in the plain tower"),
+        (token_map(found, found.distraction, nobody), distraction),
+        (token_map(found, nobody, before), f"{before.sum()} outliers"),
         (norms.over(found, found.norms[0]), f"norms; an outlier's is over {found.threshold:.0f}"),
         (plain, f"attention of CLS:\n{shares[0]}"),
         (refocused, f"attention of CLS, refocused:\n{shares[2]}"),
         (token_map(found, nobody, after), f"{after.sum()} outliers with a register"),
         (norms.over(found, found.norms[1]), "norms with a register"),
-        (registers, f"attention of CLS, with a register:\n{shares[1]}, {100 * found.register:.1f} % to the register"),
+        (registers, f"attention of CLS, with a register:\n{shares[1]}, {100 * found.register:.1f} % to it"),
     )
     for ax, (picture, title) in zip(axes.flat, panels, strict=True):
         ax.imshow(picture)
@@ -358,7 +356,7 @@ def _bar(figure: Figure, axes: Iterable[Axes], scale: Scale, percent: bool = Tru
         pad=0.03,
         panchor=False,  # else these axes would move away from those without a bar
         ticks=[scale.low, 0, scale.high] if scale.low < 0 else [0, scale.high],
-        format=PercentFormatter(1) if percent else "%.2g",
+        format=PercentFormatter(1) if percent else "%.3g",
     )
     bar.ax.tick_params(labelsize=7)
     first, *_, last = bar.ax.get_xticklabels()

@@ -34,8 +34,8 @@ class Comparison:
         distraction: bool [N], the patches that RF-CLIP takes for distraction tokens in any block.
         norms: [2, N] float32, the norms of patches at the last block's output, plain and with registers.
         outliers: bool [2, N], the patches whose norm exceeds the threshold, in the same order.
-        attention: [3, N] float32, the attention that CLS pays to patches in the last block, mean over heads: plain, with
-            registers, and refocused.
+        attention: [3, N] float32, the attention that CLS pays to patches in the last block, averaged over heads: plain,
+            with registers, and refocused.
         register: the attention that CLS pays to the register there; 0 without one.
         threshold: the norm, that of the plain tower.
     """

@@ -281,7 +281,7 @@ def read_registers(path: Path | None, methods: list[str]) -> RegisterConfig | No
     if path is None:
         return None
     if not any(find_method(name).registers for name in methods):
-        raise ValueError(f"--registers: {', '.join(methods) or 'rf-clip'} takes none; it goes with --method registers")
+        raise ValueError(f"--registers: {', '.join(methods) or 'rf-clip'} takes none; it is for the method registers")
     try:
         return RegisterConfig.from_json(path.read_text("utf-8-sig"))
     except ValueError as error:
