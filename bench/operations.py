@@ -30,13 +30,13 @@ def sdpa_with_bias(i: dict[str, Any], grid: Grid) -> Run:
     (gh, gw), bias = grid, i["bias"]
     row, column = torch.arange(gh * gw, device=DEVICE) // gw, torch.arange(gh * gw, device=DEVICE) % gw
     matrix = bias[row[:, None] - row + gh - 1, column[:, None] - column + gw - 1]
-    matrix = F.pad(matrix, (i["prefix"], 0, i["prefix"], 0)).to(i["u"].dtype)
-    return lambda: F.scaled_dot_product_attention(i["u"], i["u"], i["v"], attn_mask=matrix)
+    matrix = F.pad(matrix, (i["prefix"], 0, i["prefix"], 0)).to(i["q"].dtype)
+    return lambda: F.scaled_dot_product_attention(i["q"], i["k"], i["v"], attn_mask=matrix)
 
 
 def flex(i: dict[str, Any], grid: Grid, score_mod: Callable | None = None) -> Run:
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(i["u"], i["u"], i["v"], score_mod=score_mod)
+    return lambda: compiled(i["q"], i["k"], i["v"], score_mod=score_mod)
 
 
 def flex_with_bias(i: dict[str, Any], grid: Grid) -> Run:
@@ -69,7 +69,7 @@ def sdpa(query: str, key: str) -> Callable[[dict[str, Any], Grid], Run]:
 PEERS: dict[tuple[str, str], Callable[[dict[str, Any], Grid], Run]] = {
     ("refocused_attention", "attention"): sdpa("q", "k"),
     ("proxy_attention", "sdpa"): sdpa_layers,
-    ("self_attention", "sdpa"): sdpa("u", "u"),
+    ("self_attention", "sdpa"): sdpa("q", "k"),
     ("self_attention", "flex_attention"): flex,
     ("self_attention, bias", "sdpa"): sdpa_with_bias,
     ("self_attention, bias", "flex_attention"): flex_with_bias,

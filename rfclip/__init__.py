@@ -37,7 +37,13 @@ _MODULE_OF = {
     "refocus": "plugin",
     "text_embeddings": "segment.text",
 }
-_MODULES = ("config", "methods", "outputs", "reference")  # also reached as attributes of a bare `import rfclip`
+_MODULES = (
+    "config",
+    "methods",
+    "outputs",
+    "presets",
+    "reference",
+)  # also reached as attributes of a bare `import rfclip`
 __all__ = [
     "Calibration",
     "Explanation",

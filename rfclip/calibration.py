@@ -64,6 +64,7 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor]) -> Calibratio
             kind.
     """
     tower, ops = read_tower(model), operations("reference")
+    tower.check_refocusable("calibration")
     total, tokens = torch.zeros(tower.width, dtype=torch.float64), 0
     several = isinstance(images, Iterable) and not isinstance(images, Tensor)
     for batch in cast(Iterable[Tensor], images if several else [images]):

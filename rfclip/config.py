@@ -1,4 +1,4 @@
-"""RF-CLIP's settings in one frozen dataclass, and the presets of checkpoints whose distraction dimensions are known.
+"""RF-CLIP's settings in one frozen dataclass, and what a file of them says of where they are from.
 
 Nothing heavy is imported here, so that the command line can check settings before it loads PyTorch.
 """
@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from datetime import date
 from numbers import Real
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Literal, get_args
 
 from rfclip.files import parse_json
 
 TINY = "rfclip-tiny"  # the small CLIP bundled with the package
 BackendName = Literal["auto", "eager", "reference", "triton"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
+PostName = Literal["none", "pamr", "pearl", "resclip"]
 BACKENDS: tuple[str, ...] = get_args(BackendName)
+POSTS: tuple[str, ...] = get_args(PostName)  # what may happen after a first pass, to logits or to attention
 
 CHOICES = {
     "tokens": ("distraction", "random"),
@@ -137,18 +142,19 @@ class RefocusConfig:
             if beyond:
                 raise ValueError(f"{name} {beyond}: this tower (width {width}, {layers} blocks) accepts at most {most}")
 
-    def to_json(self) -> str:
-        """All fields as a JSON object."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+    def to_json(self, origin: Origin | None = None) -> str:
+        """All fields as a JSON object, after those of its origin that are known."""
+        about = {} if origin is None else {k: v for k, v in asdict(origin).items() if v is not None}
+        return json.dumps(about | asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> RefocusConfig:
         """The config that `to_json` wrote; omitted fields take their defaults.
 
         Raises:
-            ValueError: for text that is not a JSON object of this class's fields.
+            ValueError: for text that is not a JSON object of the fields of this class and of `Origin`.
         """
-        return cls(**_fields(cls, text, "distraction_dims", "dimensions"))
+        return read_settings(text)[0]
 
     @classmethod
     def preset(cls, name: str, pretrained: str | None) -> RefocusConfig:
@@ -157,13 +163,15 @@ class RefocusConfig:
         Raises:
             ValueError: for any other checkpoint, which must be calibrated.
         """
+        from rfclip.presets import PRESETS  # which needs this class
+
         key = (plain_name(name), pretrained.lower() if pretrained else None)
         if key not in PRESETS:
             known = ", ".join(f"{model} with {weights!r}" if weights else model for model, weights in PRESETS)
             raise ValueError(
                 f"the distraction dimensions of {name!r} with weights {pretrained!r} are not known (known: {known}). "
-                "Find them with `rfclip calibrate IMAGES --model ... --pretrained ... --out config.json`, then pass "
-                "that file as --config, or a RefocusConfig in Python."
+                "Find them with `rfclip calibrate IMAGES --model ... --pretrained ...`, then pass the file that it "
+                "writes as --config, or a RefocusConfig in Python."
             )
         return PRESETS[key]
 
@@ -216,7 +224,17 @@ class RegisterConfig:
         Raises:
             ValueError: for text that is not a JSON object of this class's fields.
         """
-        return cls(**_fields(cls, text, "neurons", "pairs of a block and a hidden unit"))
+        try:
+            values = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"a config must be JSON: {error}") from error
+        if not isinstance(values, dict) or "neurons" not in values:
+            raise ValueError('a config must be a JSON object with at least "neurons", pairs of block and unit')
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(values.keys() - {*known})
+        if unknown:
+            raise ValueError(f"unknown in a config: {', '.join(unknown)}; known: {', '.join(known)}")
+        return cls(**values)
 
 
 def _is_neuron(pair: object) -> bool:
@@ -227,19 +245,63 @@ def _is_neuron(pair: object) -> bool:
     return whole and pair[0] >= 1 and pair[1] >= 0
 
 
-def _fields(cls: type, text: str, needed: str, what: str) -> dict[str, Any]:
-    """The fields of a dataclass that a JSON object holds; ValueError for any other text."""
+@dataclass(frozen=True)
+class Origin:
+    """What a file of settings says beside them: the checkpoint that they hold for, and where they are from.
+
+    Attributes:
+        model: as open_clip lists it, without the suffix that selects the activation, or with a prefix, such as
+            "transformers:", as `rfclip.load_model` takes it.
+        pretrained: tags of its weights, or their paths; none where the model's name tells.
+        source: of the dimensions: the figure of a paper, or the pictures that they were calibrated on.
+        date, version: of the calibration: the day, as 2026-01-31, and rfclip's version.
+
+    Raises:
+        ValueError: for a value that is none of these.
+    """
+
+    model: str | None = None
+    pretrained: tuple[str, ...] | None = None
+    source: str | None = None
+    date: str | None = None
+    version: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("model", "source", "version"):
+            value = getattr(self, name)
+            if value is not None and not _is_text(value):
+                raise ValueError(f"{name}={value!r}: expected text")
+        tags = self.pretrained
+        if tags is not None:
+            if not isinstance(tags, list | tuple) or not all(map(_is_text, tags)) or len({*tags}) < len(tags):
+                raise ValueError(f"pretrained={tags!r}: expected a list of distinct tags of weights")
+            object.__setattr__(self, "pretrained", tuple(tags))
+        if self.date is not None and not _is_day(self.date):
+            raise ValueError(f"date={self.date!r}: expected a day, such as 2026-01-31")
+
+    def file_name(self) -> str:
+        """A name for its file: the model's and the first weights', with dots for what names of files cannot hold."""
+        return ".".join(map(_short, (self.model or "config", *(self.pretrained or ())[:1]))) + ".json"
+
+
+def read_settings(text: str) -> tuple[RefocusConfig, Origin]:
+    """What a file of settings holds; omitted fields take their defaults.
+
+    Raises:
+        ValueError: for text that is not a JSON object of the fields of these classes.
+    """
     try:
         values = parse_json(text)
     except ValueError as error:
         raise ValueError(f"a config must be JSON: {error}") from error
-    known = [field.name for field in fields(cls)]
-    if not isinstance(values, dict) or needed not in values:
-        raise ValueError(f'a config must be a JSON object with at least "{needed}", a list of {what}')
-    unknown = sorted(values.keys() - set(known))
+    if not isinstance(values, dict) or "distraction_dims" not in values:
+        raise ValueError('a config must be a JSON object with at least "distraction_dims", a list of dimensions')
+    known, about = ([field.name for field in fields(kind)] for kind in (RefocusConfig, Origin))
+    unknown = sorted(values.keys() - {*known, *about})
     if unknown:
-        raise ValueError(f"unknown in a config: {', '.join(unknown)}; known: {', '.join(known)}")
-    return values
+        raise ValueError(f"unknown in a config: {', '.join(unknown)}; known: {', '.join((*known, *about))}")
+    origin = Origin(**{name: values.pop(name) for name in about if name in values})
+    return RefocusConfig(**values), origin
 
 
 def is_finite(value: object) -> bool:
@@ -258,9 +320,33 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision={precision!r}: expected one of {', '.join(get_args(PrecisionName))}")
 
 
+def check_post(post: str | None) -> None:
+    """Raise ValueError for a step after the windows that is none; None is what the protocol does."""
+    if post is not None and post not in POSTS:
+        raise ValueError(f"post={post!r}: expected one of {', '.join(POSTS)}, or None for what the protocol does")
+
+
 def plain_name(name: str) -> str:
     """A model's name as open_clip lists it (ViT-B/16 is ViT-B-16), without the suffix that selects the activation."""
     return name if ":" in name else name.replace("/", "-").removesuffix("-quickgelu")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_day(value: object) -> bool:
+    try:
+        return isinstance(value, str) and date.fromisoformat(value).isoformat() == value
+    except ValueError:
+        return False
+
+
+def _short(name: str) -> str:
+    """A name of a model or of weights for a name of a file; of a path that exists, the last part."""
+    path = Path(name.partition(":")[2] or name)
+    name = path.absolute().name.removesuffix(".safetensors") if path.exists() else name
+    return re.sub(r"[^\w.+-]+", ".", name).strip(".")
 
 
 def _whole_numbers(name: str, values: object, least: int) -> tuple[int, ...]:
@@ -272,16 +358,6 @@ def _whole_numbers(name: str, values: object, least: int) -> tuple[int, ...]:
         raise ValueError(f"{name}={values!r}: expected distinct whole numbers of at least {least}")
     return tuple(sorted(numbers))
 
-
-# Dimensions: the paper's figures 3 and 7 and the authors' released code, for OpenAI's weights.
-_BASE = RefocusConfig(distraction_dims=(4, 162, 189, 326, 429, 474, 633, 713))
-_LARGE = RefocusConfig(distraction_dims=(250, 261, 437, 650, 720, 779, 936, 1005), tau_attn=5.0)
-PRESETS = {
-    ("ViT-B-16", "openai"): _BASE,
-    ("ViT-L-14", "openai"): _LARGE,
-    ("transformers:openai/clip-vit-base-patch16", None): _BASE,
-    ("transformers:openai/clip-vit-large-patch14", None): _LARGE,
-}
 
 # The norms over which the authors of test-time registers call a token an outlier, from their code's settings.
 OUTLIER_NORMS = {("ViT-B-16", "openai"): 30.0, ("ViT-B-16", "laion2b_s34b_b88k"): 30.0}

@@ -51,7 +51,7 @@ def installed(model: nn.Module | Tower) -> Method | None:
     """The method that refocuses a model, or the model of a tower; None for a plain one.
 
     Raises:
-        ValueError: the model has no tower of standard blocks.
+        ValueError: the model has no tower that can be read.
     """
     module = model.module if isinstance(model, Tower) else find_module(model)
     present = module.__dict__.get("forward")  # torch 2.8 does not compile vars()
@@ -76,7 +76,8 @@ def refocus(
     adapters or a forward of their own are refused, and `forward_intermediates` stays plain.
 
     Args:
-        model: an open_clip CLIP model, or transformers' CLIPModel or CLIPVisionModelWithProjection, in eval mode.
+        model: an open_clip CLIP model, transformers' CLIPModel or CLIPVisionModelWithProjection, or a model of OpenAI's
+            own package, `clip`, in eval mode.
         config: RF-CLIP's settings; None takes those of a model loaded by `rfclip.load_model`, or by transformers from
             OpenAI's ViT-B/16 or ViT-L/14. Only "rf-clip" and "released" have settings.
         method: one of `rfclip.methods.METHODS`.
@@ -95,11 +96,12 @@ def refocus(
         exception.
 
     Raises:
-        ValueError: the tower is of another kind, the config is missing or does not fit it, or the backend is unknown
-            or cannot run there.
+        ValueError: the tower is of another kind, or does not give what the method needs, the config is missing or does
+            not fit it, or the backend is unknown or cannot run there.
         RuntimeError: the model is already refocused, or in training mode.
     """
     tower, card = read_tower(model), find_method(method)
+    card.check_tower(tower)
     if not card.configured and config is not None:
         raise ValueError(f"config: method {method!r} has nothing to configure; leave it out")
     if not card.registers and registers is not None:

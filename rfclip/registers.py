@@ -81,6 +81,7 @@ def find_registers(
         ValueError: there is no image, or an argument is out of range; or as `rfclip.calibrate`.
     """
     tower, ops = read_tower(model), operations("reference")
+    tower.check_refocusable("the search for registers")
     blocks = max(1, len(tower.blocks) // 2) if blocks is None else blocks
     if not 1 <= blocks <= len(tower.blocks):
         raise ValueError(f"blocks={blocks}: expected 1 to {len(tower.blocks)}")

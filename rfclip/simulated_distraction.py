@@ -46,7 +46,7 @@ def inject_distraction(model: nn.Module, share: float, *, strength: float = 40.0
         seed: which tokens.
 
     Raises:
-        ValueError: share is out of range, or the MLP does not show its hidden activations.
+        ValueError: share is out of range, the tower is read only, or its MLPs do not show their hidden activations.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"inject={share}: expected a share of the patch tokens, from 0 to 1")
@@ -54,6 +54,7 @@ def inject_distraction(model: nn.Module, share: float, *, strength: float = 40.0
         yield
         return
     tower = read_tower(model)
+    tower.check_refocusable("simulated distraction")
     middle = tower.blocks[_middle(tower)]
     activation, linear = hidden_layers(middle)
     stream: list[Tensor] = []

@@ -11,10 +11,11 @@ enough. The runs merge through their maxima and sums. What S loses goes to T as 
 needs no division by a mass that might underflow, and rows keep summing to 1 by construction. The keys of the prefix
 start a run, so that the tiles hold the N keys of the patches.
 
-Self-attention of a vector with itself, as the peers use it: softmax(u u^T + bias) v. The bias depends on the offset
-between two patches on the grid and is read from a table of offsets. Proxy attention is the same sweep, L times into one
-accumulator: (1 / L) sum over l of softmax(k_l k_l^T) v for the rows of patches, the values of the prefix counting as 0.
-Where the log-sum-exp of every row is known, the layers' probabilities are added first, and multiplied with v once.
+Self-attention, as the peers use it: out + factor softmax(scale q k^T + bias) v, with k in place of q or the reverse in
+most. The bias is read from a table by the offset of two patches on the grid, or from a matrix of patches for each
+image. Proxy attention is the same sweep, L times into one accumulator: (1 / L) sum over l of softmax(k_l k_l^T) v for
+the rows of patches, the values of the prefix counting as 0. Where the log-sum-exp of every row is known, the layers'
+probabilities are added first, and multiplied with v once.
 """
 
 from typing import Any
@@ -227,26 +228,44 @@ def refocused_attention_kernel(
 
 @triton.jit(do_not_specialize=["H", "T"])
 def self_attention_kernel(
-    u_ptr,  # [L, B, H, T, D]
+    q_ptr,  # [L, B, H, T, D]
+    k_ptr,  # [L, B, H, T, D]
     v_ptr,  # [B, H, T, D]
-    bias_ptr,  # [2 gh - 1, 2 gw - 1] fp32 contiguous, read where BIAS
-    out_ptr,  # [B, T - (PREFIX if DROP else 0), H, D] contiguous
+    bias_ptr,  # by BIAS: [2 gh - 1, 2 gw - 1] fp32 contiguous, or [B, N, N]
+    scales_ptr,  # [B], read where SCALES
+    out_ptr,  # [B, H, T - (PREFIX if DROP else 0), D]
     L,
     H,
     T,
     gh,
     gw,
     scale,  # times log2(e)
-    stride_ul,
-    stride_ub,
-    stride_uh,
-    stride_ut,
-    stride_ud,
+    factor,  # of what is written, or added where ADD
+    stride_ql,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_qd,
+    stride_kl,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_kd,
     stride_vb,
     stride_vh,
     stride_vt,
     stride_vd,
-    BIAS: tl.constexpr,
+    stride_bb,
+    stride_bm,
+    stride_bn,
+    stride_sb,
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    stride_od,
+    BIAS: tl.constexpr,  # "none", "offsets" or "patches"
+    SCALES: tl.constexpr,
+    ADD: tl.constexpr,
     PREFIX: tl.constexpr,
     DROP: tl.constexpr,  # drop the rows and columns of the prefix after the softmax
     D: tl.constexpr,
@@ -255,50 +274,59 @@ def self_attention_kernel(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    scale = tl.cast(scale, tl.float32)  # fp64 from some Inductors
+    scale, factor = tl.cast(scale, tl.float32), tl.cast(factor, tl.float32)  # fp64 from some Inductors
     first = PREFIX if DROP else 0
     i_b, i_h, i_m = image_head_rows(H, T - first, BM)
+    if SCALES:
+        scale = tl.load(scales_ptr + i_b * stride_sb).to(tl.float32) * LOG2E
     o_m = first + i_m * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     m_m = (o_m < T)[:, None] & m_d[None, :]
     p_v = v_ptr + i_b * stride_vb + i_h * stride_vh + o_d * stride_vd
-    p_u = u_ptr + i_b * stride_ub + i_h * stride_uh + o_d * stride_ud
+    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh + o_d * stride_qd
+    p_k = k_ptr + i_b * stride_kb + i_h * stride_kh + o_d * stride_kd
     b_first = tl.load(p_v, mask=m_d & (PREFIX > 0) & (DROP == 0), other=0.0).to(tl.float32)  # [BD]
-    # The bias of patches m and n is at (row_m - row_n + gh - 1) (2 gw - 1) + column_m - column_n + gw - 1.
     i_m = o_m - PREFIX
-    to_m = (i_m // gw + gh - 1) * (2 * gw - 1) + i_m % gw + gw - 1
     m_biased = (i_m >= 0) & (o_m < T)  # the rows of the prefix have none
+    if BIAS == "offsets":  # of patches m and n: (row_m - row_n + gh - 1) (2 gw - 1) + column_m - column_n + gw - 1
+        p_bias = bias_ptr + (i_m // gw + gh - 1) * (2 * gw - 1) + i_m % gw + gw - 1
+    else:
+        p_bias = bias_ptr + i_b * stride_bb + i_m.to(tl.int64) * stride_bm
     b_out = tl.zeros([BM, BD], tl.float32)
     for _layer in range(0, L):
-        b_q = tl.load(p_u[None, :] + o_m[:, None] * stride_ut, mask=m_m, other=0.0)  # [BM, BD]
+        b_q = tl.load(p_q[None, :] + o_m[:, None] * stride_qt, mask=m_m, other=0.0)  # [BM, BD]
         b_acc = tl.zeros([BM, BD], tl.float32) + b_first[None, :]
         if PREFIX > 0:  # the first key needs no step, which would cost registers
-            b_max, b_sum = key_logits(b_q, p_u, m_d, scale), tl.full([BM], 1.0, tl.float32)
+            b_max, b_sum = key_logits(b_q, p_k, m_d, scale), tl.full([BM], 1.0, tl.float32)
         else:
             b_max, b_sum = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
         for i in tl.static_range(1, PREFIX):
-            b_l = key_logits(b_q, p_u + i * stride_ut, m_d, scale)
+            b_l = key_logits(b_q, p_k + i * stride_kt, m_d, scale)
             b_v_one = tl.load(p_v + i * stride_vt, mask=m_d & (DROP == 0), other=0.0).to(tl.float32)  # [BD]
             b_max, b_sum, b_acc = add_key(b_l, b_v_one, True, b_max, b_sum, b_acc)
         for start in range(PREFIX, T, BN):
             o_n = start + tl.arange(0, BN)
             m_n = o_n < T
             m_k = m_d[:, None] & m_n[None, :]
-            b_k = tl.load(p_u[:, None] + o_n[None, :] * stride_ut, mask=m_k, other=0.0)  # [BD, BN]
+            b_k = tl.load(p_k[:, None] + o_n[None, :] * stride_kt, mask=m_k, other=0.0)  # [BD, BN]
             b_s = dot(b_q, b_k, PRECISION) * scale
-            if BIAS:
+            if BIAS != "none":
                 i_n = o_n - PREFIX
-                from_n = i_n // gw * (2 * gw - 1) + i_n % gw
+                to_n = -(i_n // gw * (2 * gw - 1) + i_n % gw) if BIAS == "offsets" else i_n * stride_bn
                 m_bias = m_biased[:, None] & m_n[None, :]
-                b_s += tl.load(bias_ptr + to_m[:, None] - from_n[None, :], mask=m_bias, other=0.0) * LOG2E
+                b_s += tl.load(p_bias[:, None] + to_n[None, :], mask=m_bias, other=0.0).to(tl.float32) * LOG2E
             b_p, b_max, b_sum, b_shrink = softmax_step(tl.where(m_n[None, :], b_s, float("-inf")), b_max, b_sum)
             b_v = tl.load(p_v[None, :] + o_n[:, None] * stride_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
             b_acc = b_acc * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)
         b_out += b_acc / b_sum[:, None]
-        p_u += stride_ul
-    p_out = out_ptr + ((i_b * (T - first) + o_m[:, None] - first) * H + i_h) * D + o_d[None, :]
-    tl.store(p_out, (b_out / L).to(out_ptr.dtype.element_ty), mask=m_m)
+        p_q += stride_ql
+        p_k += stride_kl
+    b_out *= factor
+    p_out = out_ptr + i_b * stride_ob + i_h * stride_oh + (o_m[:, None] - first) * stride_ot + o_d[None, :] * stride_od
+    if ADD:
+        b_out += tl.load(p_out, mask=m_m, other=0.0).to(tl.float32)
+    tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_m)
 
 
 @triton.jit(do_not_specialize=["L", "H", "T"])
@@ -432,19 +460,37 @@ def _refocused_attention(
     return out
 
 
-@triton_op(f"{__package__}::self_attention", mutates_args={})
-def _self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, prefix: int, drop: bool) -> Tensor:
-    L, B, H, T, D = u.shape
-    gh, gw = (1, 1) if bias is None else ((side + 1) // 2 for side in bias.shape)
-    rows = T - prefix if drop else T
-    out = v.new_empty((B, rows, H, D))
+@triton_op(f"{__package__}::self_attention_", mutates_args={"out"})
+def _self_attention_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    scale: float,
+    factor: float,
+    prefix: int,
+    drop: bool,
+    add: bool,
+    out: Tensor,
+) -> None:
+    L, B, H, T, D = q.shape
+    gh = gw = 1
+    kind, of_bias = "none", {"stride_bb": 0, "stride_bm": 0, "stride_bn": 0}
+    if bias is not None and bias.dim() == 2:
+        kind, bias = "offsets", bias.float().contiguous()
+        gh, gw = ((side + 1) // 2 for side in bias.shape)
+    elif bias is not None:
+        kind, of_bias = "patches", strides("b", bias, "bmn")
     options = constants("self_attention", v, prefix)
     if B:
         with on_device(v):
-            wrap_triton(self_attention_kernel)[(triton.cdiv(rows, options["BM"]) * B * H,)](
-                u_ptr=u,
+            wrap_triton(self_attention_kernel)[(triton.cdiv(out.shape[2], options["BM"]) * B * H,)](
+                q_ptr=q,
+                k_ptr=k,
                 v_ptr=v,
-                bias_ptr=out if bias is None else bias.float().contiguous(),
+                bias_ptr=out if bias is None else bias,
+                scales_ptr=out if scales is None else scales,
                 out_ptr=out,
                 L=L,
                 H=H,
@@ -452,14 +498,20 @@ def _self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, pre
                 gh=gh,
                 gw=gw,
                 scale=scale * LOG2E.value,
-                **strides("u", u, "lbhtd"),
+                factor=factor,
+                **strides("q", q, "lbhtd"),
+                **strides("k", k, "lbhtd"),
                 **strides("v", v, "bhtd"),
-                BIAS=bias is not None,
+                **of_bias,
+                stride_sb=0 if scales is None else scales.stride(0),
+                **strides("o", out, "bhtd"),
+                BIAS=kind,
+                SCALES=scales is not None,
+                ADD=add,
                 PREFIX=prefix,
                 DROP=drop,
                 **options,
             )
-    return out
 
 
 @triton_op(f"{__package__}::proxy_attention", mutates_args={})
@@ -511,10 +563,22 @@ def launch_refocused_attention(
     return _refocused_attention(q, k, v, target, order, beta, scale, prefix).transpose(1, 2)
 
 
-def launch_self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, prefix: int) -> Tensor:
-    """One flash sweep; the bias is looked up and is never a matrix in memory. Laid out [B, T, H, D]."""
-    check_launch(u.shape[-1], u=u, v=v, bias=bias)
-    return _self_attention(u[None], v, bias, scale, prefix, False).transpose(1, 2)
+def launch_self_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float | Tensor,
+    prefix: int,
+    factor: float,
+    out: Tensor | None,
+) -> Tensor:
+    """One flash sweep, to which a table of offsets is no matrix. A new tensor is laid out [B, T, H, D]."""
+    scales, scale = (None, scale) if isinstance(scale, float) else (scale, 1.0)
+    check_launch(q.shape[-1], q=q, k=k, v=v, bias=bias, scale=scales, out=out)
+    add, out = out is not None, _new_heads(v, v.shape[2]) if out is None else out
+    _self_attention_(q[None], k[None], v, bias, scales, scale, factor, prefix, False, add, out)
+    return out
 
 
 def launch_proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int, normalizers: Tensor | None) -> Tensor:
@@ -524,5 +588,13 @@ def launch_proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int, n
     """
     check_launch(v.shape[-1], keys=keys, v=v, normalizers=normalizers)
     if normalizers is None:
-        return _self_attention(keys, v, None, scale, prefix, True).transpose(1, 2)
+        out = _new_heads(v, v.shape[2] - prefix)
+        _self_attention_(keys, keys, v, None, None, scale, 1 / len(keys), prefix, True, False, out)
+        return out
     return _proxy_attention(keys, v, normalizers, scale, prefix).transpose(1, 2)
+
+
+def _new_heads(v: Tensor, rows: int) -> Tensor:
+    """Memory for what heads gather, [B, H, rows, D], as the output projection reads it."""
+    B, H, _, D = v.shape
+    return v.new_empty((B, rows, H, D)).transpose(1, 2)

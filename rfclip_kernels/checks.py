@@ -124,7 +124,7 @@ def offset_table(bias: Tensor, N: int) -> None:
     if not odd or (sides[0] + 1) * (sides[1] + 1) != 4 * N or not bias.is_floating_point():
         raise ValueError(
             f"bias must be a floating-point tensor [2 gh - 1, 2 gw - 1] for the offsets on a grid with gh * gw = N = "
-            f"{N}, got {given(bias)}"
+            f"{N}, or [B, N, N] for each image, got {given(bias)}"
         )
 
 

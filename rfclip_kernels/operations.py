@@ -652,26 +652,52 @@ class Operations:
         return self._run["refocused_attention"](q, k, v, distraction, target, beta, scale, sizes["prefix"], order)
 
     def self_attention(
-        self, u: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float | None = None, prefix: int = 1
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None = None,
+        *,
+        scale: float | Tensor | None = None,
+        prefix: int = 1,
+        factor: float = 1.0,
+        out: Tensor | None = None,
+        inplace: bool = False,
     ) -> Tensor:
-        """Attention of a vector with itself, softmax(u u^T * scale + bias) v, on which most other methods build.
+        """out + factor softmax(q k^T * scale + bias) v, on which most other methods build.
 
-        SCLIP and ClearCLIP take u = q, k or both; NACLIP takes u = k and a Gaussian of the distance between patches.
+        SCLIP and ClearCLIP take the same vector for q and k; NACLIP adds a Gaussian of the distance between patches;
+        others add the attention of several blocks, one call after the other.
 
         Args:
-            u, v: queries or keys, and values, [B, H, T, D] of the same floating-point dtype.
-            bias: added to the logit of patches i and j at bias[row_i - row_j + gh - 1, column_i - column_j + gw - 1], a
-                floating-point [2 gh - 1, 2 gw - 1] with gh * gw = N, the same for all images and heads; the rows and
-                columns of the prefix have none.
-            scale, prefix: as in `received_attention`.
+            q, k, v: queries, keys and values, [B, H, T, D] of the same floating-point dtype.
+            bias: floating-point, the same for all heads; the rows and columns of the prefix have none. The logit of
+                patches i and j gets bias[row_i - row_j + gh - 1, column_i - column_j + gw - 1] of [2 gh - 1, 2 gw - 1]
+                with gh * gw = N, which is for all images, or bias[b, i, j] of [B, N, N].
+            scale: a factor of the logits, D ** -0.5 by default, or one for each image, floating-point [B].
+            prefix: as in `received_attention`.
+            factor: of what is added.
+            out: to what it is added, [B, H, T, D] of the inputs' dtype; nothing by default.
+            inplace: write into `out`, if given, and return it.
 
         Returns:
-            [B, H, T, D] of the inputs' dtype; logits, softmax and sums are float32 or float64.
+            [B, H, T, D] of the inputs' dtype, a new tensor unless `inplace`; logits, softmax and sums are float32 or
+            float64.
         """
-        sizes, scale = checks.heads(scale, prefix, u=u, v=v)
-        if bias is not None:
+        scales = scale if isinstance(scale, Tensor) else None
+        sizes, scale = checks.heads(None if isinstance(scale, Tensor) else scale, prefix, q=q, k=k, v=v)
+        if scales is not None:
+            tensor_sizes("scale", scales, "B", sizes)
+        factor = checks.number("factor", factor)
+        if isinstance(bias, Tensor) and bias.dim() == 3:
+            tensor_sizes("bias", bias, "B N N", sizes)
+        elif bias is not None:
             checks.offset_table(bias, sizes["N"])
-        return self._run["self_attention"](u, v, bias, scale, sizes["prefix"])
+        if out is not None:
+            tensor_sizes("out", out, "B H T D", sizes, v.dtype)
+            out = out if inplace else out.clone()
+        scale = scale if scales is None else scales
+        return self._run["self_attention"](q, k, v, bias, scale, sizes["prefix"], factor, out)
 
     # Step 6: dense features
 
@@ -705,25 +731,33 @@ class Operations:
         scale = checks.attention_scale(scale, sizes["D"])
         return self._run["proxy_attention"](keys, v, scale, sizes["prefix"], normalizers)
 
-    def cosine_aggregation(self, guide: Tensor, x: Tensor, cut: float) -> Tensor:
+    def cosine_aggregation(self, guide: Tensor, x: Tensor, cut: float | Tensor, *, gain: float | None = None) -> Tensor:
         """Sum over similar patches, weighted by their cosines: the last block's input in the released code [R].
 
         out[i] = sum of w[i, j] x[j] over the j with w[i, j] >= cut,  w[i, j] = <g[i], g[j]> / (|g[i]| |g[j]|)
 
         Weights are not normalized. A g[i] of zeros has cosines 0. A cosine within rounding of the cut may fall on
-        either side of it.
+        either side of it. With a gain, as attention across windows has it, the patch itself always counts, and
+
+        out[i] = sum of exp(gain w[i, j]) x[j] / sum of exp(gain w[i, j]) over the same j
 
         Args:
             guide: g, patch tokens [B, N, d], any floating-point dtype.
             x: what is summed, [B, N, e] of the same dtype; several tensors share the cosines if they are concatenated.
-            cut: the least cosine that counts; the released code's is 0.4.
+            cut: the least cosine that counts, or one for each image, floating-point [B]; the released code's is 0.4.
+            gain: a factor of at least 0.
 
         Returns:
             A new tensor [B, N, e] of x's dtype.
         """
         sizes = tensor_sizes("guide", guide, "B N d")
         tensor_sizes("x", x, "B N e", sizes, guide.dtype)
-        return self._run["cosine_aggregation"](guide, x, checks.number("cut", cut))
+        if isinstance(cut, Tensor):
+            tensor_sizes("cut", cut, "B", sizes)
+        else:
+            cut = checks.number("cut", cut)
+        gain = gain if gain is None else checks.number("gain", gain, 0)
+        return self._run["cosine_aggregation"](guide, x, cut, gain)
 
     # Step 8: from windows to pixels
 

@@ -297,7 +297,14 @@ def _refocused(s: Sizes) -> Inputs:
 
 def _self(s: Sizes) -> Inputs:
     _, k, v = s.heads()
-    return {"u": k, "v": v, "prefix": s.prefix}
+    return {"q": k, "k": k, "v": v, "prefix": s.prefix}
+
+
+def _added(s: Sizes) -> Inputs:
+    """Another block's attention, with a bias and a scale of each image."""
+    q, k, v = s.heads()
+    inputs = {"q": q, "k": k, "v": v, "bias": s.scores(s.B, s.N, s.N), "scale": s.scores(s.B) ** 2, "factor": 0.5}
+    return inputs | {"prefix": s.prefix, "out": s.tensor(s.B, s.H, s.T, s.D), "inplace": True}
 
 
 def _windows(s: Sizes) -> Inputs:
@@ -359,7 +366,9 @@ _ATTENTION = Sweep(_two, rows=lambda s: s.T, goal=True)
 _REFOCUSED = {"refocused_attention_kernel": Products(_two_runs, lambda a: a["PREFIX"])}
 _SWEPT = {
     "self_attention_kernel": Products(
-        lambda a: [2 * a["L"] * -(-_patches(a) // a["BN"])], lambda a: a["L"] * a["PREFIX"]
+        lambda a: [2 * a["L"] * -(-_patches(a) // a["BN"])],
+        lambda a: a["L"] * a["PREFIX"],
+        updated=lambda a: ("out_ptr",) if a["ADD"] else (),
     )
 }
 _SUMMED = {"proxy_attention_kernel": Products(lambda a: [(a["L"] + 1) * -(-_patches(a) // a["BN"])])}
@@ -479,6 +488,7 @@ EXAMPLES = (
         sweep=_ATTENTION,
         kernels=_SWEPT,
     ),
+    Example("self_attention", _added, "added, bias of patches", module="attention", sweep=_ATTENTION, kernels=_SWEPT),
     Example(
         "proxy_attention",
         _proxy,
@@ -497,6 +507,13 @@ EXAMPLES = (
     Example(
         "cosine_aggregation",
         _aggregated,
+        module="released",
+        kernels={"cosine_aggregation_kernel": Products(_cosines)},
+    ),
+    Example(
+        "cosine_aggregation",
+        lambda s: _aggregated(s) | {"cut": s.scores(s.B) / 10, "gain": 3.0},
+        "gain",
         module="released",
         kernels={"cosine_aggregation_kernel": Products(_cosines)},
     ),

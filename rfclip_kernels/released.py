@@ -3,8 +3,9 @@
     x[i]   <- 0.6 x[i] + (0.4 / 9) * sum of x[n] over the 3 x 3 window of i, for masked i
     out[i] =  sum over the j with w[i, j] >= cut of w[i, j] x[j],  w[i, j] = <g[i], g[j]> / (|g[i]| |g[j]|)
 
-The sum keeps no matrix: a program holds the sums of BM rows over BC columns of x, and makes the cosines of its rows
-tile by tile, in steps over the dimensions of g. For N patches, g of d and x of e dimensions that is
+With a gain it is the mean of these x[j] and of x[i] itself, weighted by exp(gain w[i, j]), as attention across windows
+takes it. The sum keeps no matrix: a program holds the sums of BM rows over BC columns of x, and makes the cosines of
+its rows tile by tile, in steps over the dimensions of g. For N patches, g of d and x of e dimensions that is
 2 N^2 (d e / BC + e) operations instead of the 2 N^2 (d + e) with a matrix, for ViT-B/16 (d = 768, e = 2 d, BC = 256)
 2.7 times as many, which is 4 % of its blocks' at N = 588.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from . import tiles
-from .attention import dot, precision
+from .attention import LOG2E, dot, precision
 from .launch import check_launch, on_device, strides, wrap_triton
 
 BLOCK_WIDTH = 256
@@ -65,27 +66,32 @@ def cosine_aggregation_kernel(
     N,
     d,
     e,
-    cut,
+    cut,  # or a tensor [B], if CUTS
+    gain,  # times log2(e), read where GAIN
     stride_gb,
     stride_gn,
     stride_gd,
     stride_xb,
     stride_xn,
     stride_xe,
+    stride_cb,
+    CUTS: tl.constexpr,
+    GAIN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     BC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    cut = tl.cast(cut, tl.float32)  # fp64 from some Inductors
+    gain = tl.cast(gain, tl.float32)  # fp64 from some Inductors
     blocks = tl.cdiv(N, BM)
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
+    least = tl.load(cut + i_b * stride_cb).to(tl.float32) if CUTS else tl.cast(cut, tl.float32)
     o_m, o_c = tl.program_id(0) % blocks * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
     m_m, m_c = o_m < N, o_c < e
     p_g, p_x, p_norm = g_ptr + i_b * stride_gb, x_ptr + i_b * stride_xb, norm_ptr + i_b * N
     b_norm = tl.maximum(tl.load(p_norm + o_m, mask=m_m, other=1.0), 1e-12)  # [BM]
-    b_out = tl.zeros([BM, BC], tl.float32)
+    b_out, b_sum = tl.zeros([BM, BC], tl.float32), tl.zeros([BM], tl.float32)
     for start in range(0, N, BN):
         o_n = start + tl.arange(0, BN)
         m_n = o_n < N
@@ -102,7 +108,14 @@ def cosine_aggregation_kernel(
         b_w = tl.div_rn(b_w, b_norms)
         p_v = p_x + o_n[:, None] * stride_xn + o_c[None, :] * stride_xe
         b_x = tl.load(p_v, mask=m_n[:, None] & m_c[None, :], other=0.0)  # [BN, BC]
-        b_out += dot(tl.where(b_w >= cut, b_w, 0.0).to(b_x.dtype), b_x, PRECISION)
+        m_w = b_w >= least
+        if GAIN:
+            m_w = (m_w | (o_m[:, None] == o_n[None, :])) & m_n[None, :]
+            b_w = tl.exp2(gain * (b_w - 1))  # at most about 1
+            b_sum += tl.sum(tl.where(m_w, b_w, 0.0), axis=1)
+        b_out += dot(tl.where(m_w, b_w, 0.0).to(b_x.dtype), b_x, PRECISION)
+    if GAIN:
+        b_out /= b_sum[:, None]
     p_out = out_ptr + (i_b * N + o_m[:, None]) * e + o_c[None, :]
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
 
@@ -126,7 +139,7 @@ def _blend_embeddings_(x: Tensor, mask: Tensor, gh: int, gw: int) -> None:
 
 
 @triton_op(f"{__package__}::cosine_aggregation", mutates_args={})
-def _cosine_aggregation(guide: Tensor, x: Tensor, cut: float) -> Tensor:
+def _cosine_aggregation(guide: Tensor, x: Tensor, cut: float, cuts: Tensor | None, gain: float | None) -> Tensor:
     B, N, d = guide.shape
     e = x.shape[2]
     out = x.new_empty((B, N, e))
@@ -142,9 +155,13 @@ def _cosine_aggregation(guide: Tensor, x: Tensor, cut: float) -> Tensor:
                 N=N,
                 d=d,
                 e=e,
-                cut=cut,
+                cut=cut if cuts is None else cuts,
+                gain=0.0 if gain is None else gain * LOG2E.value,
                 **strides("g", guide, "bnd"),
                 **strides("x", x, "bne"),
+                stride_cb=0 if cuts is None else cuts.stride(0),
+                CUTS=cuts is not None,
+                GAIN=gain is not None,
                 BD=chosen.columns,
                 BC=BC,
                 PRECISION=precision(x),
@@ -159,7 +176,8 @@ def launch_blend_embeddings(x: Tensor, mask: Tensor, gh: int, gw: int) -> None:
     _blend_embeddings_(x, mask, gh, gw)
 
 
-def launch_cosine_aggregation(guide: Tensor, x: Tensor, cut: float) -> Tensor:
+def launch_cosine_aggregation(guide: Tensor, x: Tensor, cut: float | Tensor, gain: float | None) -> Tensor:
     """The norms of g, and one launch."""
-    check_launch(guide=guide, x=x)
-    return _cosine_aggregation(guide, x, cut)
+    cut, cuts = (0.0, cut) if isinstance(cut, Tensor) else (cut, None)
+    check_launch(guide=guide, x=x, cut=cuts)
+    return _cosine_aggregation(guide, x, cut, cuts, gain)

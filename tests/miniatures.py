@@ -103,7 +103,7 @@ class Reader:
     def __init__(self, fail_at=None):
         self.seen, self.fail_at = [], fail_at
 
-    def segment_by(self, rgb, lists, *, threshold, pamr):
+    def segment_by(self, rgb, lists, *, threshold, post):
         if self.fail_at == len(self.seen):
             raise KeyboardInterrupt
         labels = (np.asarray(rgb)[..., 0] // 8).astype(np.uint8)

@@ -11,6 +11,7 @@ from small_models import DIMS
 
 import rfclip
 from rfclip import RefocusConfig
+from rfclip.config import Origin, read_settings
 
 NUMBERS = {"tau": "at least 0", "tau_attn": "at least 0", "beta": "at least 0 and at most 1"}
 CONFIG_ERRORS = [
@@ -75,6 +76,33 @@ def test_config_json_round_trip(variant):
     assert list(json.loads(text)) == [field.name for field in fields(config)]
 
 
+def test_a_file_may_say_where_it_is_from():
+    origin = Origin("ViT-B-16", ["openai"], "figure 3", "2026-01-31", "1.2.3")
+    text = DEFAULT.to_json(origin)
+    assert read_settings(text) == (DEFAULT, origin)
+    assert RefocusConfig.from_json(text) == DEFAULT
+    assert read_settings(DEFAULT.to_json()) == (DEFAULT, Origin())
+
+
+@pytest.mark.parametrize(
+    "model, pretrained, name",
+    [
+        ("ViT-B-16", ("openai", "other"), "ViT-B-16.openai.json"),
+        ("rfclip-tiny", (), "rfclip-tiny.json"),
+        ("transformers:openai/clip-vit-base-patch16", (), "transformers.openai.clip-vit-base-patch16.json"),
+        ("hf-hub:laion/CLIP-ViT-B-32-DataComp.XL", None, "hf-hub.laion.CLIP-ViT-B-32-DataComp.XL.json"),
+        ("local-dir:{folder}/my model", (), "my.model.json"),
+        ("ViT-B-16", ("{folder}/mine.safetensors",), "ViT-B-16.mine.json"),
+        ("ViT-B-16", ("../nowhere/mine.safetensors",), "ViT-B-16.nowhere.mine.safetensors.json"),
+    ],
+)
+def test_files_are_named_after_checkpoints(folder, model, pretrained, name):
+    (folder / "my model").mkdir()
+    (folder / "mine.safetensors").write_bytes(b"")
+    tags = pretrained and tuple(tag.format(folder=folder) for tag in pretrained)
+    assert Origin(model.format(folder=folder), tags).file_name() == name
+
+
 def test_config_from_json_takes_defaults():
     assert RefocusConfig.from_json('{"distraction_dims": [5, 17, 30]}') == DEFAULT
 
@@ -89,6 +117,12 @@ def test_config_from_json_takes_defaults():
         ("null", ["JSON object", "distraction_dims"]),
         ('{"tau": 5}', ["distraction_dims"]),
         ('{"distraction_dims": [1], "taw": 5, "bate": 1}', ["unknown in a config: bate, taw", "known:", "tau_attn"]),
+        ('{"distraction_dims": [1], "model": ""}', ["model='': expected text"]),
+        ('{"distraction_dims": [1], "version": 1}', ["version=1: expected text"]),
+        ('{"distraction_dims": [1], "pretrained": "openai"}', ["pretrained='openai': expected a list"]),
+        ('{"distraction_dims": [1], "pretrained": ["a", "a"]}', ["pretrained=['a', 'a']: expected", "distinct"]),
+        ('{"distraction_dims": [1], "date": "31.1.2026"}', ["date='31.1.2026': expected a day, such as 2026-01-31"]),
+        ('{"distraction_dims": [1], "date": "2026-02-30"}', ["date='2026-02-30': expected a day"]),
         ('{"distraction_dims": [1.5]}', ["distraction_dims=[1.5]", "whole numbers"]),
         ('{"distraction_dims": null}', ["distraction_dims=None", "whole numbers"]),
         ('{"distraction_dims": [1], "beta": 2}', ["beta=2", "at most 1"]),

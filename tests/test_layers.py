@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # lowest first, as in docs/extending.md
     ("rfclip_kernels",),
-    ("rfclip", "rfclip.config", "rfclip.extras", "rfclip.files", "rfclip.outputs", "rfclip.tiny")
+    ("rfclip", "rfclip.config", "rfclip.extras", "rfclip.files", "rfclip.outputs", "rfclip.presets", "rfclip.tiny")
     + ("rfclip.images", "rfclip.formats"),
     ("rfclip.datasets",),
     ("rfclip.ops", "rfclip.reference"),

@@ -99,6 +99,11 @@ NEEDS = [
     ("ray", "ray", [*SEGMENT, "--engine", "ray"]),
     ("ray", "ray", [*EVALUATE, "--engine", "ray"]),
     ("transformers", "transformers", [*SEGMENT, "--model", "transformers:openai/clip-vit-base-patch16"]),
+    (
+        "transformers",
+        "transformers",
+        [*SEGMENT, "--model", "ViT-L-14-CLIPA", "--pretrained", "datacomp1b"],
+    ),
     ("rasterio", "geo", [*SEGMENT, "--scale", "1"]),
     ("av", "video", ["segment", "camera:0", "--classes", "cat"]),
     ("pycocotools", "prepare", ["prepare", "context", "--root", "data"]),

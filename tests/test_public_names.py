@@ -11,7 +11,7 @@ import rfclip
 ATTRIBUTES = [
     *(f"rfclip.{name}" for name in rfclip.__all__),
     "rfclip.methods.METHODS",
-    "rfclip.config.PRESETS",
+    "rfclip.presets.PRESETS",
     "rfclip.outputs.read_masks",
     "rfclip.reference.key_similarity",
     "rfclip.reference.pamr",
@@ -22,7 +22,8 @@ STATEMENTS = [
     "from rfclip.methods import METHODS, Protocol, find_method",
     "from rfclip.reference import distraction_mask, fiedler_vector, upsample_argmax",
     "from rfclip.outputs import read_masks",
-    "from rfclip.config import RefocusConfig, PRESETS",
+    "from rfclip.config import RefocusConfig",
+    "from rfclip.presets import PRESETS",
     pytest.param(
         "from rfclip_kernels import refocused_attention, proxy_attention, average_windows", marks=needs_triton
     ),

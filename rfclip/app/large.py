@@ -154,7 +154,7 @@ def label_large(
     watch: Callable[[int, int | None], None],
     *,
     threshold: float | None,
-    pamr: bool | None,
+    post: str | None,
 ) -> tuple[dict[str, Any], Segmentation]:
     """Write the mask as a GeoTIFF, on the picture's own grid if it is not scaled.
 
@@ -164,7 +164,7 @@ def label_large(
     Args:
         source: a file.
         settings: "scale", "bands" and "range".
-        segmenter, named, threshold, pamr: as for `Segmenter.segment`.
+        segmenter, named, threshold, post: as for `Segmenter.segment`.
         path: of the mask; its suffix does not matter.
         watch: is told how many blocks are done, and of how many.
 
@@ -175,9 +175,9 @@ def label_large(
         ValueError: the file cannot be read so or is smaller than a window, or the method looks at pictures as a whole.
         OSError: the mask cannot be written.
     """
-    pamr = segmenter.protocol.pamr if pamr is None else pamr
+    post = segmenter.protocol.post if post is None else post
     names, windows = tuple(map(title, named)), segmenter.windows
-    _check_local(segmenter)
+    _check_local(segmenter, post)
     with _opened(source, settings, settings["scale"]) as raster:
         size = raster.height, raster.width
         with _opened(source, settings, min(1, SHOWN / max(size)) * settings["scale"]) as small:
@@ -190,7 +190,7 @@ def label_large(
         pixels, data = np.zeros(256, np.int64), 0
         with _created(path, raster, tile, names) as write:
             for done, area in enumerate(areas, 1):
-                labels, there = _labels(raster, area, segmenter, named, threshold, pamr)
+                labels, there = _labels(raster, area, segmenter, named, threshold, post)
                 write(labels, area)
                 pixels, data = pixels + np.bincount(labels.ravel(), minlength=256), data + int(there.sum())
                 watch(done, len(areas))
@@ -206,7 +206,7 @@ def label_large(
     return facts, Segmentation(shown, small_labels, names)
 
 
-def _check_local(segmenter: Segmenter) -> None:
+def _check_local(segmenter: Segmenter, post: str) -> None:
     """Refuse a protocol by which the labels of a part depend on the rest of the picture."""
     protocol, rule = segmenter.protocol, segmenter.protocol.load_rule()
     if (
@@ -218,6 +218,10 @@ def _check_local(segmenter: Segmenter) -> None:
         or type(rule).labels is not Rule.labels
     ):
         raise ValueError("its protocol looks at pictures as a whole, and not tile by tile: --protocol common does not")
+    if post == "pearl":
+        raise ValueError(
+            "PEARL's propagation looks at pictures as a whole, and not tile by tile: give --post none or pamr"
+        )
 
 
 @contextlib.contextmanager
@@ -298,11 +302,11 @@ def _labels(
     segmenter: Segmenter,
     named: ClassNames,
     threshold: float | None,
-    pamr: bool,
+    post: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The labels of an area, and which of its pixels have data."""
     top, left, height, width = area
-    windows, beyond = segmenter.windows, PAMR if pamr else 0
+    windows, beyond = segmenter.windows, PAMR if post == "pamr" else 0
     first, last = _touching(windows, raster.height, top - beyond, top + height + beyond)
     start, end = _touching(windows, raster.width, left - beyond, left + width + beyond)
     rgb, there = raster.read((first, start, last - first, end - start))
@@ -312,7 +316,7 @@ def _labels(
         return np.full((height, width), NOTHING, np.uint8), there
     near = copy.copy(segmenter)  # which sees the picture at its own size
     near.windows = replace(windows, short_side=min(rgb.size), long_side=None)
-    labels = near.segment(rgb, named, threshold=threshold, pamr=pamr).labels[inside]
+    labels = near.segment(rgb, named, threshold=threshold, post=post).labels[inside]
     return np.where(there, labels, np.uint8(NOTHING)), there
 
 

@@ -27,12 +27,13 @@ from torch import nn
 from rfclip.app import panels
 from rfclip.app.guard import UPLOAD_LIMIT, Guard, Hosts, one_line
 from rfclip.app.writer import described, save
-from rfclip.config import PRESETS, TINY, RefocusConfig
+from rfclip.config import POSTS, TINY, RefocusConfig
 from rfclip.datasets.names import ClassNames
 from rfclip.explanation import explain, figures
 from rfclip.files import OUTPUTS
 from rfclip.images import to_rgb
 from rfclip.methods import METHODS, OWN, RF_CLIP, find_method
+from rfclip.presets import PRESETS
 from rfclip.segment.classes import Background, parse_classes, shipped_list, split_classes
 from rfclip.segment.drawing import Colour, as_seen, class_colours, marked
 from rfclip.segment.job import Job
@@ -91,7 +92,7 @@ class Page:
         tau: float,
         beta: float,
         layers: str,
-        pamr: bool,
+        post: str,
         inject: float,
         contours: bool,
         known: tuple[str, ...],
@@ -112,7 +113,7 @@ class Page:
                     config = replace(config, tau=tau, beta=beta, layers=_numbers(layers))
                     config = injected(config) if inject else config
                 own = config if find_method(method).configured else None
-                job = replace(offered, config=own, method=method, pamr=pamr, inject=inject)
+                job = replace(offered, config=own, method=method, post=None if post == OWN else post, inject=inject)
                 with job.segmenter(model, long_side=SHOWN_SIDE, cache=self.folder / "text") as segmenter:
                     named = segmenter.with_background(named, None)
                     with warnings.catch_warnings():
@@ -123,7 +124,7 @@ class Page:
                             segmenter.text_embeddings((name,))
                     progress(0.4, desc="segmenting")
                     began = time.perf_counter()
-                    drawn = segmenter.segment(_shrunk(rgb), named, confidence=True, pamr=job.pamr)
+                    drawn = segmenter.segment(_shrunk(rgb), named, confidence=True, post=job.post)
                     seconds = round(time.perf_counter() - began, 3)
                     self._weights[offered] = self._weights.get(offered) or segmenter.digest()
                     record = described(job, segmenter, named, None, self._weights[offered])
@@ -262,7 +263,11 @@ class Page:
                             0, 0.5, 0, step=0.05, label="Simulate distraction in this share of the tokens"
                         )
                         contours = gr.Checkbox(label="Contours: lines between the classes")
-                        pamr = gr.Checkbox(label="PAMR: refine along the picture's edges")
+                        post = gr.Dropdown(
+                            [("as the method does", OWN), *POSTS],
+                            value=OWN,
+                            label="What happens to the logits of pixels",
+                        )
                         tau = gr.Slider(
                             0, max(20, start.tau), start.tau, step=0.1, label="tau: tokens over tau / d distract"
                         )
@@ -292,7 +297,7 @@ class Page:
             results = [overlay, plain, legend, summary, saving, mask, record, pointing, attention, maps, seen]
             file.change(_preview, file, [preview, *results], **one)
             scenes.select(self._pick, None, [file, classes], api_visibility="private")
-            settings = [file, classes, method, model, tau, beta, layers, pamr, inject, contours, known]
+            settings = [file, classes, method, model, tau, beta, layers, post, inject, contours, known]
             asked = [button.click, classes.submit]
             gr.on(asked, self.segment, settings, [*results, x, y, known], show_progress_on=[overlay], **one)
             gr.on(asked, js=IN_VIEW.format(name="results", block="start"))

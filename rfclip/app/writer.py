@@ -112,7 +112,7 @@ class Writer:
         return {"done": len(rows), "failed": failed}
 
     def _segment(self, rgb: Image.Image, confidence: bool = False) -> Segmentation:
-        options: dict[str, Any] = {"threshold": self.record["threshold"], "pamr": self.job.pamr}
+        options: dict[str, Any] = {"threshold": self.record["threshold"], "post": self.job.post}
         return self.segmenter.segment(rgb, self.named, confidence=confidence, **options)
 
     def _label(self, picture: dict, row: dict[str, Any], began: float) -> None:
@@ -124,7 +124,7 @@ class Writer:
             facts.update(label_video(source, settings["frame_stride"], self._segment, part, watch))
 
         def mask(part: Path) -> None:
-            options = {"threshold": self.record["threshold"], "pamr": self.job.pamr}
+            options = {"threshold": self.record["threshold"], "post": self.job.post}
             found, small = label_large(source, settings, self.segmenter, self.named, part, watch, **options)
             facts.update(found)
             shown.append(small)

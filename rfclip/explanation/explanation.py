@@ -140,6 +140,7 @@ def explain(
     if method not in (RF_CLIP, "released"):
         raise ValueError(f"method={method!r}: expected {RF_CLIP!r} or 'released'; others are not explained")
     tower, rgb = read_tower(model), to_rgb(image)
+    tower.check_refocusable("an explanation")
     config = checked_config(model, tower, config)
     tower.check_ready()
     if installed(tower) is not None:

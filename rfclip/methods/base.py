@@ -9,8 +9,8 @@ embeddings are resized by `rfclip.towers` in the same way for all methods but `r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,40 @@ from rfclip.ops import Backend, operations
 from rfclip.towers import Block, Tower
 
 if TYPE_CHECKING:
-    from rfclip.methods.registry import MethodCard
+    from rfclip.methods.registry import MethodCard, Protocol
 
 QKV = tuple[Tensor, Tensor, Tensor]
+
+
+class Sweep(NamedTuple):
+    """factor * softmax(q k^T * scale + bias), an attention of a sum; as `self_attention` takes them.
+
+    Attributes:
+        last: whether q and k are those of the last block, whose attention later steps may change.
+    """
+
+    q: Tensor
+    k: Tensor
+    factor: float = 1.0
+    bias: Tensor | None = None
+    scale: float | Tensor | None = None
+    last: bool = True
+
+
+class LastBlock(NamedTuple):
+    """A last block before its heads gather: their attention, a sum, the values, and z [B, T, d] from what they gather.
+
+    What is gathered is [B, H, T, D], and z's rows of the prefix may mean nothing.
+    """
+
+    sweeps: Sequence[Sweep]
+    v: Tensor
+    finish: Callable[[Tensor], Tensor]
+
+
+def own(u: Tensor, factor: float = 1.0, **more: Any) -> Sweep:
+    """SS(u), the attention of a vector with itself."""
+    return Sweep(u, u, factor, **more)
 
 
 class Method:
@@ -32,6 +63,9 @@ class Method:
 
     Attributes:
         graphs: those that `dense` runs by; None, for a method that `rfclip.refocus` did not make, for none.
+        defaults: constants of its formula that protocols tune for data sets.
+        constants: those in use.
+        crosses: whether the last block attends by vectors with themselves alone: `rfclip.methods.across` then applies.
 
     Args:
         card: what is known of the method.
@@ -40,16 +74,17 @@ class Method:
         backend: as for `rfclip.refocus`.
 
     Raises:
-        ValueError: the tower has too few blocks, or the backend is unknown or cannot run there.
+        ValueError: the tower does not give what the method needs, or the backend is unknown or cannot run there.
     """
 
     graphs: Graphs | None = None
+    defaults: ClassVar[Mapping[str, float]] = {}
+    crosses: bool = False
 
     def __init__(self, card: MethodCard, tower: Tower, config: RefocusConfig | None, backend: str) -> None:
-        if len(tower.blocks) < card.blocks:
-            raise ValueError(f"method {card.name!r} needs {card.blocks} blocks, and this tower has {len(tower.blocks)}")
+        card.check_tower(tower)
         self.card, self.tower, self.config, self.backend = card, tower, config, backend
-        tower.position_offset = card.protocol.position_offset
+        self.follow(card.protocol)
         self._chosen: tuple[torch.device, torch.dtype, Backend] | None = None
         self.ops  # noqa: B018  refuse a backend that cannot run here right away
 
@@ -57,6 +92,18 @@ class Method:
     def name(self) -> str:
         """As `rfclip.refocus` takes it."""
         return self.card.name
+
+    def follow(self, protocol: Protocol) -> None:
+        """Take a protocol's position embeddings and its constants for this method."""
+        self.tower.position_offset, self.constants = protocol.position_offset, self._constants(protocol)
+
+    def follows(self, protocol: Protocol) -> bool:
+        """Whether `follow` would change nothing."""
+        return (self.tower.position_offset, self.constants) == (protocol.position_offset, self._constants(protocol))
+
+    def _constants(self, protocol: Protocol) -> dict[str, float]:
+        given = protocol.constants.get(self.name, {})
+        return {key: given.get(key, value) for key, value in self.defaults.items()}
 
     @property
     def ops(self) -> Backend:
@@ -76,6 +123,16 @@ class Method:
         x, qkv = self.last(patches)
         return self.finished(x, F.scaled_dot_product_attention(*qkv))
 
+    def gather(self, sweeps: Iterable[Sweep], v: Tensor, *, prefix: int | None = None) -> Tensor:
+        """The sum of what sweeps gather of the values, [B, H, T, D]; the prefix is the tower's by default."""
+        heads, prefix = None, self.tower.prefix if prefix is None else prefix
+        for q, k, factor, bias, scale, _ in sweeps:
+            options: dict[str, Any] = {"scale": scale, "prefix": prefix, "factor": factor, "out": heads}
+            options["inplace"] = heads is not None and not heads.requires_grad
+            heads = self.ops.self_attention(q, k, v, bias, **options)
+        assert heads is not None
+        return heads
+
     def finished(self, x: Tensor, heads: Tensor) -> Tensor:
         """The last block's output [B, T, d] from its input x and what its heads gathered [B, H, T, D]."""
         return torch.add(*self.tower.blocks[-1].finish(x, heads, self.ops))
@@ -92,9 +149,9 @@ class Method:
         return self.graphs(self._dense, patches, self.tower)
 
     def image(self, patches: Tensor) -> Tensor:
-        """The image embedding [B, C] of images whose patches are given, before normalization: CLS of the last block."""
+        """The image embedding [B, C] of images whose patches are given, before normalization: `Tower.embedding`."""
         self.tower.check_ready()
-        return self.tower.readout(self.stream(patches)[:, 0])
+        return self.tower.embedding(self.stream(patches))
 
     def dense_and_image(self, patches: Tensor, images: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What `dense` returns, and the image embedding for the rule of a protocol, which is that of `image` for most.
@@ -110,17 +167,34 @@ class Method:
 
     def _dense(self, patches: Tensor) -> Tensor:
         self.tower.check_ready()  # a graph is checked for more than that
-        return self.tower.readout(self.tokens(patches)).mT.unflatten(-1, patches.shape[2:])
+        return self.embeddings(self.tokens(patches), patches.shape[2:])
 
     def tokens(self, patches: Tensor) -> Tensor:
-        """z without the prefix, [B, N, d]."""
+        """z without the prefix, [B, N, d]. A method has this or `last_block`, or both."""
+        return self.after(self.last_block(patches))
+
+    def last_block(self, patches: Tensor) -> LastBlock:
+        """The last block, of methods in which patches attend to patches there by a single sum of attention."""
         raise NotImplementedError
+
+    @property
+    def attends(self) -> bool:
+        """Whether the method has `last_block`."""
+        return type(self).last_block is not Method.last_block
+
+    def after(self, block: LastBlock) -> Tensor:
+        """z without the prefix, [B, N, d], of what the heads of a last block gather."""
+        return block.finish(self.gather(block.sweeps, block.v))[:, self.tower.prefix :]
+
+    def embeddings(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
+        """Patch embeddings [B, C, gh, gw] of z without the prefix."""
+        return self.tower.readout(tokens).mT.unflatten(-1, tuple(grid))
 
     def inputs(self, patches: Tensor) -> Iterator[tuple[Block, Tensor, QKV]]:
         """Each block with its input in the plain tower, and its q, k and v."""
         ops, branch = self.ops, None
         x = self.tower.embed(patches, ops)
-        for number, block in enumerate(self.tower.blocks, 1):
+        for number, block in enumerate(self.tower.blocks_on(patches.shape[2:]), 1):
             x, y = ops.add_norm(block.ln_1, x, branch)
             qkv = block.heads_of(y)
             yield block, x, qkv

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import reduce
+from functools import partial
 from itertools import islice
 from typing import ClassVar, Literal
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfclip.extras import require
-from rfclip.methods.base import Method
+from rfclip.methods.base import LastBlock, Method, own
 from rfclip.methods.rule import Rule
 from rfclip.ops.numerics import computing_dtype, matmul
 
@@ -24,18 +24,17 @@ class CLIPtrase(Method):
     `dense_and_image` takes the image embedding from the class token of the same z, which its protocol on VOC20 needs.
     """
 
-    def tokens(self, patches: Tensor) -> Tensor:
-        return self._z(patches)[:, self.tower.prefix :]
+    crosses = True
+
+    def last_block(self, patches: Tensor) -> LastBlock:
+        x, qkv = self.last(patches)
+        return LastBlock([*map(own, qkv)], qkv[2], partial(self.finished, x))
 
     def dense_and_image(self, patches: Tensor, images: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.tower.check_ready()
-        found = self.tower.readout(self._z(patches))
+        block = self.last_block(patches)
+        found = self.tower.readout(block.finish(self.gather(block.sweeps, block.v)))
         return found[:, self.tower.prefix :].mT.unflatten(-1, patches.shape[2:]), found[:, 0]
-
-    def _z(self, patches: Tensor) -> Tensor:
-        x, qkv = self.last(patches)
-        heads = (self.ops.self_attention(u, qkv[2], prefix=self.tower.prefix) for u in qkv)
-        return self.finished(x, reduce(torch.add, heads))
 
 
 class Regions(Rule):

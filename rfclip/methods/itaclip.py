@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rfclip.methods.base import Method
+from rfclip.methods.base import LastBlock, Method, own
 
 
 class ITACLIP(Method):
@@ -16,14 +16,10 @@ class ITACLIP(Method):
 
     blocks = (7, 8, 10)
 
-    def tokens(self, patches: Tensor) -> Tensor:
+    crosses = True
+
+    def last_block(self, patches: Tensor) -> LastBlock:
         x, (q, k, v), earlier = self.last_and(patches, self.blocks)
-        prefix = self.tower.prefix
-
-        def gathered(q: Tensor, k: Tensor) -> Tensor:
-            return self.ops.self_attention(q, v, prefix=prefix) + self.ops.self_attention(k, v, prefix=prefix)
-
-        heads = gathered(q, k) / 2
-        for q, k in earlier:
-            heads = heads + gathered(q, k) / (2 * len(earlier))
-        return (x + self.tower.blocks[-1].project(heads))[:, prefix:]
+        share = 1 / (2 * len(earlier))
+        sweeps = [own(q, 0.5), own(k, 0.5), *(own(u, share, last=False) for pair in earlier for u in pair)]
+        return LastBlock(sweeps, v, lambda heads: x + self.tower.blocks[-1].project(heads))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from rfclip.methods.base import Method
+from rfclip.methods.base import LastBlock, Method, Sweep
 from rfclip.ops.numerics import computing_dtype, matmul
 
 STEPS = 5  # of Newton and Schulz; the exact polar factor is another method
@@ -18,13 +17,14 @@ class PEARL(Method):
 
     Per head, q0 and k0 are the means of queries and keys over patches, weighted by ||q_i||, and R is what five steps of
     Newton and Schulz make of C (C^T C)^(-1/2), where C = (k - k0)^T (q - q0). Rows of logits are free up to a constant,
-    so that this is the paper's softmax of q (k R)^T + 0.08 (k - k0) (k - k0)^T. On ADE20K and Cityscapes, its code has
-    0.3 in place of 0.08 [D], and it refines logits by a propagation that is not built here.
+    so that this is the paper's softmax of q (k R)^T + 0.08 (k - k0) (k - k0)^T. On ADE20K and Cityscapes, its protocol
+    has 0.3 in place of 0.08, and on all the propagation of `rfclip.methods.post`, as the authors' runs do; alone, their
+    code has that off.
     """
 
-    share = 0.08
+    defaults = {"share": 0.08}  # noqa: RUF012  a mapping that nobody changes
 
-    def tokens(self, patches: Tensor) -> Tensor:
+    def last_block(self, patches: Tensor) -> LastBlock:
         _, (q, k, v) = self.last(patches)
         prefix, dtype = self.tower.prefix, computing_dtype(q)
         wide_q, wide_k = q.to(dtype), k.to(dtype)
@@ -33,9 +33,8 @@ class PEARL(Method):
         weight /= weight.sum(dim=2, keepdim=True) + EPSILON
         keys = wide_k - (weight * wide_k).sum(dim=2, keepdim=True)
         R = _aligned(matmul(keys.mT, wide_q - (weight * wide_q).sum(dim=2, keepdim=True)))
-        turned = (matmul(wide_q, R.mT) + self.share * keys).to(q.dtype)
-        gathered = F.scaled_dot_product_attention(turned, k, v)
-        return self.tower.blocks[-1].project(gathered)[:, prefix:]
+        turned = (matmul(wide_q, R.mT) + self.constants["share"] * keys).to(q.dtype)
+        return LastBlock([Sweep(turned, k)], v, self.tower.blocks[-1].project)
 
 
 def _aligned(C: Tensor) -> Tensor:

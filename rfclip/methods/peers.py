@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rfclip.methods.base import Method
+from rfclip.methods.base import LastBlock, Method, own
 from rfclip.methods.rule import Rule
 from rfclip.ops import Backend
 from rfclip.ops.numerics import computing_dtype
@@ -29,30 +30,29 @@ class MaskCLIP(Method):
 class SCLIP(Method):
     """u = x[L] + O((SS(q) + SS(k)) v), z = u + MLP(ln_2(u)): rows sum to 2, and the residual stays."""
 
-    def tokens(self, patches: Tensor) -> Tensor:
+    crosses = True
+
+    def last_block(self, patches: Tensor) -> LastBlock:
         x, (q, k, v) = self.last(patches)
-        prefix = self.tower.prefix
-        gathered = self.ops.self_attention(q, v, prefix=prefix) + self.ops.self_attention(k, v, prefix=prefix)
-        return self.finished(x, gathered)[:, prefix:]
+        return LastBlock([own(q), own(k)], v, partial(self.finished, x))
 
 
 class ClearCLIP(Method):
     """z = O(SS(q) v), without residual and MLP."""
 
-    def tokens(self, patches: Tensor) -> Tensor:
+    crosses = True
+
+    def last_block(self, patches: Tensor) -> LastBlock:
         _, (q, _, v) = self.last(patches)
-        prefix = self.tower.prefix
-        return self.tower.blocks[-1].project(self.ops.self_attention(q, v, prefix=prefix))[:, prefix:]
+        return LastBlock([own(q)], v, self.tower.blocks[-1].project)
 
 
 class NACLIP(Method):
     """z = O(softmax(k k^T / sqrt(D) + G) v), G[i, j] = exp(-|i - j|^2 / (2 * 5^2)) by distance on the patch grid."""
 
-    def tokens(self, patches: Tensor) -> Tensor:
+    def last_block(self, patches: Tensor) -> LastBlock:
         _, (_, k, v) = self.last(patches)
-        bias = distance_bias(k, patches.shape[2:])
-        prefix = self.tower.prefix
-        return self.tower.blocks[-1].project(self.ops.self_attention(k, v, bias, prefix=prefix))[:, prefix:]
+        return LastBlock([own(k, bias=distance_bias(k, patches.shape[2:]))], v, self.tower.blocks[-1].project)
 
 
 def distance_bias(k: Tensor, grid: Sequence[int]) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal
 
-from rfclip.config import PLAIN, RefocusConfig
+from rfclip.config import PLAIN, PostName, RefocusConfig, check_post
 from rfclip.datasets import DATASETS, check_dataset
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rfclip.towers import Tower
 
 
-Resizing = Literal["antialiased", "mmcv", "square", "crop"]
+Resizing = Literal["antialiased", "mmcv", "patches", "square", "crop"]
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Protocol:
         short_side, window, stride: of the resized picture, and of the windows over it; window None: the picture as a
             whole.
         resizing: "antialiased" (bicubic, the short side no less than a window), as "mmcv" does it (8-bit bilinear
-            without antialiasing, the long side at most 2048 even if the short one falls below a window), or
-            antialiased to a "square", its aspect lost, or of the square "crop" at its centre, without which no pixel
-            counts.
+            without antialiasing, the long side at most 2048 even if the short one falls below a window), antialiased
+            with both sides rounded to whole "patches", or to a "square", its aspect lost, or of the square "crop" at
+            its centre, without which no pixel counts.
         padding: a picture shorter than a window is padded with zeros, on both sides, to a multiple of so many pixels or
             of the "patch"; None: what is beyond whole patches is dropped.
         position_offset: added to the sides of grids to which position embeddings are resized: 0.1 in the authors' code.
@@ -42,14 +42,15 @@ class Protocol:
         templates: "imagenet" (open_clip's 80), "photo" ("a photo of a cat.") or "scene" (the 80, and five of scenes).
         logit_scale: factor of the cosines before the softmax.
         threshold: class probability below which a pixel is background, in datasets that have such a class.
-        pamr: whether logits are refined by PAMR if nothing is said.
+        post: what happens after a first pass if nothing is said: one of `rfclip.config.POSTS`.
         refined: where PAMR works: on the picture as "resized", or as "given", its own size.
         rule: what else happens to the logits, as "module:class" within `rfclip.methods`.
         options: the rule's constants.
+        constants: of formulas, by the name of the method, or of the `post`, that they are tuned for, as it names them.
         datasets: what differs on some datasets, by name.
 
     Raises:
-        ValueError: `datasets` names one that does not exist.
+        ValueError: `datasets` names one that does not exist, or there is no such `post`.
     """
 
     short_side: int = 336
@@ -62,20 +63,22 @@ class Protocol:
     templates: Literal["imagenet", "photo", "scene"] = "imagenet"
     logit_scale: float = 40.0
     threshold: float | None = 0.1
-    pamr: bool = False
+    post: PostName = "none"
     refined: Literal["resized", "given"] = "resized"
     rule: str = "rule:Rule"
     options: Mapping[str, Any] = field(default_factory=dict)
+    constants: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     datasets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"cityscapes": {"short_side": 560}})
 
     def __post_init__(self) -> None:
+        check_post(self.post)
         for name in self.datasets:
             check_dataset(name)
 
     def beyond(self) -> str:
         """What differs from the common protocol beside sides, scale and threshold, in words."""
         common, said = Protocol(), []
-        for name in ("resizing", "padding", "position_offset", "imagenet", "templates", "pamr", "refined"):
+        for name in ("resizing", "padding", "position_offset", "imagenet", "templates", "post", "refined"):
             value = getattr(self, name)
             if value != getattr(common, name):
                 said.append(name.replace("_", " ") if value is True else f"{name.replace('_', ' ')} {value}")
@@ -112,6 +115,7 @@ class MethodCard:
         registers: whether it takes a `RegisterConfig`.
         fixed: the config of a method that is a special case of RF-CLIP.
         sees_images: whether it looks at the pictures as well as their patches.
+        cls: whether it looks at a class token.
         beyond: what its formula computes in addition to the tower's blocks, for methods that take notably longer.
     """
 
@@ -124,11 +128,26 @@ class MethodCard:
     registers: bool = False
     fixed: RefocusConfig | None = None
     sees_images: bool = False
+    cls: bool = False
     beyond: str = ""
 
     def load(self) -> type[Method]:
         """The class."""
         return resolve_name(f"rfclip.methods.{self.target}")
+
+    def check_tower(self, tower: Tower) -> None:
+        """Raise ValueError if a tower does not give what the method needs."""
+        if self.configured:
+            tower.check_refocusable(f"method {self.name!r}")
+        blocks = len(tower.blocks)
+        if blocks < self.blocks:
+            raise ValueError(
+                f"method {self.name!r} needs {self.blocks} blocks, and this tower has {blocks}; 'maskclip' needs one"
+            )
+        if self.cls and not tower.has_cls:
+            raise ValueError(
+                f"method {self.name!r} looks at a class token, which {tower.title} does not have; 'maskclip' needs none"
+            )
 
     def __call__(self, tower: Tower, config: RefocusConfig | None, backend: str, **options: Any) -> Method:
         """The method on a tower. A config goes with `configured` methods only; options are the class's own."""
@@ -142,12 +161,48 @@ _WHOLE_VOC = Protocol(
     resizing="mmcv",
     datasets={"cityscapes": {"short_side": 560}, "voc20": {"window": None}, "voc21": {"window": None}},
 )
+_RESCLIP = {  # the residue's share, and theta, t and l of the feedback
+    name: dict(zip(("share", "confidence", "gain", "agreement"), tuned, strict=True))
+    for name, tuned in {
+        "voc21": (0.3, 0.5, 2.2, 0.7),
+        "context60": (0.3, 0.3, 1.8, 0.7),
+        "coco_object": (0.4, 0.11, 1.8, 0.7),
+        "voc20": (0.6, 0.1, 2.1, 0.6),
+        "context59": (0.4, 0.25, 1.8, 0.7),
+        "coco_stuff": (0.4, 0.11, 1.8, 0.7),
+        "cityscapes": (0.2, 0.1, 2.1, 0.6),
+        "ade20k": (0.3, 0.25, 2.1, 0.7),
+    }.items()
+}
+_SC_CLIP = Protocol(
+    resizing="mmcv",
+    threshold=0.15,
+    datasets={
+        "cityscapes": {"short_side": 560},
+        "voc21": {"logit_scale": 50.0, **_AREA},
+        "coco_object": {"logit_scale": 55.0, "threshold": 0.35},
+    },
+)
 _PAPER = "Target Refocusing via Attention Redistribution, AAAI 2026"
+
+
+def _tuned(protocol: Protocol, constants: Mapping[str, Any]) -> Protocol:
+    """The protocol with constants by data set."""
+    datasets = {
+        name: {**protocol.datasets.get(name, {}), **({"constants": constants[name]} if name in constants else {})}
+        for name in {**protocol.datasets, **constants}
+    }
+    return replace(protocol, datasets=datasets)
 
 
 def _adjusted(share: float, shift: float, distance: float) -> dict[str, float]:
     """The constants of `released.AdjustedNames`."""
     return {"share": share, "shift": shift, "distance": distance}
+
+
+def _fused(cut: float, scale: float, score: float, least: float, stretched: bool = False) -> dict[str, float]:
+    """The constants of `cliper.Fused`."""
+    return {"scale": scale, "cut": cut, "score": score, "least": least, "stretched": stretched}
 
 
 METHODS: dict[str, MethodCard] = {
@@ -210,7 +265,7 @@ METHODS: dict[str, MethodCard] = {
             "Hajimiri et al., WACV 2025",
             Protocol(
                 resizing="mmcv",
-                pamr=True,
+                post="pamr",
                 datasets={  # any picture at its own size would take gigabytes
                     **{name: {"refined": "given"} for name in DATASETS},
                     "cityscapes": {"short_side": 560, "refined": "given"},
@@ -266,16 +321,36 @@ METHODS: dict[str, MethodCard] = {
                 rule="cliptrase:Regions",
                 datasets={"voc20": {"rule": "cliptrase:RegionsByPicture"}},
             ),
+            cls=True,
         ),
         MethodCard(
             "resclip-rcs",
             "resclip:ResidualCrossAttention",
             "Yang et al., CVPR 2025",
-            _WHOLE_VOC,
+            _tuned(_WHOLE_VOC, {name: {"resclip-rcs": {"share": of["share"]}} for name, of in _RESCLIP.items()}),
             blocks=9,
             beyond="four more attentions in the last block",
         ),
-        MethodCard("pearl", "pearl:PEARL", "Pei et al., CVPR 2026", _WHOLE_VOC),
+        MethodCard(
+            "resclip",
+            "resclip:ResidualCrossAttention",
+            "Yang et al., CVPR 2025",
+            _tuned(replace(_WHOLE_VOC, post="resclip"), {name: {"resclip": of} for name, of in _RESCLIP.items()}),
+            blocks=9,
+            beyond="four more attentions in the last block, and, by its own protocol, a second pass through the tower",
+        ),
+        MethodCard(
+            "pearl",
+            "pearl:PEARL",
+            "Pei et al., CVPR 2026",
+            _tuned(
+                replace(_WHOLE_VOC, post="pearl"),
+                {
+                    "ade20k": {"pearl": {"share": 0.3}},
+                    "cityscapes": {"pearl": {"share": 0.3, "cells": 224}},
+                },
+            ),
+        ),
         MethodCard(
             "itaclip",
             "itaclip:ITACLIP",
@@ -283,7 +358,7 @@ METHODS: dict[str, MethodCard] = {
             Protocol(
                 stride=28,
                 resizing="mmcv",
-                pamr=True,
+                post="pamr",
                 datasets={
                     "cityscapes": {"short_side": 560},
                     "coco_stuff": {"short_side": 448},
@@ -296,19 +371,36 @@ METHODS: dict[str, MethodCard] = {
             beyond="seven more attentions in the last block",
         ),
         MethodCard(
-            "sc-clip",
-            "sc_clip:SCCLIP",
-            "Bai et al., 2024",
+            "cliper",
+            "cliper:CLIPer",
+            "Sun et al., ICCV 2025",
             Protocol(
-                resizing="mmcv",
-                threshold=0.15,
+                window=None,
+                resizing="patches",
+                logit_scale=1.0,
+                threshold=None,
+                rule="cliper:Fused",
+                options=_fused(0.2, 100, 0.3, 0.3),
                 datasets={
-                    "cityscapes": {"short_side": 560},
-                    "voc21": {"logit_scale": 50.0, **_AREA},
-                    "coco_object": {"logit_scale": 55.0, "threshold": 0.35},
+                    "voc21": {"options": _fused(0.1, 100, 0.7, 0.6, True)},
+                    "voc20": {"options": _fused(0.1, 100, 0, 1e-3)},
+                    "context60": {"options": _fused(0.2, 100, 0.45, 0.45)},
+                    "coco_object": {"options": _fused(0.2, 50, 0.3, 0.3)},
+                    "coco_stuff": {"options": _fused(0.2, 50, 0.1, 0.1)},
+                    "cityscapes": {"short_side": 560, "options": _fused(0.35, 100, 0, 1e-4)},
                 },
             ),
+            blocks=2,
+            beyond="the attention matrices of all blocks",
+        ),
+        MethodCard("sc-clip", "sc_clip:SCCLIP", "Bai et al., 2024", _SC_CLIP, blocks=11),
+        MethodCard(
+            "sfp",
+            "sfp:SFP",
+            "Jin et al., ICCV 2025",
+            replace(_SC_CLIP, datasets={**_SC_CLIP.datasets, "ade20k": {"short_side": 384}}),
             blocks=11,
+            cls=True,
         ),
         MethodCard(
             "proxyclip",

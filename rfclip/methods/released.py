@@ -100,7 +100,7 @@ class AdjustedNames(Rule):
         require("the protocol of the method released", "evaluate", "scipy")
         self.share, self.shift, self.distance = share, shift, distance
 
-    def knows(self, text: Tensor, embed: Callable[[tuple[str, ...]], Tensor]) -> Tensor:
+    def knows(self, text: Tensor, embed: Callable[[tuple[str, ...]], Tensor], background: Tensor) -> Tensor:
         """The cluster of each name, int64 [K], from 0."""
         from scipy.cluster.hierarchy import fcluster, linkage
         from scipy.spatial.distance import squareform

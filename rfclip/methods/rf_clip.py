@@ -6,6 +6,7 @@ all blocks' SS(k).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfclip.config import RefocusConfig
-from rfclip.methods.base import QKV, Method
+from rfclip.methods.base import QKV, LastBlock, Method, Sweep
 from rfclip.ops.key_average import KeyAverage
 from rfclip.towers import Block
 
@@ -38,13 +39,30 @@ class RFCLIP(Method):
     def last(self, patches: Tensor) -> tuple[Tensor, QKV]:
         """With every block refocused; the last one then runs unchanged."""
         x, y, qkv, distraction, _ = self._run(patches)
-        q, k, v = qkv or self.tower.blocks[-1].heads_of(y)
+        q, k, v = qkv or self.tower.blocks_on(patches.shape[2:])[-1].heads_of(y)
         self.observe(Observed(len(self.tower.blocks), x, q, k, distraction, None, None))
         return x, (q, k, v)
 
+    @property
+    def crosses(self) -> bool:  # type: ignore[override]  # it depends on the config
+        return self.config.proxy in ("qq", "kk", "vv", "kk-mean")
+
+    def last_block(self, patches: Tensor) -> LastBlock:
+        """What `tokens` computes with fewer passes: the rows and columns of the prefix count as 0."""
+        proxy, last, prefix = self.config.proxy, self.tower.blocks_on(patches.shape[2:])[-1], self.tower.prefix
+        keys: list[Tensor] = []
+        x, y, qkv, _, _ = self._run(patches, keys=keys)
+        q, k, v = qkv or last.heads_of(y)
+        if proxy == "none":
+            return LastBlock([Sweep(q, k)], v, partial(self.finished, x))
+        pairs = {"qk": [(q, k)], "qq": [(q, q)], "kk": [(k, k)], "vv": [(v, v)]}
+        chosen = [(each, each) for each in (*keys, k)] if proxy == "kk-mean" else pairs[proxy]
+        v = torch.cat([torch.zeros_like(v[:, :, :prefix]), v[:, :, prefix:]], dim=2)
+        return LastBlock([Sweep(one, other, 1 / len(chosen)) for one, other in chosen], v, last.project)
+
     def tokens(self, patches: Tensor) -> Tensor:
         """The last block's values gathered by the proxy attention [P 14]: step 6."""
-        proxy, last, prefix = self.config.proxy, self.tower.blocks[-1], self.tower.prefix
+        proxy, last, prefix = self.config.proxy, self.tower.blocks_on(patches.shape[2:])[-1], self.tower.prefix
         if proxy == "none":
             return self.stream(patches)[:, prefix:]
         _, y, qkv, _, average = self._run(patches, gathers=proxy == "kk-mean")
@@ -65,14 +83,15 @@ class RFCLIP(Method):
         return last.project(gathered)
 
     def _run(
-        self, patches: Tensor, gathers: bool = False
+        self, patches: Tensor, gathers: bool = False, keys: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor, QKV | None, Tensor | None, KeyAverage]:
         """What `_enter` returns for the last block, and the average of the keys before it.
 
-        The average can `gather` if asked to, once the last keys are added.
+        The average can `gather` if asked to, once the last keys are added. Keys of earlier blocks are added to `keys`.
         """
-        config, ops, blocks, prefix = self.config, self.ops, self.tower.blocks, self.tower.prefix
+        config, ops, prefix = self.config, self.ops, self.tower.prefix
         grid = patches.shape[2], patches.shape[3]
+        blocks = self.tower.blocks_on(grid)
         x, branch = self.tower.embed(patches, ops), None
         refocused = range(1, len(blocks) + 1) if config.layers is None else config.layers
         refocused = refocused if config.distraction_dims else ()
@@ -91,6 +110,8 @@ class RFCLIP(Method):
             q, k, v = qkv or block.heads_of(y)
             if number <= averaged or gathers:
                 average.add(k)
+            if keys is not None:
+                keys.append(k)
             fiedler = target = order = None
             if distraction is None or config.beta == 0:
                 attended = F.scaled_dot_product_attention(q, k, v)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from rfclip.methods.base import Method
+from rfclip.methods.base import Method, own
 from rfclip.methods.cosines import cosines, positive_softmax
 from rfclip.ops.numerics import computing_dtype, matmul
 from rfclip.ops.reference import neighbour_sum
+from rfclip.towers import Block
 
 
 class SCCLIP(Method):
@@ -24,32 +27,46 @@ class SCCLIP(Method):
        z = S(W2) (G(S(W1) M(F[L-1]), CLS of F[L-1]) + G(Y, CLS of Y)).
     """
 
+    cut_first: ClassVar[bool] = False  # whether the mean of W1 that P compares with is that of S's numerators
+
     def tokens(self, patches: Tensor) -> Tensor:
         grid, prefix, kept = tuple(patches.shape[2:]), self.tower.prefix, {}
-        for number, (_, x, _) in enumerate(self.inputs(patches)):  # x is F[number]
+        for number, (_, x, qkv) in enumerate(self.inputs(patches)):  # x is F[number]
             if number == 4:
                 Y = x
             elif 4 < number <= 10:
                 Y = Y + x
             if number in (4, 9):
                 kept[number] = x[:, prefix:]
-        outliers = _outliers(x[:, prefix:])
+            if number == len(self.tower.blocks) - 2:
+                q, k = qkv[:2]
+        outliers = self._outliers(x[:, prefix:], q, k)
         W1 = cosines(_mend(kept[9], outliers, grid))
         W2 = _smoothing(cosines(kept[4]))
-        P = positive_softmax(3 * (W1 - W1.mean(dim=(1, 2), keepdim=True)))
+        compared = _cut(W1) if self.cut_first else W1
+        P = positive_softmax(3 * (compared - compared.mean(dim=(1, 2), keepdim=True)))
         X = matmul(_smoothing(W1), _mend(x[:, prefix:], outliers, grid)).to(x.dtype)
-        return matmul(W2, self._guided(X, x[:, :1], P) + self._guided(Y[:, prefix:], Y[:, :1], P)).to(x.dtype)
+        last = self.tower.blocks_on(grid)[-1]
+        guided = self._guided(last, X, x[:, :1], P) + self._guided_sum(last, Y[:, prefix:], Y[:, :1], P)
+        return matmul(W2, guided).to(x.dtype)
 
-    def _guided(self, x: Tensor, cls: Tensor, P: Tensor) -> Tensor:
-        """G of patches x [B, N, d] and a class token [B, 1, d]."""
-        last = self.tower.blocks[-1]
+    def _outliers(self, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Step 1, bool [B, N], from the patches of F[L-1], and q and k of block L-1."""
+        return _by_density(x)
+
+    def _guided(self, last: Block, x: Tensor, cls: Tensor, P: Tensor) -> Tensor:
+        """G of patches x [B, N, d] and a class token [B, 1, d], in the last block."""
         k, v = last.key_value(last.ln_1(x))
-        own = self.ops.self_attention(k, v, prefix=0)
-        return last.project((matmul(P[:, None], v).to(v.dtype) + own) / 2) + 0.3 * cls
+        heads = self.gather([own(k, 0.5)], v, prefix=0) + (matmul(P[:, None], v) / 2).to(v.dtype)
+        return last.project(heads) + 0.3 * cls
+
+    def _guided_sum(self, last: Block, x: Tensor, cls: Tensor, P: Tensor) -> Tensor:
+        """G of the sum Y."""
+        return self._guided(last, x, cls, P)
 
 
-def _outliers(x: Tensor, neighbours: int = 30) -> Tensor:
-    """Step 1: which of x [B, N, d] stand out, bool [B, N]."""
+def _by_density(x: Tensor, neighbours: int = 30) -> Tensor:
+    """Which of x [B, N, d] stand out by their LOF, bool [B, N]."""
     distances = torch.cdist(x.to(computing_dtype(x)), x.to(computing_dtype(x)))
     distances.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     nearest, which = distances.topk(torch.sym_min(neighbours, x.shape[1] - 1), largest=False)
@@ -69,7 +86,12 @@ def _mend(x: Tensor, outliers: Tensor, grid: tuple[int, ...]) -> Tensor:
     return torch.where(outliers[..., None] & (count > 0), (sums[..., :-1] / count).to(x.dtype), x)
 
 
+def _cut(W: Tensor) -> Tensor:
+    """Cosines [B, N, N] with 0 for those under 0.4."""
+    return W.where(W >= 0.4, 0)
+
+
 def _smoothing(W: Tensor) -> Tensor:
     """S: rows [B, N, N] without entries under 0.4, divided by their sums."""
-    W = W.where(W >= 0.4, 0)
+    W = _cut(W)
     return W / (W.sum(dim=-1, keepdim=True) + 1e-6)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfclip.methods.base import QKV, Method
+from rfclip.methods.base import QKV, LastBlock, Method, Sweep, own
 from rfclip.methods.rule import Rule
 from rfclip.ops.numerics import computing_dtype
 from rfclip.towers import Block
@@ -19,27 +18,31 @@ BLOCKS = 6
 
 
 class TwoStreams(Method):
-    """The second stream; a subclass says what a block's heads gather."""
+    """The second stream; a subclass says how a block's heads attend."""
 
-    def tokens(self, patches: Tensor) -> Tensor:
-        first = len(self.tower.blocks) - BLOCKS
-        for number, (block, x, qkv) in enumerate(self.inputs(patches)):
-            if number == first:
+    crosses = True
+
+    def last_block(self, patches: Tensor) -> LastBlock:
+        last = len(self.tower.blocks)
+        for number, (block, x, qkv) in enumerate(self.inputs(patches), 1):
+            if number == last - BLOCKS + 1:
                 z = x
-            if number >= first:
-                z = z + block.project(self._gather(block, x, qkv))
-        return z[:, self.tower.prefix :]
+            if number > last - BLOCKS:
+                sweeps = self._sweeps(block, x, qkv)
+                if number < last:
+                    z = z + block.project(self.gather(sweeps, qkv[2]))
+        return LastBlock(sweeps, qkv[2], lambda heads: z + block.project(heads))
 
-    def _gather(self, block: Block, x: Tensor, qkv: QKV) -> Tensor:
-        """What a block's heads gather, [B, H, T, D], from its input x [B, T, d] and its q, k and v."""
+    def _sweeps(self, block: Block, x: Tensor, qkv: QKV) -> list[Sweep]:
+        """A block's attention, from its input x [B, T, d] and its q, k and v."""
         raise NotImplementedError
 
 
 class CLIPSurgery(TwoStreams):
     """SS(v) v in each of the last six blocks."""
 
-    def _gather(self, block: Block, x: Tensor, qkv: QKV) -> Tensor:
-        return self.ops.self_attention(qkv[2], qkv[2], prefix=self.tower.prefix)
+    def _sweeps(self, block: Block, x: Tensor, qkv: QKV) -> list[Sweep]:
+        return [own(qkv[2])]
 
 
 class GEM(TwoStreams):
@@ -49,16 +52,15 @@ class GEM(TwoStreams):
     softmax(theta u u^T) u, normalized.
     """
 
-    def _gather(self, block: Block, x: Tensor, qkv: QKV) -> Tensor:
-        y, v, prefix = block.ln_1(x), qkv[2], self.tower.prefix
-        theta = y.to(computing_dtype(y)).norm(dim=-1).mean(dim=1) / v.shape[-1] ** 0.5
-        root = theta.sqrt()[:, None, None, None].to(v.dtype)  # per image, while the operation has one scale for all
-        gathered = []
+    def _sweeps(self, block: Block, x: Tensor, qkv: QKV) -> list[Sweep]:
+        y = block.ln_1(x)
+        theta = y.to(computing_dtype(y)).norm(dim=-1).mean(dim=1) / qkv[2].shape[-1] ** 0.5
+        sweeps = []
         for u in qkv:
             u = F.normalize(u, dim=-1)
-            u = F.normalize(self.ops.self_attention(root * u, u, scale=1.0, prefix=prefix), dim=-1)
-            gathered.append(self.ops.self_attention(root * u, v, scale=1.0, prefix=prefix))
-        return reduce(torch.add, gathered) / 3
+            u = F.normalize(self.gather([own(u, scale=theta)], u), dim=-1)
+            sweeps.append(own(u, 1 / 3, scale=theta))
+        return sweeps
 
 
 class FeatureSurgery(Rule):
@@ -74,7 +76,7 @@ class FeatureSurgery(Rule):
     image: ClassVar[Literal["picture", "window"] | None] = "picture"
     at_once: ClassVar[bool] = True
 
-    def knows(self, text: Tensor, embed: Callable[[tuple[str, ...]], Tensor]) -> Tensor | None:
+    def knows(self, text: Tensor, embed: Callable[[tuple[str, ...]], Tensor], background: Tensor) -> Tensor | None:
         """The embedding of the empty text [1, C] if there is one name."""
         return embed(("",)) if len(text) == 1 else None
 

@@ -21,8 +21,13 @@ LAYER_NORMS = {
     "torch.nn.modules.normalization.LayerNorm",
     "open_clip.transformer.LayerNorm",
     "open_clip.transformer.LayerNormFp32",
+    "clip.model.LayerNorm",
 }
-QUICK_GELUS = {"open_clip.transformer.QuickGELU", "transformers.activations.QuickGELUActivation"}
+QUICK_GELUS = {
+    "open_clip.transformer.QuickGELU",
+    "transformers.activations.QuickGELUActivation",
+    "clip.model.QuickGELU",
+}
 REFERENCE = {name: getattr(reference, name) for name in OPERATIONS}
 
 

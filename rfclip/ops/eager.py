@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rfclip.ops import key_average, reference
 from rfclip.ops.numerics import computing_dtype, matmul, no_autocast
-from rfclip.ops.reference import attention_sets, move_attention, offset_bias
+from rfclip.ops.reference import attention_bias, attention_sets, move_attention, over_heads
 
 __all__ = [
     "blend_embeddings",
@@ -256,10 +256,24 @@ def refocused_attention(
     return out
 
 
-def self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, prefix: int) -> Tensor:
+def self_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float | Tensor,
+    prefix: int,
+    factor: float,
+    out: Tensor | None,
+) -> Tensor:
     """A flash attention with the bias as its mask."""
-    mask = None if bias is None else offset_bias(bias, prefix).to(u.dtype)
-    return F.scaled_dot_product_attention(u, u, v, attn_mask=mask, scale=scale)
+    mask = None if bias is None else attention_bias(bias, prefix).to(q.dtype)
+    if isinstance(scale, Tensor):
+        q, scale = (q * over_heads(scale, q)).to(q.dtype), 1.0
+    gathered = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if out is not None:
+        return out.add_(gathered, alpha=factor)
+    return gathered if factor == 1 else gathered * factor
 
 
 def proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int, normalizers: Tensor | None) -> Tensor:
@@ -369,16 +383,23 @@ def _after_giving(taken: Tensor, given: Tensor, beta: float, prefix: int) -> tup
     return taken - omega, given + omega
 
 
-def cosine_aggregation(guide: Tensor, x: Tensor, cut: float) -> Tensor:
+def cosine_aggregation(guide: Tensor, x: Tensor, cut: float | Tensor, gain: float | None) -> Tensor:
     """Tile by tile."""
     if torch.compiler.is_compiling():
-        return reference.cosine_aggregation(guide, x, cut)
+        return reference.cosine_aggregation(guide, x, cut, gain)
     unit = F.normalize(guide.to(computing_dtype(guide)), dim=-1)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     size = max(32, TILE // x.shape[1])
     for b, start in product(range(len(x)), range(0, x.shape[1], size)):
-        weight = matmul(unit[b, start : start + size], unit[b].T)
-        out[b, start : start + size] = matmul(weight.where(weight >= cut, 0), x[b]).to(x.dtype)
+        rows = slice(start, start + size)
+        weight = matmul(unit[b, rows], unit[b].T)
+        kept = weight >= (cut[b] if isinstance(cut, Tensor) else cut)
+        if gain is None:
+            weight = weight.where(kept, 0)
+        else:
+            kept.diagonal(start).fill_(True)
+            weight = (gain * weight).masked_fill_(~kept, -torch.inf).softmax(dim=-1)
+        out[b, rows] = matmul(weight, x[b]).to(x.dtype)
     return out
 
 

@@ -243,10 +243,19 @@ def refocused_attention(
     return matmul(A, v).to(v.dtype)
 
 
-def self_attention(u: Tensor, v: Tensor, bias: Tensor | None, scale: float, prefix: int) -> Tensor:
-    matrix = None if bias is None else offset_bias(bias.to(computing_dtype(u)), prefix)
-    A = _attention(u, u, scale, matrix)
-    return matmul(A, v).to(v.dtype)
+def self_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float | Tensor,
+    prefix: int,
+    factor: float,
+    out: Tensor | None,
+) -> Tensor:
+    matrix = None if bias is None else attention_bias(bias.to(computing_dtype(q)), prefix)
+    gathered = factor * matmul(_attention(q, k, over_heads(scale, q), matrix), v)
+    return gathered.to(v.dtype) if out is None else out.copy_(out + gathered)
 
 
 def proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int, normalizers: Tensor | None) -> Tensor:
@@ -255,10 +264,14 @@ def proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int, normaliz
     return matmul(total / len(keys), v[:, :, prefix:]).to(v.dtype)
 
 
-def cosine_aggregation(guide: Tensor, x: Tensor, cut: float) -> Tensor:
+def cosine_aggregation(guide: Tensor, x: Tensor, cut: float | Tensor, gain: float | None) -> Tensor:
     unit = F.normalize(guide.to(computing_dtype(guide)), dim=-1)
     weight = matmul(unit, unit.mT)
-    return matmul(weight.where(weight >= cut, 0), x).to(x.dtype)
+    kept = weight >= (cut[:, None, None] if isinstance(cut, Tensor) else cut)
+    if gain is None:
+        return matmul(weight.where(kept, 0), x).to(x.dtype)
+    kept = kept | torch.eye(weight.shape[-1], dtype=torch.bool, device=x.device)
+    return matmul((gain * weight).where(kept, -torch.inf).softmax(dim=-1), x).to(x.dtype)
 
 
 # Steps 8 and 9: from windows to pixels
@@ -336,8 +349,15 @@ def move_attention(A: Tensor, dis: Tensor, tgt: Tensor, beta: float, prefix: int
     return torch.where(patch_rows & (tgt_mass > 0), moved, A)  # without mass on T_dis, omega = 0 changes nothing
 
 
-def offset_bias(bias: Tensor, prefix: int) -> Tensor:
-    """The matrix [T, T] of a bias by offset [2 gh - 1, 2 gw - 1], 0 in the rows and columns of the prefix."""
+def over_heads(scale: float | Tensor, q: Tensor) -> float | Tensor:
+    """A scale for each image [B] as [B, 1, 1, 1] in the dtype that q is computed in."""
+    return scale[:, None, None, None].to(computing_dtype(q)) if isinstance(scale, Tensor) else scale
+
+
+def attention_bias(bias: Tensor, prefix: int) -> Tensor:
+    """The matrix [T, T] or [B, 1, T, T] of a bias of `self_attention`, 0 in the rows and columns of the prefix."""
+    if bias.dim() == 3:
+        return F.pad(bias[:, None], (prefix, 0, prefix, 0))
     gh, gw = ((side + 1) // 2 for side in bias.shape)
     rows, columns = (torch.arange(side, device=bias.device) for side in (gh, gw))
     down = (rows[:, None] - rows + gh - 1)[:, None, :, None]
@@ -399,7 +419,7 @@ def _layer_similarity(k: Tensor, scale: float, prefix: int) -> Tensor:
     return _attention(k, k, scale)[:, :, prefix:, prefix:].mean(dim=1)
 
 
-def _attention(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+def _attention(q: Tensor, k: Tensor, scale: float | Tensor, bias: Tensor | None = None) -> Tensor:
     """A = softmax(q k^T * scale + bias) over all T keys, [B, H, T, T] in the computing dtype."""
     logits = matmul(q, k.mT) * scale  # [T, D] @ [D, T] -> [T, T]
     return torch.softmax(logits if bias is None else logits + bias, dim=-1)

@@ -29,6 +29,7 @@ from rfclip.datasets.names import ClassNames, name_lists
 from rfclip.files import parse_json, write_whole
 from rfclip.methods import find_protocol
 from rfclip.scoring.metrics import Scores, confusion_matrix
+from rfclip.segment.classes import Background
 from rfclip.segment.job import Job, differing
 from rfclip.segment.result import Segmentation
 from rfclip.segment.segmenter import Segmenter
@@ -115,7 +116,9 @@ class Scorer:
     def predictions(self, rgb: Image.Image) -> dict[str, Segmentation]:
         """By list of names, the segmentation into the dataset's classes; where none is sure, the background, if any."""
         dataset, lists = self.dataset, list(self.lists.values())
-        each = self.segmenter.segment_by(rgb, lists, threshold=self.threshold, pamr=self.job.pamr)
+        if dataset.background:
+            lists = [[Background(first), *rest] for first, *rest in lists]
+        each = self.segmenter.segment_by(rgb, lists, threshold=self.threshold, post=self.job.post)
         predicted = {}
         for name, found in zip(self.lists, each, strict=True):
             labels = np.where(found.labels == found.nothing, 0, found.labels) if dataset.background else found.labels

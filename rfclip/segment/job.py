@@ -21,7 +21,17 @@ from rfclip.simulated_distraction import inject_distraction
 from rfclip.towers.loading import absolute_names, find_model, load_model
 
 # Of a protocol, what is not stated on its own.
-PROTOCOL = ("resizing", "padding", "position_offset", "imagenet", "templates", "refined", "rule", "options")
+PROTOCOL = (
+    "resizing",
+    "padding",
+    "position_offset",
+    "imagenet",
+    "templates",
+    "refined",
+    "rule",
+    "options",
+    "constants",
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,7 @@ class Job:
 
     Attributes:
         model, pretrained: as `find_model` finds them.
-        pamr: None: if the protocol does.
+        post: as for a call of a `Segmenter`.
         inject: the share of patch tokens in which distraction is simulated, see `inject_distraction`.
         protocol: as `find_protocol` takes it.
     """
@@ -43,7 +53,7 @@ class Job:
     device: str = "cpu"
     precision: str = "fp32"
     batch: int | None = None
-    pamr: bool | None = None
+    post: str | None = None
     inject: float = 0.0
     protocol: str = OWN
     registers: RegisterConfig | None = None
@@ -96,6 +106,7 @@ class Job:
             **options,
         )
         with segmenter, inject_distraction(segmenter.model, self.inject):
+            segmenter.check_post(self.post)
             yield segmenter
 
     def elsewhere(self) -> Job:
@@ -120,7 +131,7 @@ class Job:
             "window": windows.window,
             "stride": windows.stride,
             "logit_scale": segmenter.logit_scale,
-            "pamr": segmenter.protocol.pamr if self.pamr is None else self.pamr,
+            "post": segmenter.protocol.post if self.post is None else self.post,
             "protocol": {"name": self.protocol} | {key: protocol[key] for key in PROTOCOL},
             "inject_distraction": self.inject,
             "rfclip": __version__,

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from rfclip.config import TINY, RefocusConfig, RegisterConfig, check_precision, is_finite
+from rfclip.config import TINY, RefocusConfig, RegisterConfig, check_post, check_precision, is_finite
 from rfclip.datasets.names import ClassNames
 from rfclip.images import ImageLike, is_image, to_rgb
-from rfclip.methods import RF_CLIP, Protocol, find_method
+from rfclip.methods import RF_CLIP, Protocol, across, feedback, find_method
+from rfclip.methods.post import GRID, propagate
+from rfclip.methods.rule import Rule
 from rfclip.plugin import installed, refocus
 from rfclip.segment.classes import GENERAL, Classes, parse_classes, title, with_background
 from rfclip.segment.result import Segmentation
@@ -99,10 +101,12 @@ class Segmenter:
             addition to the model, the convolved patches and patch logits of all windows, and the averaged logits of the
             resized picture.
         cache: folder for text embeddings; None: the user's cache folder; False: no cache on disk.
+        across_windows: attend across all windows of a picture in the last block, as GLA-CLIP does
+            (`rfclip.methods.across`), for methods whose last block is self-attention.
 
     Raises:
-        ValueError: an argument is out of range, the protocol has other positions than a model refocused already, or as
-            `rfclip.load_model` and `rfclip.refocus`.
+        ValueError: an argument is out of range, the protocol has other positions than a model refocused already, its
+            rule does not go with the method or the model, or as `rfclip.load_model` and `rfclip.refocus`.
     """
 
     def __init__(
@@ -128,14 +132,15 @@ class Segmenter:
         logit_scale: float | None = None,
         memory_limit: int = 1 << 30,
         cache: str | os.PathLike | bool | None = None,
+        across_windows: bool = False,
     ) -> None:
         check_precision(precision)
         if isinstance(model, str):
             model, pretrained = find_model(model, pretrained)
             self.name, self.pretrained = model, pretrained
-            if config is None and model != TINY and find_method(method or RF_CLIP).configured:
-                check_model(model, pretrained)
-                config = RefocusConfig.preset(model, pretrained)  # before a download that would be in vain
+            if model != TINY and find_method(method or RF_CLIP).configured:  # before a download that would be in vain
+                check_model(model, pretrained, refocused=True)
+                config = RefocusConfig.preset(model, pretrained) if config is None else config
             self.model = load_model(model, pretrained, device=device, precision=precision)
         elif pretrained is not None:
             raise ValueError(f"pretrained={pretrained!r} goes with a model's name; this model has its weights")
@@ -152,6 +157,11 @@ class Segmenter:
                 f"protocol: it resizes position embeddings with an offset of {protocol.position_offset:g}, and this "
                 f"model is refocused with {present.tower.position_offset:g}: give the plain model, and method="
             )
+        if present is not None and not present.follows(protocol):
+            raise ValueError(
+                f"protocol: it has the constants {dict(protocol.constants[card.name])}, and this model is refocused "
+                f"with {present.constants}: give the plain model, and method="
+            )
         self.protocol, self._rule = protocol, protocol.load_rule()
         self._text = TextEmbeddings(
             self.model,
@@ -165,7 +175,7 @@ class Segmenter:
             raise ValueError(f"batch={batch}: expected at least 1, or None")
         if logit_scale is not None and not is_finite(logit_scale):
             raise ValueError(f"logit_scale={logit_scale!r}: expected a finite number")
-        self.batch, self.memory_limit = batch, memory_limit
+        self.batch, self.memory_limit, self.across_windows = batch, memory_limit, across_windows
         self._distinct: tuple[str, ...] = ()  # names that were checked last
         self._uploaded: dict[object, Names] = {}  # what the last lists of names need on the device
         self.logit_scale = protocol.logit_scale if logit_scale is None else logit_scale
@@ -176,8 +186,16 @@ class Segmenter:
         running = installed(self.tower)
         assert running is not None
         if self._handle is not None:
-            running.tower.position_offset = protocol.position_offset
+            running.follow(protocol)
         self._method = running
+        try:
+            self._rule.check(running)
+            if across_windows:
+                across.check_across(running)
+                self._check_plain("across_windows")
+        except ValueError:
+            self.close()
+            raise
 
     @property
     def backend(self) -> str:
@@ -218,7 +236,7 @@ class Segmenter:
         *,
         threshold: float | None = None,
         probabilities: bool = False,
-        pamr: bool | None = None,
+        post: str | None = None,
         background: bool | None = None,
         progress: bool = False,
     ) -> Segmentation: ...
@@ -231,7 +249,7 @@ class Segmenter:
         *,
         threshold: float | None = None,
         probabilities: bool = False,
-        pamr: bool | None = None,
+        post: str | None = None,
         background: bool | None = None,
         progress: bool = False,
     ) -> list[Segmentation]: ...
@@ -243,7 +261,7 @@ class Segmenter:
         *,
         threshold: float | None = None,
         probabilities: bool = False,
-        pamr: bool | None = None,
+        post: str | None = None,
         background: bool | None = None,
         progress: bool = False,
     ) -> Segmentation | list[Segmentation]:
@@ -256,7 +274,10 @@ class Segmenter:
             threshold: pixels whose largest class probability is below it get the class called "background" or, if there
                 is none, the label `Segmentation.nothing`.
             probabilities: also return every class's probability.
-            pamr: refine the logits along the picture's edges, step 9 of the method; None: if the protocol does.
+            post: what happens after a first pass, step 9 of the method: "none"; "pamr", which refines the logits of
+                pixels along the picture's edges; "pearl", PEARL's propagation (`rfclip.methods.post`); or "resclip", a
+                second pass through the tower with attention corrected by the classes of the first
+                (`rfclip.methods.feedback`). None: what the protocol does.
             background: add a class "background", made of general names such as sky, wall and road. None: if there is
                 one class, which would otherwise cover every picture whole.
             progress: show a progress bar on the error stream.
@@ -265,14 +286,14 @@ class Segmenter:
             A `Segmentation`, or for several pictures a list of them.
 
         Raises:
-            ValueError: an image, the classes or the threshold is not as described, two names are the same to the
-                model, or its features are not finite.
+            ValueError: an image, the classes or an option is not as described, two names are the same to the model, or
+                its features are not finite.
             RuntimeError: the segmenter is closed.
 
         Warns:
             UserWarning: the bundled CLIP is asked for names that it does not know, or for a picture that is no scene.
         """
-        options: dict[str, Any] = {"threshold": threshold, "probabilities": probabilities, "pamr": pamr}
+        options: dict[str, Any] = {"threshold": threshold, "probabilities": probabilities, "post": post}
         if is_image(image) or not isinstance(image, Iterable):  # what is neither, `to_rgb` refuses
             named = self._named(classes, background)
             return self.segment(to_rgb(cast(ImageLike, image)), named, confidence=True, **options)
@@ -292,7 +313,7 @@ class Segmenter:
         *,
         threshold: float | None = None,
         probabilities: bool = False,
-        pamr: bool | None = None,
+        post: str | None = None,
         background: bool | None = None,
     ) -> Iterator[Segmentation]:
         """The results of pictures one after the other, as a call with a list returns them.
@@ -301,15 +322,15 @@ class Segmenter:
 
         Args:
             images: any iterable, also one without end.
-            classes, threshold, probabilities, pamr, background: as for a call.
+            classes, threshold, probabilities, post, background: as for a call.
 
         Raises:
             ValueError, RuntimeError: as a call does; the results before that of a bad image are given first.
         """
         named = self._named(classes, background)
-        self._check_call(threshold)
+        self._check_call(threshold, post)
         names = self._upload(named)
-        options: dict[str, Any] = {"threshold": threshold, "probabilities": probabilities, "pamr": pamr}
+        options: dict[str, Any] = {"threshold": threshold, "probabilities": probabilities, "post": post}
 
         def results() -> Iterator[Segmentation]:
             for seen in self._together(images, len(names.text)):
@@ -332,14 +353,14 @@ class Segmenter:
         threshold: float | None = None,
         probabilities: bool = False,
         confidence: bool = False,
-        pamr: bool | None = None,
+        post: str | None = None,
     ) -> Segmentation:
         """The same for an upright RGB picture and the names of each class, taken literally, with confidence on request.
 
         A name may stand in several classes: those have the same score for it, and the first of them wins.
         """
         options: dict[str, Any] = {"threshold": threshold, "probabilities": probabilities, "confidence": confidence}
-        return self.segment_by(rgb, [named], pamr=pamr, **options)[0]
+        return self.segment_by(rgb, [named], post=post, **options)[0]
 
     @torch.inference_mode()
     def segment_by(
@@ -350,18 +371,33 @@ class Segmenter:
         threshold: float | None = None,
         probabilities: bool = False,
         confidence: bool = False,
-        pamr: bool | None = None,
+        post: str | None = None,
     ) -> list[Segmentation]:
         """`segment` for several lists of names, which share one pass of the picture through the tower."""
-        self._check_call(threshold)
+        self._check_call(threshold, post)
         options: dict[str, Any] = {"threshold": threshold, "probabilities": probabilities, "confidence": confidence}
-        return self._segmented([self._see(rgb)], lists, list(map(self._upload, lists)), pamr=pamr, **options)[0]
+        return self._segmented([self._see(rgb)], lists, list(map(self._upload, lists)), post=post, **options)[0]
 
-    def _check_call(self, threshold: float | None) -> None:
+    def _check_call(self, threshold: float | None, post: str | None) -> None:
         if installed(self.model) is not self._method:
             raise RuntimeError("this segmenter is closed, or its model was restored: make another Segmenter")
         if threshold is not None and not (is_finite(threshold) and 0 <= threshold <= 1):
             raise ValueError(f"threshold={threshold!r}: expected a probability, from 0 to 1")
+        self.check_post(post)
+
+    def check_post(self, post: str | None) -> None:
+        """Raise ValueError for a `post` that there is not, or that does not go with the method or the protocol."""
+        check_post(post)
+        if (post or self.protocol.post) == "resclip":
+            feedback.check_feedback(self._method)
+            self._check_plain("post='resclip'")
+            if self.across_windows:
+                raise ValueError("post='resclip' corrects attention within each window: leave out across_windows")
+
+    def _check_plain(self, option: str) -> None:
+        """Raise ValueError for a rule that looks at windows for itself."""
+        if type(self._rule).look is not Rule.look:
+            raise ValueError(f"{option}: the protocol has features of its own; give another, such as the common one")
 
     @torch.inference_mode()
     def _together(self, images: Iterable[ImageLike], names: int) -> Iterator[list[Seen]]:
@@ -394,16 +430,16 @@ class Segmenter:
         threshold: float | None,
         probabilities: bool,
         confidence: bool,
-        pamr: bool | None,
+        post: str | None,
     ) -> list[list[Segmentation]]:
         """For each picture, the result by each list of names, which are on the device."""
-        pamr = self.protocol.pamr if pamr is None else pamr
+        post = self.protocol.post if post is None else post
         found: list[list[Segmentation]] = []
-        for seen, of_lists in zip(pictures, self._logits(pictures, names), strict=True):
+        for seen, of_lists in zip(pictures, self._logits(pictures, names, post), strict=True):
             found.append([])
             # One list at a time, since the logits of pixels take far more memory than those of patches.
             for named, listed, logits in zip(lists, names, of_lists, strict=True):
-                averaged = self._averaged(torch.stack(logits), seen, pamr)
+                averaged = self._averaged(torch.stack(logits), seen, listed.text, post)
                 labels = self._labels(averaged, seen, named, listed.class_of_name, threshold)
                 dense, certain = None, None
                 if probabilities or confidence:
@@ -427,7 +463,8 @@ class Segmenter:
         key, kept = (tuple(named), device), self._uploaded
         found = kept.get(key)
         if found is None:
-            known = self._rule.knows(text, self.text_embeddings)
+            background = torch.tensor([title(names) == "background" for names in named for _ in names])
+            known = self._rule.knows(text, self.text_embeddings, background)
             classes = torch.tensor([c for c, names in enumerate(named) for _ in names], device=device)
             found = Names(text.to(device), classes, known if known is None else known.to(device))
             # Another dictionary, since another thread may read this one.
@@ -473,7 +510,7 @@ class Segmenter:
             whole = replace(windows, window=None).patches(tower, padded, [(0, 0)])[0][None]
         return Seen(rgb, x, padded, (top, left), corners, windows.size(*shape), patches, whole)
 
-    def _logits(self, pictures: Sequence[Seen], lists: Sequence[Names]) -> list[list[list[Tensor]]]:
+    def _logits(self, pictures: Sequence[Seen], lists: Sequence[Names], post: str) -> list[list[list[Tensor]]]:
         """For each picture, list and window, the logits [K, gh, gw] of all the list's names in the window's patches.
 
         Windows of one size share passes through the tower, whichever picture they are of.
@@ -490,12 +527,13 @@ class Segmenter:
             windows = [(number, window) for window in range(len(seen.corners))]
             groups.setdefault((seen.patches[0].shape, own), []).extend(windows)
         parts: list[list[list[Tensor]]] = [[[] for _ in lists] for _ in pictures]
+        crossed = [self._across(seen) for seen in pictures] if self.across_windows else None
         for (_, own), windows in groups.items():
             batch = self._batch(pictures[windows[0][0]].size, sum(len(each.text) for each in lists))
             for start in range(0, len(windows), batch):
                 part = windows[start : start + batch]
                 given = None
-                if method.card.sees_images:
+                if method.card.sees_images or rule.sees_images or post == "resclip":
                     cut = (
                         self.windows.images(pictures[number].padded, [pictures[number].corners[window]], tower)
                         for number, window in part
@@ -503,26 +541,46 @@ class Segmenter:
                     given = torch.cat(list(cut))
                 tokens = torch.stack([pictures[number].patches[window].movedim(0, -1) for number, window in part])
                 tokens = tokens.movedim(-1, 1)  # as they lie in memory
-                seen_by: Tensor | None = None
-                if own:
-                    features, image = method.dense_and_image(tokens, given)
-                    seen_by = F.normalize(image.float(), dim=-1)
+                of_pictures = [of_one for number, _ in part if (of_one := images[number]) is not None]
+                seen_by = torch.cat(of_pictures) if of_pictures else None
+                if crossed is not None:
+                    features = torch.stack([crossed[number][window] for number, window in part])
+                    seen_by = F.normalize(method.image(tokens).float(), dim=-1) if own else seen_by
+                elif own:
+                    dense, image = method.dense_and_image(tokens, given)
+                    features, seen_by = F.normalize(dense.float(), dim=1), F.normalize(image.float(), dim=-1)
                 else:
-                    features = method.dense(tokens, given)
-                    of_pictures = [of_one for number, _ in part if (of_one := images[number]) is not None]
-                    seen_by = torch.cat(of_pictures) if of_pictures else None
-                features = F.normalize(features.float(), dim=1)
+                    features = rule.look(method, tokens, given)
                 for place, each in enumerate(lists):
                     logits = rule.window(features, seen_by, each.text, each.known)
+                    if post == "resclip":
+                        assert given is not None
+                        features_again = self._fed_back(tokens, given, logits)
+                        logits = rule.window(features_again, seen_by, each.text, each.known)
                     for (number, _), of_window in zip(part, logits, strict=True):
                         parts[number][place].append(of_window)
         return parts
 
-    def _averaged(self, logits: Tensor, seen: Seen, pamr: bool) -> Tensor:
+    def _across(self, seen: Seen) -> Tensor:
+        """The normalized patch embeddings of a picture's windows, [W, C, gh, gw], with attention across them."""
+        batches = torch.stack(seen.patches).split(self._batch(seen.size, 0))
+        return F.normalize(across.across_windows(self._method, batches).float(), dim=1)
+
+    def _fed_back(self, patches: Tensor, images: Tensor, logits: Tensor) -> Tensor:
+        """The normalized patch embeddings of windows in a second pass, after one that gave these logits."""
+        method, given = self._method, self.protocol.constants.get("resclip", {})
+        constants = {key: given.get(key, value) for key, value in feedback.DEFAULTS.items()}
+        labels = feedback.patch_labels(
+            method.ops, logits, images, self.tower.patch_size, self.logit_scale, constants["confidence"]
+        )
+        again = feedback.fed_back(method, patches, feedback.agreement(labels), constants)
+        return F.normalize(again.float(), dim=1)
+
+    def _averaged(self, logits: Tensor, seen: Seen, text: Tensor, post: str) -> Tensor:
         """The logits [K, h, w] in every pixel that is seen from those in the windows' patches, [W, K, gh, gw].
 
-        The size is that of the resized picture, of its patches where the rule goes to pixels at once, or of the picture
-        as given where PAMR refined it there.
+        The size is that of the resized picture, of its patches where the rule goes to pixels at once, of the picture as
+        given where PAMR refined it there, or of the cells that PEARL's propagation works on.
         """
         if not logits.isfinite().all():
             raise ValueError(
@@ -537,9 +595,12 @@ class Segmenter:
             whole = ops.average_windows(logits, seen.corners, seen.size, shape)
             averaged = whole[:, top : top + height, left : left + width]
         averaged = self._rule.picture(averaged)
-        if not pamr:
+        if post in ("none", "resclip"):
             return averaged
-        refined = self.windows.seen(rgb.height, rgb.width)[2:] if self.protocol.refined == "given" else (height, width)
+        given = self.windows.seen(rgb.height, rgb.width)[2:]
+        if post == "pearl":
+            return propagate(averaged, x, text, given, self.protocol.constants.get("pearl", {}).get("cells", GRID))
+        refined = given if self.protocol.refined == "given" else (height, width)
         x, averaged = (
             F.interpolate(planes[None], size=refined, mode="bilinear", align_corners=False)[0]
             for planes in (x, averaged)

@@ -71,7 +71,7 @@ class Windows:
         patch, trained = max(tower.patch_size), max(tower.image_size)
         if protocol.window is None and window is None:
             short = protocol.short_side * trained / 224
-            whole = protocol.resizing in ("square", "crop")  # these can be of whole patches
+            whole = protocol.resizing in ("square", "crop", "patches")  # these can be of whole patches
             short_side = short_side or (round(short / patch) * patch if whole else round(short))
         else:
             usual = protocol.window or 224
@@ -108,6 +108,9 @@ class Windows:
             if self.resizing == "antialiased":
                 scale = max(scale, (self.window or self.patch) / min(height, width))
             scale = max(scale, self.patch / min(height, width))
+        if self.resizing == "patches":
+            height, width = (max(1, math.floor(side * scale / self.patch + 0.5)) for side in (height, width))
+            return height * self.patch, width * self.patch
         return math.floor(height * scale + 0.5), math.floor(width * scale + 0.5)
 
     def margins(self, height: int, width: int) -> tuple[int, int, int, int]:
@@ -144,8 +147,9 @@ class Windows:
         """Views [d, gh, gw] of each window's convolved patches, from the picture [3, h, w].
 
         Windows that are whole patches apart share one convolution of the smallest rectangle around them, unless that
-        is larger than they are together. The last window of a row or column, flush with the border, often lies between
-        the others' patches. What a window has beyond whole patches is dropped.
+        is larger than they are together, or a patch of the tower depends on more than its own pixels. The last window
+        of a row or column, flush with the border, often lies between the others' patches. What a window has beyond
+        whole patches is dropped.
         """
         patch_height, patch_width = tower.patch_size
         gh, gw = (side // patch for side, patch in zip(self.size(*x.shape[1:]), tower.patch_size, strict=True))
@@ -157,7 +161,8 @@ class Windows:
         for group in apart.values():
             tops, lefts = zip(*group, strict=True)
             area = (max(tops) - min(tops) + height) * (max(lefts) - min(lefts) + width)
-            for part in [group] if area <= len(group) * height * width else [[corner] for corner in group]:
+            shared = tower.local and area <= len(group) * height * width
+            for part in [group] if shared else [[corner] for corner in group]:
                 tops, lefts = zip(*part, strict=True)
                 y, x0 = min(tops), min(lefts)
                 patches = tower.patches(x[None, :, y : max(tops) + height, x0 : max(lefts) + width])[0]

@@ -5,19 +5,31 @@ from __future__ import annotations
 from torch import nn
 
 from rfclip.towers.base import SUPPORTED, Block, Tower
+from rfclip.towers.coca import CoCaTower
 from rfclip.towers.hugging_face import HuggingFaceTower
 from rfclip.towers.open_clip import OpenCLIPTower
+from rfclip.towers.openai_clip import OpenAITower
+from rfclip.towers.resnet import ResNetTower
+from rfclip.towers.timm import TimmTower
+from rfclip.towers.uses import use_of
 
-__all__ = ["FAMILIES", "SUPPORTED", "Block", "Tower", "find_module", "read_tower"]
+__all__ = ["FAMILIES", "SUPPORTED", "Block", "Tower", "find_module", "read_tower", "use_of"]
 
-FAMILIES: tuple[type[Tower], ...] = (HuggingFaceTower, OpenCLIPTower)  # the first that fits is taken
+FAMILIES: tuple[type[Tower], ...] = (  # the first that fits is taken
+    HuggingFaceTower,
+    OpenAITower,
+    TimmTower,
+    ResNetTower,
+    CoCaTower,
+    OpenCLIPTower,
+)
 
 
 def read_tower(model: nn.Module) -> Tower:
     """The image tower of a model.
 
     Raises:
-        ValueError: the model has no tower of standard blocks.
+        ValueError: the model has no tower that can be read.
     """
     return _found(model)[0](model)
 

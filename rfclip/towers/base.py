@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 SUPPORTED = (
     "rfclip works with open_clip's own vision transformers (ViT-B-16, ViT-L-14 and the like, with a class token, "
-    "standard attention and no attentional pooling) and with transformers' CLIPModel and CLIPVisionModelWithProjection"
+    "standard attention and no attentional pooling), with those of OpenAI's package clip, and with transformers' "
+    "CLIPModel and CLIPVisionModelWithProjection; it reads without refocusing open_clip's ResNets, CoCa and towers of "
+    "timm (SigLIP, PE-Core, EVA02 and more)"
 )
 
 
@@ -93,6 +95,10 @@ class Tower:
 
     Attributes:
         prefix: tokens in front of the patches: CLS and, in other towers than CLIP's, registers or nothing.
+        has_cls: whether the first of them is a class token.
+        reason: why the tower is read but not refocused; empty where it is refocused as well.
+        title: what messages call it.
+        local: whether a convolved patch depends on its own pixels only, so that windows may share a convolution.
         module: turns images into the tower's output; its `forward` is what `rfclip.refocus` replaces.
         conv: the patch convolution.
         blocks, ln_pre, ln_post: as in the paper.
@@ -101,11 +107,17 @@ class Tower:
         image_mean, image_std: the statistics, per colour, that its images are normalized by.
         image_parts: names of the model's children that its text embeddings do not depend on.
         library: the package that defines the classes of its modules.
+        host: another whose classes they may be, where it wraps the library's.
     """
 
     image_parts: ClassVar[tuple[str, ...]]
     library: ClassVar[str]
+    host: ClassVar[str] = ""
+    reason: ClassVar[str] = ""
+    title: str = "a standard transformer"
     prefix: int
+    has_cls: bool = True
+    local: bool = True
     module: nn.Module
     conv: nn.Conv2d
     ln_pre: nn.Module
@@ -155,7 +167,7 @@ class Tower:
 
     @classmethod
     def tokenizer(cls, name: str) -> Callable[[list[str]], Tensor] | None:
-        """The tokenizer of a model; None if it has CLIP's vocabulary."""
+        """The tokenizer of a model; None if it has CLIP's vocabulary. ConnectionError if it cannot be downloaded."""
         raise NotImplementedError
 
     # The tower
@@ -213,7 +225,8 @@ class Tower:
     def beyond(self, part: nn.Module) -> str:
         """What a module does beyond the library's or PyTorch's class, in words; nothing if there is nothing."""
         own, kind = "" if part is self.module else _own(part), type(part)
-        if own or kind.__module__.startswith((f"{self.library}.", "torch.nn.modules.")):
+        known = (f"{self.library}.", f"{self.host or self.library}.", "torch.nn.modules.")
+        if own or kind.__module__.startswith(known):
             return own and f"has {own}"
         return f"is of class {kind.__module__}.{kind.__qualname__}"
 
@@ -261,22 +274,43 @@ class Tower:
         """
         height, width = patches.shape[2:]
         x = patches.flatten(2).transpose(1, 2)
-        prefix, position = self._embeddings()
-        # A size that an exporter leaves open may be the trained one: resizing to that changes nothing.
-        if any(isinstance(side, torch.SymInt) for side in (height, width)) or (height, width) != self.grid_size:
-            trained = position[self.prefix :].unflatten(0, self.grid_size)
-            resized = resize_positions(trained, (height, width), self.position_offset)
-            position = torch.cat([position[: self.prefix], resized.flatten(0, 1).to(position.dtype)])
+        prefix, position = self._embeddings()[0], self._positions((height, width))
         tokens = torch.cat([prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
         return ops.add_norm(self.ln_pre, tokens, position.to(x.dtype).expand_as(tokens))[1]
+
+    def blocks_on(self, grid: Sequence[int]) -> list[Block]:
+        """The blocks for a patch grid (gh, gw): queries and keys of a tower with rotary embeddings depend on it."""
+        return self.blocks
+
+    def check_refocusable(self, what: str) -> None:
+        """Raise ValueError if the tower is only read; `what` needs more."""
+        if self.reason:
+            raise ValueError(
+                f"{what} needs a tower that can be refocused, and {self.title} is only read: {self.reason}; "
+                "method='maskclip' reads it"
+            )
 
     def _embeddings(self) -> tuple[Tensor, Tensor]:
         """The embeddings of the prefix [prefix, d], and the position embeddings [prefix + N, d] of the trained grid."""
         raise NotImplementedError
 
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position embeddings [prefix + N, d] of a grid (gh, gw)."""
+        position = self._embeddings()[1]
+        # A size that an exporter leaves open may be the trained one: resizing to that changes nothing.
+        if any(isinstance(side, torch.SymInt) for side in grid) or grid != self.grid_size:
+            trained = position[self.prefix :].unflatten(0, self.grid_size)
+            resized = resize_positions(trained, grid, self.position_offset)
+            position = torch.cat([position[: self.prefix], resized.flatten(0, 1).to(position.dtype)])
+        return position
+
     def readout(self, tokens: Tensor) -> Tensor:
         """Text-aligned embeddings [..., C] of tokens [..., d] from the last block: proj(ln_post(tokens))."""
         raise NotImplementedError
+
+    def embedding(self, x: Tensor) -> Tensor:
+        """The image embedding [B, C] of the last block's output x [B, T, d], not normalized: CLS, or the pool's."""
+        return self.readout(x[:, 0])
 
     def images(self, *args: Any, **kwargs: Any) -> Tensor:
         """The images [B, 3, height, width] among the arguments of the module's `forward`."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rfclip.config import TINY, RefocusConfig, RegisterConfig, check_precision
 from rfclip.tiny.scenes import CLASSES
-from rfclip.towers import FAMILIES, Tower, read_tower
+from rfclip.towers import FAMILIES, Tower, read_tower, use_of
 from rfclip.towers.hugging_face import HUGGING_FACE
 from rfclip.towers.preprocess import Preprocess
 
@@ -128,9 +128,17 @@ def find_tokenizer(model: nn.Module, tower: Tower) -> Callable[[list[str]], Tens
     return open_clip.SimpleTokenizer(context_length=length)
 
 
-def check_model(name: str, pretrained: str | None) -> None:
-    """Raise ValueError if a model or its weights cannot be used, before anything is built or downloaded."""
+def check_model(name: str, pretrained: str | None, refocused: bool = False) -> None:
+    """Raise ValueError if a model or its weights cannot be used, before anything is built or downloaded.
+
+    Args:
+        name, pretrained: as `find_model` finds them.
+        refocused: whether it must be possible to refocus it, as far as its name tells.
+    """
     _family(name).check_name(name, pretrained)
+    use, reason = use_of(name) if name in open_clip.list_models() else ("refocus", "")
+    if refocused and use != "refocus":
+        raise ValueError(f"{name} is only read, not refocused: {reason}; method='maskclip' reads it")
 
 
 def absolute_names(name: str, pretrained: str | None) -> tuple[str, str | None]:

@@ -16,8 +16,10 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from rfclip.config import TINY
+from rfclip.extras import require
 from rfclip.towers.base import SUPPORTED, Block, Tower, first_line, is_plain, steps
 from rfclip.towers.bounds import Bounded
+from rfclip.towers.uses import use_of
 
 SOURCES = ("hf-hub:", "local-dir:")  # prefixes of names that are not in open_clip's list
 # What the weights are called there, likeliest first.
@@ -29,9 +31,10 @@ class OpenCLIPBlock(Block):
 
     def __init__(self, block: Any) -> None:
         self.attention = block.attn
-        # LayerScale and the norm in open_clip's custom blocks belong to the branch; in CLIP both are identities.
-        norms = [block.ln_attn] if hasattr(block, "ln_attn") else []
-        out, mlp = [block.attn.out_proj, *norms, block.ls_1], [*steps(block.mlp), block.ls_2]
+        # LayerScale and the norm in open_clip's custom blocks belong to the branch; OpenAI's blocks have neither.
+        ends = [getattr(block, name) for name in ("ln_attn", "ls_1") if hasattr(block, name)]
+        scale = [block.ls_2] if hasattr(block, "ls_2") else []
+        out, mlp = [block.attn.out_proj, *ends], [*steps(block.mlp), *scale]
         super().__init__(block.attn.num_heads, block.ln_1, out, block.ln_2, mlp)
 
     def _projections(self, y: Tensor, query: bool) -> Sequence[Tensor]:
@@ -71,8 +74,12 @@ class OpenCLIPTower(Tower):
             return
         if name not in open_clip.list_models():
             raise ValueError(f"unknown model {name!r}{_similar(name)}; `rfclip models` lists the known ones")
-        if not can_refocus(name):
-            raise ValueError(f"{name} cannot be refocused; {SUPPORTED}")
+        use, reason = use_of(name)
+        if use == "neither":
+            raise ValueError(f"{name} cannot be read: {reason}; {SUPPORTED}")
+        text = open_clip.get_model_config(name).get("text_cfg", {})
+        if text.get("hf_tokenizer_name") or text.get("hf_model_name"):
+            require(f"the tokenizer of {name}", "transformers", "transformers")
         tags = open_clip.list_pretrained_tags_by_model(name)
         if pretrained is None:
             raise ValueError(f"{name} needs pretrained weights: one of {', '.join(tags) or 'none is known'}, or a path")
@@ -109,14 +116,27 @@ class OpenCLIPTower(Tower):
 
     @classmethod
     def tokenizer(cls, name: str) -> Callable[[list[str]], Tensor] | None:
-        return open_clip.get_tokenizer(name)
+        try:
+            return open_clip.get_tokenizer(name)
+        except Exception as error:  # of any kind: the hub's own, a timeout, a file that is broken
+            require(f"the tokenizer of {name}", "transformers", "transformers")
+            local = name.startswith("local-dir:")
+            message = f"the tokenizer of {name!r} could not be {'read' if local else 'downloaded'}: {first_line(error)}"
+            if local:
+                raise ValueError(message) from error
+            raise ConnectionError(f"{message}\nThis needs a network once; later runs use the copy on disk.") from error
 
     def __init__(self, model: Any) -> None:
         visual = model.visual
         if not isinstance(visual, VisionTransformer):
             raise ValueError(f"got an image tower of class {type(visual).__name__}; {SUPPORTED}")
-        if visual.attn_pool is not None or visual.pool_type not in ("tok", "avg"):
-            raise ValueError(f"this image tower pools its tokens by attention or not at all; {SUPPORTED}")
+        self._check_pool(visual)
+        self.image_size, self.patch_size = tuple(visual.image_size), tuple(visual.patch_size)
+        self.grid_size = tuple(visual.grid_size)
+        self._take(visual)
+
+    def _take(self, visual: Any) -> None:
+        """The parts of a tower, by the names that open_clip has from OpenAI; ValueError as for the constructor."""
         blocks = visual.transformer.resblocks
         parts = [("transformer", visual.transformer), ("resblocks", blocks)]
         for number, block in enumerate(blocks, 1):
@@ -128,10 +148,13 @@ class OpenCLIPTower(Tower):
         self.module, self.conv = visual, visual.conv1
         self.ln_pre, self.ln_post = visual.ln_pre, visual.ln_post
         self.blocks = [OpenCLIPBlock(block) for block in blocks]
-        self.image_size, self.patch_size = tuple(visual.image_size), tuple(visual.patch_size)
-        self.grid_size = tuple(visual.grid_size)
         self._normalize_as(visual)
         self._bypass(*parts)
+
+    def _check_pool(self, visual: Any) -> None:
+        """Raise ValueError unless the image embedding is that of CLS, or the mean of patches."""
+        if visual.attn_pool is not None or visual.pool_type not in ("tok", "avg"):
+            raise ValueError(f"this image tower has two pools, or does not pool its tokens; {SUPPORTED}")
 
     def _embeddings(self) -> tuple[Tensor, Tensor]:
         return self.module.class_embedding[None], self.module.positional_embedding
@@ -156,14 +179,16 @@ class OpenCLIPTower(Tower):
         return model.encode_text(tokens)
 
     def vocabulary(self, model: Any) -> tuple[int | None, int | None]:
-        return getattr(model, "vocab_size", None), getattr(model, "context_length", None)
+        text = getattr(model, "text", None)  # where CoCa keeps them
+        size, length = (getattr(model, name, getattr(text, name, None)) for name in ("vocab_size", "context_length"))
+        return size, length
 
 
 def _similar(name: str) -> str:
     """Names that somebody who wrote an unknown one may have meant."""
     if "/" in name:
         return f": on the Hugging Face hub, hf-hub:{name} is open_clip's, and transformers:{name} a CLIPModel"
-    names = {known.casefold(): known for known in [TINY, *filter(can_refocus, open_clip.list_models())]}
+    names = {known.casefold(): known for known in [TINY, *filter(_readable, open_clip.list_models())]}
     close = difflib.get_close_matches(name.casefold(), names, n=3, cutoff=0.5)
     return f": did you mean {' or '.join(names[each] for each in close)}?" if close else ""
 
@@ -227,16 +252,13 @@ def _check_safe(weights: Path) -> None:
         raise ValueError(f"{weights}: weights must be safetensors, since a pickle can run code; convert them first")
 
 
-def can_refocus(name: str) -> bool:
-    """Whether open_clip's config of that name describes an image tower that `rfclip.refocus` accepts."""
-    vision = open_clip.get_model_config(name)["vision_cfg"]
-    standard = isinstance(vision.get("layers", 12), int) and not vision.get("timm_model_name")
-    return standard and not vision.get("attentional_pool") and vision.get("pool_type", "tok") in ("tok", "avg")
+def _readable(name: str) -> bool:
+    return use_of(name)[0] != "neither"
 
 
 def _check_block(block: Any) -> None:
     attn = getattr(block, "attn", None)
-    if getattr(attn, "in_proj_weight", None) is None or not hasattr(block, "ls_1"):
+    if getattr(attn, "in_proj_weight", None) is None:
         raise ValueError(
             f"this tower has blocks of class {type(block).__name__}, without a packed projection; {SUPPORTED}"
         )

@@ -2,16 +2,21 @@
 
 import json
 import re
+import shlex
+from datetime import date
 from pathlib import Path
 
 import open_clip
 import pytest
+import torch
 from commands import NAMES, check_result, files_below, refused, run, segment, state
 from miniatures import scene
+from PIL import Image
 
 import rfclip
 import rfclip.methods
 from rfclip import RefocusConfig
+from rfclip.config import read_settings
 from rfclip.towers.loading import tiny_folder
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -34,6 +39,29 @@ def test_calibrate(scenes):
     transformer = rfclip.load_model().visual.transformer
     config.check_tower(transformer.width, transformer.layers)
     assert files_below(scenes.parent / "new") == {"config.json"}
+
+
+def test_calibrate_says_where_the_settings_are_from(scenes):
+    """By default in a file that is named after the checkpoint; the command that it prints goes on from there."""
+    result = run("calibrate", "scenes", "scenes/1.png")
+    assert result.exit_code == 0, result.output
+    config, origin = read_settings(Path("rfclip-tiny.json").read_text())
+    assert config == RefocusConfig(rfclip.calibrate(rfclip.load_model(), seen(scenes)).dims)
+    assert (origin.model, origin.pretrained) == ("rfclip-tiny", ())
+    assert origin.source == "calibrated on 18 pictures: scenes, scenes/1.png"
+    assert (origin.date, origin.version) == (date.today().isoformat(), rfclip.__version__)
+    command = shlex.split(result.stderr.partition("to go on: ")[2])
+    assert command[0] == "rfclip"
+    assert run(*command[1:]).exit_code == 0
+    before = state(scenes.parent)
+    refused(run("calibrate", "scenes"), "rfclip-tiny.json exists", "--overwrite")
+    assert state(scenes.parent) == before
+
+
+def seen(folder):
+    """The pictures of a folder as open_clip prepares them, in one batch."""
+    prepare = open_clip.image_transform((112, 112), is_train=False)
+    return torch.stack([prepare(Image.open(path).convert("RGB")) for path in sorted(folder.iterdir())])
 
 
 def test_calibrate_does_not_overwrite(scenes):
@@ -84,9 +112,26 @@ def test_a_checkpoint_whose_dims_are_not_known(stranger):
 
 
 def test_a_checkpoint_that_was_calibrated(stranger):
-    result = run("calibrate", "picture.png", *stranger, "--out", "config.json")
+    result = run("calibrate", "picture.png", *stranger)
     assert result.exit_code == 0, result.output
-    assert segment("picture.png", *stranger, "--config", "config.json").exit_code == 0
+    config = "stranger.open_clip_model.json"
+    assert segment("picture.png", *stranger, "--config", config).exit_code == 0
     _, record = check_result("rfclip-out/picture", scene(1), [[name] for name in NAMES])
     assert (record["model"], record["pretrained"]) == (stranger[1], stranger[3])
-    assert record["config"] == json.loads(Path("config.json").read_text())
+    written = json.loads(Path(config).read_text())
+    assert written == written | record["config"] | {"model": stranger[1], "pretrained": [stranger[3]]}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["calibrate", "."],
+        ["explain", "."],
+        ["segment", ".", "--classes", "cat"],
+        ["evaluate", "scenes", "--method", "rf-clip"],
+    ],
+)
+def test_towers_that_are_read_only(scenes, command):
+    """Refused before a download, with what works in its place."""
+    result = run(*command, "--model", "RN50", "--pretrained", "openai")
+    refused(result, "RN50 is only read, not refocused: it has no transformer blocks", "method='maskclip'")

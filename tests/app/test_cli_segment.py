@@ -278,7 +278,7 @@ def test_existing_results_stay(pictures):
     ("options", "changed"),
     [
         (["--method", "kk"], "method, config"),
-        (["--pamr"], "pamr"),
+        (["--post", "pamr"], "post"),
         (["--threshold", "0.5"], "threshold"),
         (["--precision", "bf16"], "weights, precision"),
         ([], "classes"),

@@ -48,7 +48,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(large, "BLOCK", 224)
 
 
-def label(path, segmenter, threshold=None, pamr=False, **settings):
+def label(path, segmenter, threshold=None, post=None, **settings):
     return label_large(
         str(path),
         SETTINGS | settings,
@@ -57,7 +57,7 @@ def label(path, segmenter, threshold=None, pamr=False, **settings):
         Path("mask.tif"),
         lambda *_: None,
         threshold=threshold,
-        pamr=pamr,
+        post=post,
     )
 
 
@@ -82,7 +82,7 @@ def opened(path, **settings):
 # As at once -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"threshold": 0.3}, {"pamr": True}], ids=["plain", "threshold", "pamr"])
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.3}, {"post": "pamr"}], ids=["plain", "threshold", "pamr"])
 def test_blocks_have_no_seams(small_blocks, segmenter, options):
     """Every label is that of the picture segmented at once; windows at the borders are flush with them."""
     told = []
@@ -95,7 +95,7 @@ def test_blocks_have_no_seams(small_blocks, segmenter, options):
         Path("mask.tif"),
         lambda *done: told.append(done),
         threshold=options.get("threshold"),
-        pamr=options.get("pamr", False),
+        post=options.get("post"),
     )
     want = at_once(Image.fromarray(picture()), **options)
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
@@ -159,7 +159,7 @@ def test_more_names_make_smaller_blocks(monkeypatch, segmenter):
     monkeypatch.setattr(large, "TILE", 112)
     told = []
     classes = parse_classes("cat, dog, sky, grass, brick")
-    options = {"threshold": None, "pamr": None}
+    options = {"threshold": None, "post": None}
     label_large("big.tif", SETTINGS, segmenter, classes, Path("mask.tif"), lambda *done: told.append(done), **options)
     assert told[-1] == (6, 6)
 
@@ -286,6 +286,16 @@ def test_protocols_that_see_pictures_as_a_whole(method, name):
         label("a.tif", other)
 
 
+def test_propagation_sees_pictures_as_a_whole(segmenter):
+    write_raster("a.tif", picture(130, 130))
+    with pytest.raises(ValueError, match="PEARL's propagation looks at pictures as a whole.*--post none or pamr"):
+        label("a.tif", segmenter, post="pearl")
+    with rfclip.Segmenter(method="pearl", cache=False) as other:
+        with pytest.raises(ValueError, match="PEARL's propagation"):
+            label("a.tif", other)
+        label("a.tif", other, post="none")
+
+
 def test_a_mask_that_cannot_be_written(segmenter):
     """Which is no bad picture: the folder is not there, or the disk is full."""
     write_raster("small.tif", picture(130, 130), **PLACE)
@@ -298,7 +308,7 @@ def test_a_mask_that_cannot_be_written(segmenter):
             Path("none/mask.tif"),
             lambda *_: None,
             threshold=None,
-            pamr=None,
+            post=None,
         )
     resource = pytest.importorskip("resource")
     write_raster("big.tif", np.random.default_rng(0).integers(0, 256, (250, 250, 3), dtype=np.uint8), **PLACE)

@@ -497,7 +497,7 @@ def test_a_method_by_its_own_protocol_and_a_list_by_name(tmp_path, monkeypatch, 
     picture, saved, save = tiny_folder() / "scene.png", [], serve.save
     monkeypatch.setattr(serve, "save", lambda *given: saved.append(given) or save(*given))
     page = serve.Page([job], tmp_path)
-    settings = (str(picture), "cityscapes", "released", str(job), 5.0, 0.7, "all", False, 0.0, False, ())
+    settings = (str(picture), "cityscapes", "released", str(job), 5.0, 0.7, "all", "own", 0.0, False, ())
     next(page.segment(*settings, Quiet()))
     ((found, record, _),) = saved
     with rfclip.Segmenter(method="released", protocol=find_protocol(protocol, "released")) as segmenter:
@@ -533,7 +533,7 @@ def test_the_work_is_bounded_by_what_is_shown(tmp_path, monkeypatch, size):
     Image.new("RGB", size, "green").save(tmp_path / "picture.png")
     job = Job("rfclip-tiny", None)
     page = serve.Page([job], tmp_path)
-    settings = (str(tmp_path / "picture.png"), "grass, sky", "rf-clip", str(job), 2.0, 0.3, "all", False, 0.0, True, ())
+    settings = (str(tmp_path / "picture.png"), "grass, sky", "rf-clip", str(job), 2.0, 0.3, "all", "own", 0.0, True, ())
     _, overlay, *_, seen, _, _, _ = next(page.segment(*settings, Quiet()))
     place = page.place(seen, SimpleNamespace(index=(overlay.width - 1, overlay.height - 1)))
     assert all(side - side // 100 - 1 <= at < side for at, side in zip(place, size, strict=True))

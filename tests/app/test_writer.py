@@ -25,12 +25,12 @@ def test_shards_that_are_there(tmp_path, pictures, segmenter, masks):
         writer(task)
     same(read_masks(tmp_path), masks)
     assert plan_shards(pictures, tmp_path, record, False) == ([], 18, [])
-    with pytest.raises(ValueError, match="other threshold, pamr: another --out, or --overwrite"):
-        plan_shards(pictures, tmp_path, record | {"pamr": True, "threshold": 0.5}, False)
+    with pytest.raises(ValueError, match="other threshold, post: another --out, or --overwrite"):
+        plan_shards(pictures, tmp_path, record | {"post": "pamr", "threshold": 0.5}, False)
     later = record | {"setting": "of a later version"}
     assert plan_shards(pictures, tmp_path, later, False) == ([], 18, [])  # what an old file does not say is not held
     before = sorted(tmp_path.iterdir())
-    (task,), skipped, stale = plan_shards(pictures[:8], tmp_path, record | {"pamr": True}, True)
+    (task,), skipped, stale = plan_shards(pictures[:8], tmp_path, record | {"post": "pamr"}, True)
     assert skipped == 0 and sorted([*stale, Path(task["shard"])]) == before  # the rewritten one may stay
     many = [(Path(f"{number}.png"), Path(f"{number}")) for number in range(10_000)]
     sizes = [len(task["pictures"]) for task in plan_shards(many, tmp_path, record, False)[0]]

@@ -138,9 +138,35 @@ def test_proxy_attention(size, L, dtype):
 def test_self_attention(grid, D, biased, dtype):
     u, v = (randn(2, 2, math.prod(grid) + 1, D, seed=seed, spread=0.6, dtype=dtype) for seed in (10, 11))
     table = randn(2 * grid[0] - 1, 2 * grid[1] - 1, seed=12) if biased else None
-    want = reference.self_attention(u.double(), v.double(), table)
+    wide = u.double(), u.double(), v.double()
+    want = reference.self_attention(*wide, table)
     if biased and grid != (1, 1):
-        assert not torch.allclose(want, reference.self_attention(u.double(), v.double()), atol=0.01)
-    check(
-        rfclip_kernels.self_attention(inside_nan(u), inside_nan(v), inside_nan(table) if biased else None), want, dtype
-    )
+        assert not torch.allclose(want, reference.self_attention(*wide), atol=0.01)
+    u, v = inside_nan(u), inside_nan(v)
+    check(rfclip_kernels.self_attention(u, u, v, inside_nan(table) if biased else None), want, dtype)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float16])
+@dtypes
+def test_self_attention_is_added(dtype, bias_dtype, prefix):
+    """To memory of any strides, of which nothing else is written."""
+    (B, H, N, D), T = (3, 2, 70, 48), 70 + prefix
+    q, k, v, start = (randn(B, H, T, D, seed=seed, spread=0.6, dtype=dtype) for seed in range(20, 24))
+    bias = randn(B, N, N, seed=24, dtype=bias_dtype)
+    scale = torch.tensor([0.1, 0.4, -0.3], device=DEVICE)
+    options = {"scale": scale, "prefix": prefix, "factor": -0.7}
+    wide = {"out": start.double(), **options}
+    want = reference.self_attention(q.double(), k.double(), v.double(), bias.double(), **wide)
+    without = reference.self_attention(q.double(), k.double(), v.double(), **wide)
+    assert not torch.allclose(want, without, atol=0.01)
+    out = inside_nan(start)
+    around = out._base.clone()
+    given = [inside_nan(tensor) for tensor in (q, k, v, bias)]
+    got = rfclip_kernels.self_attention(*given, out=out, inplace=True, **options | {"scale": inside_nan(scale)})
+    check(got, want, dtype)
+    assert got is out
+    around[tuple(slice(1, -1) for _ in out.shape)] = out
+    assert torch.equal(around.nan_to_num(7.5), out._base.nan_to_num(7.5))
+    got = rfclip_kernels.self_attention(q, k, v, bias, out=start, **options)
+    assert got is not start and torch.equal(got, out)

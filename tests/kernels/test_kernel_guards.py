@@ -57,7 +57,7 @@ def test_what_the_kernels_refuse():
     calls = [
         lambda t: rfclip_kernels.refocused_attention(t(q), q.to(t(q).dtype), q.to(t(q).dtype), mask, mask, 0.7),
         lambda t: rfclip_kernels.proxy_attention(t(q)[None], q.to(t(q).dtype)),
-        lambda t: rfclip_kernels.self_attention(t(q), q.to(t(q).dtype)),
+        lambda t: rfclip_kernels.self_attention(t(q), t(q), q.to(t(q).dtype)),
         lambda t: rfclip_kernels.key_similarity(t(q)),
         lambda t: rfclip_kernels.received_attention(t(q), q.to(t(q).dtype)),
         lambda t: joint_repair(t(x), t(x), t(x)[:, 1:, [1]], mask[:, 1:], q[:, :, 1:].to(t(x).dtype)),
@@ -89,7 +89,7 @@ def test_heads_too_wide_are_refused():
     q, mask = randn(1, 1, 3, 160, seed=0), torch.zeros(1, 2, dtype=torch.bool, device=DEVICE)
     for call in (
         lambda: rfclip_kernels.refocused_attention(q, q, q, mask, mask, 0.7),
-        lambda: rfclip_kernels.self_attention(q, q),
+        lambda: rfclip_kernels.self_attention(q, q, q),
         lambda: rfclip_kernels.proxy_attention(q[None], q),
         lambda: rfclip_kernels.key_similarity(q),
         lambda: rfclip_kernels.received_attention(q, q),
@@ -104,7 +104,7 @@ def test_an_empty_batch():
     mask = torch.zeros(0, 4, dtype=torch.bool, device=DEVICE)
     assert rfclip_kernels.refocused_attention(q, q, q, mask, mask, 0.7).shape == (0, 2, 5, 32)
     assert rfclip_kernels.proxy_attention(q[None], q).shape == (0, 2, 4, 32)
-    assert rfclip_kernels.self_attention(q, q).shape == (0, 2, 5, 32)
+    assert rfclip_kernels.self_attention(q, q, q).shape == (0, 2, 5, 32)
     assert rfclip_kernels.key_similarity(q).shape == (0, 4, 4)
     assert rfclip_kernels.fiedler_vector(q[:, 0, :4, :4]).shape == (0, 4)
     assert rfclip_kernels.defocus_mask(q[:, 0, :, 0]).shape == (0, 5)

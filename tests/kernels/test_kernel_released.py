@@ -39,6 +39,10 @@ def test_cosine_aggregation(dtype, B, N, d, e):
     cut = clear_threshold(cosines(guide.double()))
     want = reference.cosine_aggregation(guide.double(), x.double(), cut)
     check(rfclip_kernels.cosine_aggregation(inside_nan(guide), inside_nan(x), cut), want, dtype)
+    cuts = torch.tensor([cut, 1.5], device=DEVICE)[:B]  # of the second image, no other patch counts
+    want = reference.cosine_aggregation(guide.double(), x.double(), cuts, gain=3.0)
+    check(rfclip_kernels.cosine_aggregation(inside_nan(guide), inside_nan(x), inside_nan(cuts), gain=3), want, dtype)
+    assert N == 1 or not torch.allclose(want[:1], reference.cosine_aggregation(guide[:1].double(), x[:1].double(), cut))
 
 
 @dtypes

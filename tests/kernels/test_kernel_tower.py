@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers import relative_error
 from kernel_cases import DEVICE
 from open_clip.transformer import VisionTransformer
+from openai_models import SIZES, clip, small_openai
 from small_models import DIMS, photograph, photographic_clip, pictures, small_clip, to_hugging_face
 from torchvision.transforms.v2 import functional as TF
 
@@ -101,6 +102,27 @@ def test_hugging_faces_tower(tau_attn):
     want, want_masks = features(small_clip(), images, config, "reference")
     assert torch.equal(torch.stack(masks), torch.stack(want_masks))
     assert relative_error(got, want) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_openais_tower(dtype):
+    """Its norms, in float32 in a model in half, and its activations are kernels too."""
+    config, images = rfclip.RefocusConfig(distraction_dims=DIMS, tau=3.0), pictures(count=2, dtype=torch.float32)
+    model = small_openai()
+    want, _ = features(small_clip(**SIZES, quick_gelu=True), images.double(), config, "reference")
+    if dtype == torch.float16:
+        clip.model.convert_weights(model)
+    triton, visual = dispatch.backend("triton"), model.visual
+    norms = [
+        visual.ln_pre,
+        visual.ln_post,
+        *(n for block in read_tower(model).blocks for n in (block.ln_1, block.ln_2)),
+    ]
+    assert all(map(triton.fuses, norms))
+    assert triton._replaces(visual.transformer.resblocks[0].mlp.gelu, dispatch.QUICK_GELUS)
+    got, _ = features(model, images, config, "triton")
+    assert got.dtype == dtype
+    assert relative_error(got, want) <= (1e-5 if dtype == torch.float32 else 0.02)
 
 
 @pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])

@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from helpers import relative_error
-from oracles.methods import FORMULAS, Plain, formula, proxyclip, released_stream
+from oracles.methods import FORMULAS, Plain, formula, proxyclip, released_stream, sfp_outliers
 from safetensors.torch import save_file
 from small_models import DIMS, pictures, small_clip
 from timm.models.vision_transformer import VisionTransformer
@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 import rfclip
 from rfclip.methods import METHODS
 from rfclip.methods import proxyclip as proxyclip_file
+from rfclip.methods.sfp import SFP
 from rfclip.towers import read_tower
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -63,6 +64,32 @@ def test_the_formula(name, size, backend):
     single = features(name, tower(torch.float32), images[:1].float(), backend)
     assert single.dtype == torch.float32
     assert F.cosine_similarity(single.double(), want[:1], dim=1).min() > 0.9999
+
+
+def test_outliers_of_sfp():
+    """Some of the patches, and at most ten."""
+    model, found = tower(), []
+    method = METHODS["sfp"](read_tower(model), None, "auto")
+    for side in (56, 24, 16):
+        for image in pictures(count=3, height=side, width=side):
+            *_, (_, _, (q, k, _)), _ = method.inputs(method.tower.patches(image[None]))
+            want = sfp_outliers(Plain(model, image))
+            got = method._outliers(torch.zeros(1, len(want), 1), q, k)[0]
+            np.testing.assert_array_equal(got.numpy(), want)
+            found.append(want)
+    assert max(each.sum() for each in found) == 10
+    assert any(0 < each.sum() < min(10, len(each)) for each in found)
+
+
+def test_outliers_of_sfp_in_a_corner(monkeypatch):
+    """The patch in the corner has no inlier beside it and stays, as do all if all are outliers."""
+    corner = torch.zeros(5, 6, dtype=torch.bool)
+    corner[:2, :2] = True
+    for outliers in (corner, torch.ones_like(corner)):
+        monkeypatch.setattr(SFP, "_outliers", lambda *_, outliers=outliers: outliers.view(1, -1))
+        monkeypatch.setattr("oracles.methods.sfp_outliers", lambda p, outliers=outliers: outliers.flatten().numpy())
+        images = pictures(count=1, height=40, width=48)
+        assert relative_error(features("sfp", tower(), images), formula("sfp", tower(), images)) < 1e-10
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

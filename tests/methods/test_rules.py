@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from helpers import rand, randn, relative_error
 from oracles import rules
-from oracles.methods import Plain, cliptrase, formula, proxyclip
+from oracles.methods import Plain, cliper_rounds, cliptrase, formula, proxyclip
+from oracles.post import propagated
 from oracles.released_evaluation import resize_planes, resized_size, windows
 from PIL import Image
 from small_models import DIMS, pictures, small_clip
@@ -18,8 +19,10 @@ import rfclip
 from rfclip.datasets import in_paper
 from rfclip.methods import METHODS, Protocol, find_protocol
 from rfclip.methods import proxyclip as proxyclip_file
+from rfclip.methods.cliper import Fused, _balanced
 from rfclip.methods.cliptrase import dbscan_constants
 from rfclip.methods.peers import AreaRule
+from rfclip.methods.rule import Rule
 from rfclip.methods.two_streams import FeatureSurgery, min_max
 from rfclip.ops import operations
 from rfclip.segment.windows import resized_as_opencv
@@ -38,13 +41,21 @@ COMMON = {
     "templates": "imagenet",
     "logit_scale": 40,
     "threshold": 0.1,
-    "pamr": False,
+    "post": "none",
     "refined": "resized",
     "rule": "rule:Rule",
     "options": {},
 }
 WHOLE = {"window": None}
+WHOLE_VOC = {"cityscapes": {"short_side": 560}, "voc20": WHOLE, "voc21": WHOLE}
 AREA = {"rule": "peers:AreaRule", "options": {"share": 0.1}}
+
+
+def fused_options(cut, scale, score, least, stretched=False):
+    """CLIPer's constants in the order of the published table."""
+    return {"options": {"cut": cut, "scale": scale, "score": score, "least": least, "stretched": stretched}}
+
+
 # What differs from RF-CLIP's protocol, and from that on some datasets.
 TABLE = {
     "sclip": (
@@ -58,19 +69,17 @@ TABLE = {
         },
     ),
     "naclip": (
-        {"resizing": "mmcv", "pamr": True, "refined": "given"},
+        {"resizing": "mmcv", "post": "pamr", "refined": "given"},
         {
             "cityscapes": {"short_side": 560},
             "voc20": WHOLE | {"rule": "peers:AtOnce"},
             "voc21": WHOLE | {"rule": "peers:AtOnce"},
         },
     ),
-    **dict.fromkeys(
-        ("resclip-rcs", "pearl"),
-        ({"resizing": "mmcv"}, {"cityscapes": {"short_side": 560}, "voc20": WHOLE, "voc21": WHOLE}),
-    ),
+    "resclip-rcs": ({"resizing": "mmcv"}, WHOLE_VOC),
+    "pearl": ({"resizing": "mmcv", "post": "pearl"}, WHOLE_VOC),
     "itaclip": (
-        {"resizing": "mmcv", "stride": 28, "pamr": True},
+        {"resizing": "mmcv", "stride": 28, "post": "pamr"},
         {
             "cityscapes": {"short_side": 560},
             "coco_stuff": {"short_side": 448},
@@ -92,6 +101,28 @@ TABLE = {
         {"resizing": "mmcv", "threshold": 0.15},
         {
             "cityscapes": {"short_side": 560},
+            "voc21": {"logit_scale": 50, **AREA},
+            "coco_object": {"logit_scale": 55, "threshold": 0.35},
+        },
+    ),
+    "cliper": (
+        WHOLE
+        | {"resizing": "patches", "logit_scale": 1, "threshold": None, "rule": "cliper:Fused"}
+        | fused_options(0.2, 100, 0.3, 0.3),
+        {
+            "voc21": fused_options(0.1, 100, 0.7, 0.6, stretched=True),
+            "voc20": fused_options(0.1, 100, 0, 0.001),
+            "context60": fused_options(0.2, 100, 0.45, 0.45),
+            "coco_object": fused_options(0.2, 50, 0.3, 0.3),
+            "coco_stuff": fused_options(0.2, 50, 0.1, 0.1),
+            "cityscapes": {"short_side": 560} | fused_options(0.35, 100, 0, 1e-4),
+        },
+    ),
+    "sfp": (
+        {"resizing": "mmcv", "threshold": 0.15},
+        {
+            "cityscapes": {"short_side": 560},
+            "ade20k": {"short_side": 384},
             "voc21": {"logit_scale": 50, **AREA},
             "coco_object": {"logit_scale": 55, "threshold": 0.35},
         },
@@ -201,7 +232,7 @@ def test_feature_surgery(K):
     patches, image = F.normalize(randn(3, 20, 4, 5, seed=1), dim=1), F.normalize(randn(3, 20, seed=2), dim=-1)
     text, empty = F.normalize(randn(K, 20, seed=3), dim=-1), F.normalize(randn(1, 20, seed=4), dim=-1)
     asked = []
-    known = rule.knows(text, lambda names: asked.append(names) or empty)
+    known = rule.knows(text, lambda names: asked.append(names) or empty, torch.zeros(K, dtype=torch.bool))
     assert asked == ([("",)] if K == 1 else []) and (known is None) == (K > 1)
     got = rule.window(patches, image, text, known)
     want = [rules.surgery(*(u.numpy() for u in (*each, text, empty[0]))) for each in zip(patches, image, strict=True)]
@@ -294,6 +325,117 @@ def test_logits_of_the_picture():
     got = 100 * rule.window(dense, image, text, None)
     want = torch.einsum("kc,bchw,bk->bkhw", 100 * text, dense, 100 * image @ text.T)
     assert relative_error(got, want) < 1e-12
+
+
+# CLIPer
+
+
+def random_scores(K, seed, grid=(5, 6)):
+    z, text = F.normalize(randn(2, 4, 20, *grid, seed=seed), dim=2), F.normalize(randn(K, 20, seed=seed + 1), dim=-1)
+    return z, rand(2, grid[0] * grid[1], grid[0] * grid[1], seed=seed + 2).softmax(dim=-1), text
+
+
+@pytest.mark.parametrize("background", [[], [0], [1, 2], [0, 1, 2, 3, 4]], ids=str)
+def test_fused_scores(background):
+    """Names of a background only take part in the softmax; without others, there is nothing to find."""
+    z, B, text = random_scores(5, 0)
+    rule = METHODS["cliper"].protocol.on("voc21").load_rule()
+    mask = torch.tensor([c in background for c in range(5)])
+    known = rule.knows(text, None, mask)
+    got = rule.window((z, B), None, text, known)
+    assert not got[:, mask].any() and (got[:, ~mask] > 0).all()
+    if not mask.all():
+        want = [rules.fused(*(u.numpy() for u in (*each, text, mask)), 100, 0.1) for each in zip(z, B, strict=True)]
+        assert relative_error(got, torch.from_numpy(np.stack(want))) < 1e-12
+
+
+@pytest.mark.parametrize("size", [(41, 33), (5, 6), (3, 4), (1, 1)], ids=str)
+@pytest.mark.parametrize("stretched", [False, True])
+def test_fused_labels(stretched, size, monkeypatch):
+    """The extrema of a few maps at a time, some of them out of reach."""
+    monkeypatch.setattr("rfclip.methods.cliper.BAND", 3 * size[0] * size[1])
+    class_of_name, kinds = torch.tensor([0, 0, 1, 2, 3, 3]), set()
+    weight = torch.linspace(0.2, 1, 6, dtype=torch.float64)[:, None, None]
+    for seed in range(4):
+        scores = 0.25 + 0.7 * weight * rand(6, 5, 6, seed=seed)
+        scores[1] = 0.8  # a constant map, which is not stretched
+        for score, least, threshold in ((0.5, 0.6, None), (0, 0.4, None), (0, 0.4, 0.9)):
+            deciding = score, threshold or least, stretched
+            want = rules.labels_by_score(scores.numpy(), size, class_of_name.numpy(), *deciding)
+            kinds |= set(np.unique(want))
+            for backend in ("eager", "reference"):
+                ops = operations(backend, dtype=torch.float64)
+                rule = Fused(100, 0.1, score, least, stretched)
+                got = rule.labels(ops, scores, size, 1.0, class_of_name, threshold)
+                np.testing.assert_array_equal(got.numpy(), want)
+    assert len(kinds) > 2 or size == (1, 1)
+
+
+def test_a_name_that_just_reaches_the_score_is_out():
+    ops, maps = operations("reference", dtype=torch.float64), torch.tensor([0.3, 0.3 + 1e-9], dtype=torch.float64)
+    rule, maps = Fused(100, 0.2, 0.3, 0.1), maps[:, None, None]
+    assert rule.labels(ops, maps[:1], (1, 2), 1.0, torch.tensor([0]), None).tolist() == [[-1, -1]]
+    assert rule.labels(ops, maps, (1, 2), 1.0, torch.arange(2), None).tolist() == [[1, 1]]
+
+
+def test_what_blocks_gather():
+    """The embeddings of all blocks and the map, on any grid; one where all queries attend alike has no NaN."""
+    model = small_clip(layers=5, planted=False)
+    method = on_tower("cliper", model)
+    for images in (pictures(count=2, height=32, width=40), torch.zeros(1, 3, 8, 8, dtype=torch.float64)):
+        z, B = method.fused(method.tower.patches(images))
+        for image, got, attention in zip(images, z, B, strict=True):
+            rounds = cliper_rounds(Plain(model, image))
+            for of_block, (want, _) in zip(got, rounds, strict=True):
+                want = model.visual.ln_post(torch.from_numpy(want[1:])) @ model.visual.proj
+                assert relative_error(of_block.flatten(1).T, want) < 1e-11
+            assert relative_error(attention, torch.from_numpy(rounds[-1][1].mean(axis=0)[1:, 1:])) < 1e-11
+
+
+def test_maps_without_anything_left():
+    """As of a tower whose blocks attend evenly: every token attends to itself."""
+    A = list(_balanced(torch.full((1, 2, 4, 4), 0.25), 3))
+    assert all(each.equal(torch.eye(4).expand(1, 2, 4, 4)) for each in A)
+
+
+@pytest.mark.parametrize("dataset", ["voc21", "context59"])
+def test_cliper_on_whole_pictures(dataset, segmenter):
+    """Both sides are whole patches; labels by the rule, probabilities by the softmax of scores."""
+    model, picture = model_with_statistics(layers=5), photograph(61, 83)
+    made, text, names = segmenter("cliper", dataset, model)
+    x = made.windows.picture(picture, made.tower).double()
+    assert x.shape == (3, 48, 64)
+    rounds = cliper_rounds(Plain(model, x))
+    z = [model.visual.ln_post(torch.from_numpy(u[1:])) @ model.visual.proj for u, _ in rounds]
+    z, B = [u.T.reshape(-1, 6, 8).numpy() for u in z], rounds[-1][1].mean(axis=0)[1:, 1:]
+    names[0], (scale, cut, *deciding) = ("background",), METHODS["cliper"].protocol.on(dataset).options.values()
+    scores = rules.fused(z, B, text.numpy(), np.arange(5) == 0, scale, cut)
+    want = rules.labels_by_score(scores, (61, 83), np.arange(5), *deciding)
+    found = made.segment(picture, names, probabilities=True)
+    np.testing.assert_allclose(
+        found.probabilities, rules.class_probabilities(scores, np.arange(5), (61, 83), 1), atol=1e-3
+    )
+    assert len(np.unique(want)) > 2 and (want < 0).any()
+    assert agreeing(np.where(want < 0, 0, want), found.labels) > 0.99
+
+
+@pytest.mark.parametrize(
+    "size, want",
+    [((100, 100), (48, 48)), ((61, 83), (48, 64)), ((75, 51), (72, 48)), ((90, 100), (48, 56)), ((1, 7), (48, 336))],
+    ids=str,
+)
+def test_whole_patches(size, want, segmenter):
+    """Halves are rounded up."""
+    model = model_with_statistics()
+    made, *_ = segmenter("cliper", "voc20", model)
+    assert made.windows.resized(*size) == want
+    assert replace(made.windows, long_side=40).resized(30, 70) == (16, 40)
+    assert replace(made.windows, window=32, stride=16, short_side=36).resized(10, 30) == (40, 112)
+
+
+def test_another_method_has_no_such_maps():
+    with pytest.raises(ValueError, match="the protocol of cliper needs what only that method computes, and .* 'kk'"):
+        rfclip.Segmenter(small_clip(), method="kk", protocol=METHODS["cliper"].protocol, tokenizer=list)
 
 
 # From pictures to labels
@@ -436,11 +578,28 @@ def test_naclip_on_whole_pictures(segmenter):
     x = normalized(model, as_mmcv(picture, 48, 293))[None]
     whole = x[:, :, : x.shape[2] // 8 * 8, : x.shape[3] // 8 * 8]
     logits = resize_planes(logits_of(formula("naclip", model, whole), text), 61, 83)
-    check(made, picture, names, logits, pamr=False)
+    check(made, picture, names, logits, post="none")
     image = torch.from_numpy(resize_planes(x[0].numpy(), 61, 83))[None]
     refined = rfclip.reference.pamr(image, torch.from_numpy(logits)[None], iterations=10, dilations=[8, 16])[0]
     check(made, picture, names, refined.numpy())
     assert np.abs(refined.numpy() - logits).max() > 0.01
+
+
+@pytest.mark.parametrize("size", [(61, 83), (200, 90), (1, 30)], ids=str)
+def test_pearl_on_whole_pictures(size, segmenter):
+    """Propagated at the size of the picture as given, along the edges of the resized one."""
+    model, picture = model_with_statistics(), photograph(*size)
+    made, text, names = segmenter("pearl", "voc21", model)
+    x = normalized(model, as_mmcv(picture, 48, 293))
+    logits = in_whole(x, lambda images: formula("pearl", model, images), text)
+    check(made, picture, names, logits, post="none")
+    check(made, picture, names, propagated(logits, x.numpy(), text.double().numpy(), size))
+
+
+def in_whole(x, features_of, text):
+    """Logits [K, h, w] of a normalized picture that is seen as a whole, without what is beyond its whole patches."""
+    part = x[None, :, : x.shape[1] // 8 * 8, : x.shape[2] // 8 * 8]
+    return resize_planes(logits_of(features_of(part), text), *x.shape[1:])
 
 
 def test_maskclip_on_whole_pictures(segmenter):
@@ -530,3 +689,44 @@ def test_a_protocol_of_another_method():
     with rfclip.Segmenter(model, method="kk", protocol=protocol, tokenizer=list) as made:
         made.text_embeddings = lambda names: F.normalize(randn(len(names), 20, seed=5), dim=-1).float()
         assert made.segment(photograph(20, 20), [("a",), ("b",)]).labels.shape == (20, 20)
+
+
+# What a rule may ask for
+
+
+class Seeing(Rule):
+    """Takes the windows' pictures instead of patch embeddings, and refuses a method."""
+
+    sees_images = True
+
+    def check(self, method):
+        if method.name == "kk":
+            raise ValueError("not with kk")
+
+    def look(self, method, patches, images):
+        return patches, images
+
+    def window(self, patches, image, text, known):
+        seen, images = patches
+        assert len(seen) == len(images) and images.shape[2:] == (32, 32) and seen.shape[2:] == (4, 4)
+        return F.avg_pool2d(images, 8)[:, : len(text)]
+
+
+def test_a_rule_that_looks_for_itself(monkeypatch):
+    monkeypatch.setattr(Protocol, "load_rule", lambda protocol: Seeing())
+    model, picture = small_clip(planted=False), photograph(48, 64)
+    with rfclip.Segmenter(model, method="clip", short_side=48, window=32, stride=16, tokenizer=list, batch=2) as made:
+        made.text_embeddings = lambda names: F.normalize(randn(len(names), 20, seed=5), dim=-1).float()
+        found = made.segment(picture, [("a",), ("b",)], probabilities=True)
+        x = made.windows.picture(picture, made.tower)
+    total, count = np.zeros((2, 48, 64)), np.zeros((48, 64))
+    for top, bottom in windows(48, 32, 16):
+        for left, right in windows(64, 32, 16):
+            means = F.avg_pool2d(x[:2, top:bottom, left:right], 8)
+            total[:, top:bottom, left:right] += resize_planes(means.double().numpy(), 32, 32)
+            count[top:bottom, left:right] += 1
+    probabilities = rules.class_probabilities(total / count, np.arange(2), (48, 64), 40)
+    np.testing.assert_allclose(found.probabilities, probabilities, atol=1e-4)
+    with pytest.raises(ValueError, match="not with kk"):
+        rfclip.Segmenter(model, method="kk", tokenizer=list)
+    assert "forward" not in vars(model.visual)

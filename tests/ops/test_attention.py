@@ -208,7 +208,7 @@ def test_self_attention(impl, grid, dtype, biased):
     (gh, gw), T = grid, math.prod(grid) + 1
     u, _, v = qkv(2, 2, T, 6, dtype)
     if not biased:
-        assert_matches(impl.self_attention(u, v), brute_plain(u, u, v), dtype)
+        assert_matches(impl.self_attention(u, u, v), brute_plain(u, u, v), dtype)
         return
     bias = randn(2 * gh - 1, 2 * gw - 1, seed=8, dtype=score_dtype(dtype))
     weights = brute_weights(u, u).log()
@@ -217,7 +217,27 @@ def test_self_attention(impl, grid, dtype, biased):
         weights[..., i, j] += bias[down + gh - 1, right + gw - 1]
     want = brute_apply(weights.softmax(dim=-1), v)
     assert T == 2 or differs(want, brute_plain(u, u, v))
-    assert_matches(impl.self_attention(u, v, bias), want, dtype)
+    assert_matches(impl.self_attention(u, u, v, bias), want, dtype)
+
+
+@dtypes()
+@pytest.mark.parametrize("inplace", [False, True], ids=["new", "in place"])
+def test_self_attention_is_added(impl, dtype, inplace):
+    q, k, v = qkv(3, 2, 8, 6, dtype)
+    bias, scale = randn(3, 7, 7, seed=8, dtype=dtype), torch.tensor([0.2, 0.0, -1.5], dtype=score_dtype(dtype))
+    out = randn(3, 2, 8, 6, seed=9, dtype=dtype)
+    logits = torch.einsum("bhid,bhjd->bhij", q.double(), k.double()) * scale.double()[:, None, None, None]
+    for b, i, j in product(range(3), range(7), range(7)):
+        logits[b, :, 1 + i, 1 + j] += bias[b, i, j].double()
+    gathered = logits.softmax(dim=-1) @ v.double()
+    before = out.clone()
+    want = before.double() - 0.7 * gathered
+    got = impl.self_attention(q, k, v, bias, scale=scale, factor=-0.7, out=out, inplace=inplace)
+    assert_matches(got, want.to(score_dtype(dtype)), dtype)
+    assert (got is out) is inplace
+    assert inplace or torch.equal(out, before)
+    got = impl.self_attention(q, k, v, bias, scale=scale, factor=-0.7)
+    assert_matches(got, (-0.7 * gathered).to(score_dtype(dtype)), dtype)
 
 
 # Sums over similar patches --------------------------------------------------------------------------------------------
@@ -233,6 +253,23 @@ def test_cosine_aggregation(impl, dtype, N, d, e, cut):
     want = brute_aggregated(cosines, x, cut)
     assert N == 1 or differs(want, brute_aggregated(cosines, x, -1.5)) and differs(want, x)
     assert_matches(impl.cosine_aggregation(guide, x, cut), want, dtype)
+
+
+@dtypes()
+@pytest.mark.parametrize("N, d, e", [(1, 3, 2), (9, 4, 7), (20, 3, 5)])
+def test_cosine_aggregation_with_a_gain(impl, dtype, N, d, e):
+    guide, x = randn(2, N, d, seed=4, dtype=dtype), randn(2, N, e, seed=5, dtype=dtype)
+    guide[1, 0] = 0  # whose cosines are 0, also that with itself, which counts all the same
+    cosines, cuts = brute_cosines(guide), [0.2, 1.5]
+    want = torch.zeros(2, N, e, dtype=torch.float64)
+    for b, i in product(range(2), range(N)):
+        kept = [j for j in range(N) if cosines[b, i, j] >= cuts[b] or j == i]
+        shares = torch.stack([cosines[b, i, j] for j in kept]).mul(3).exp()
+        want[b, i] = sum(share * x[b, j].double() for share, j in zip(shares, kept, strict=True)) / shares.sum()
+    got = impl.cosine_aggregation(guide, x, torch.tensor(cuts, dtype=score_dtype(dtype)), gain=3)
+    assert_matches(got, want.to(score_dtype(dtype)), dtype)
+    assert_matches(got[1], x[1].to(score_dtype(dtype)), dtype)  # no other patch counts
+    assert_matches(impl.cosine_aggregation(guide[:1], x[:1], 0.2, gain=3), want[:1].to(score_dtype(dtype)), dtype)
 
 
 @dtypes()

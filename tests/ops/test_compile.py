@@ -178,7 +178,7 @@ def test_the_released_code(tower):
         "rfclip_kernels.distraction_scores",
         "rfclip_kernels.blend_embeddings_",
         "rfclip_kernels.layer_norm",
-        "rfclip_kernels.self_attention",
+        "rfclip_kernels.self_attention_",
     }
     expected |= GATHERED
     config = rfclip.RefocusConfig(distraction_dims=DIMS)

@@ -66,7 +66,7 @@ def test_a_target_with_cls(path):
 def test_attention_of_keys(size):
     q, k, v = packed(size)
     check(eager.received_attention(q, k), reference.received_attention(q.double(), k.double()))
-    check(eager.self_attention(k, v), reference.self_attention(k.double(), v.double()))
+    check(eager.self_attention(q, k, v), reference.self_attention(*(t.double() for t in (q, k, v))))
     first, second = reference.key_similarity(q.double()), None
     second = reference.key_similarity(k.double(), first, 1)
     got = eager.key_similarity(q)

@@ -45,7 +45,8 @@ def of_images(inputs, images):
     """The inputs of some images of a batch."""
     layers = {"keys", "normalizers"} if "keys" in inputs else set()
     parts = {name: t[:, images] if name in layers else t[images] for name, t in tensors(inputs).items()}
-    return inputs | parts | {name: inputs[name] for name in parts if name in ("weight", "bias")}
+    shared = [name for name, t in parts.items() if name == "weight" or name == "bias" and t.dim() < 3]
+    return inputs | parts | {name: inputs[name] for name in shared}
 
 
 @every_example
@@ -174,7 +175,7 @@ def test_prefix(impl, prefix):
     for i in range(N):
         for j in range(N):
             logits[..., prefix + i, prefix + j] += bias[i // 3 - j // 3 + 1, i % 3 - j % 3 + 2]
-    got = impl.self_attention(q, v, bias, prefix=prefix)
+    got = impl.self_attention(q, q, v, bias, prefix=prefix)
     torch.testing.assert_close(got, brute_apply(logits.softmax(dim=-1), v))
 
 

@@ -141,6 +141,31 @@ def itaclip(p):
     return x + p.out(p.L, A @ p.qkv(p.L, x)[2])
 
 
+def cliper_rounds(p):
+    """z_l [T, d] and A_l [H, T, T] after each round."""
+    S = 0
+    for n in range(1, p.L):
+        q, k, _ = p.qkv(n, p.F[n - 1])
+        S = S + softmax(q @ k.transpose(0, 2, 1) / q.shape[-1] ** 0.5)
+    rounds = []
+    for n in range(1, p.L + 1):
+        S = S / S.sum(axis=1, keepdims=True)
+        S = S / S.sum(axis=2, keepdims=True)
+        A = (S + S.transpose(0, 2, 1)) / 2
+        A = np.maximum(A - A.mean(axis=1, keepdims=True), 0)
+        for head in A:
+            for i, row in enumerate(head):
+                row[i] += not row.any()
+        A = A / A.sum(axis=2, keepdims=True)
+        u = p.F[p.L - 1] if n == p.L else p.ln_1(n, p.F[n - 1])
+        rounds.append((p.out(p.L, A @ p.qkv(p.L, u)[2]), A))
+    return rounds
+
+
+def cliper(p):
+    return cliper_rounds(p)[-1][0]
+
+
 def clip_surgery(p):
     z = p.F[p.L - 6]
     for n in range(p.L - 5, p.L + 1):
@@ -169,6 +194,20 @@ def around(p, i):
     return [a * p.grid[1] + b for a, b in near if 0 <= a < p.grid[0] and 0 <= b < p.grid[1]]
 
 
+def mend(p, x, outliers):
+    out = x.copy()
+    for i in np.flatnonzero(outliers):
+        good = [j for j in around(p, i) if not outliers[j]]
+        if good:
+            out[i] = x[good].mean(axis=0)
+    return out
+
+
+def norm4(W):
+    W = np.where(W < 0.4, 0, W)
+    return W / (W.sum(axis=1, keepdims=True) + 1e-6)
+
+
 def sc_clip(p):
     x = p.F[p.L - 1][1:]
     N = len(x)
@@ -180,31 +219,42 @@ def sc_clip(p):
         lof = np.array([np.mean(d[i] / d[near]) for i, near in enumerate(others)])
         outliers = lof > np.quantile(lof, 0.95)
 
-    def M(x):
-        out = x.copy()
-        for i in np.flatnonzero(outliers):
-            good = [j for j in around(p, i) if not outliers[j]]
-            if good:
-                out[i] = x[good].mean(axis=0)
-        return out
-
-    def norm4(W):
-        W = np.where(W < 0.4, 0, W)
-        return W / (W.sum(axis=1, keepdims=True) + 1e-6)
-
     def guided(x, cls):
         q, k, v = p.qkv(p.L, x)
         return p.out(p.L, (P + SS(k)) / 2 @ v) + 0.3 * cls
 
-    R = unit(M(p.F[9][1:]))
+    R = unit(mend(p, p.F[9][1:], outliers))
     W1 = R @ R.T
     P = W1 - W1.mean()
     P = softmax(np.where(P < 0, -np.inf, 3 * P))
     W2 = norm4(unit(p.F[4][1:]) @ unit(p.F[4][1:]).T)
-    X = W2 @ guided(norm4(W1) @ M(x), p.F[p.L - 1][0])
+    X = W2 @ guided(norm4(W1) @ mend(p, x, outliers), p.F[p.L - 1][0])
     Y = sum(p.F[4:11])
     z = X + W2 @ guided(Y[1:], Y[0])
     return np.concatenate([p.F[p.L][:1], z])
+
+
+def sfp_outliers(p):
+    q, k, _ = p.qkv(p.L - 1, p.F[p.L - 2])
+    A = softmax(q @ k.transpose(0, 2, 1) / q.shape[-1] ** 0.5).mean(axis=0)
+    chosen = [j for j in range(1, len(A)) if 1.5 * A[0, j] > A[j, j]]
+    chosen = sorted(chosen, key=lambda j: -A[0, j])[:10]
+    return np.isin(np.arange(1, len(A)), chosen)
+
+
+def sfp(p):
+    outliers = sfp_outliers(p)
+    R = unit(mend(p, p.F[9][1:], outliers))
+    W1 = R @ R.T
+    W1[W1 < 0.4] = 0
+    P = softmax(np.where(W1.mean() > W1, -np.inf, 3 * (W1 - W1.mean())))
+    W2 = norm4(unit(p.F[4][1:]) @ unit(p.F[4][1:]).T)
+    x = p.F[p.L - 1]
+    q, k, v = p.qkv(p.L, norm4(W1) @ mend(p, x[1:], outliers))
+    X = W2 @ (p.out(p.L, (SS(q) + SS(k) + P) @ v / 3) + 0.3 * x[0])
+    y = sum(p.F[4:11])
+    Y = W2 @ (p.out(p.L, P @ p.qkv(p.L, y[1:])[2]) + 0.3 * y[0])
+    return np.concatenate([p.F[p.L][:1], X + Y])
 
 
 def kk(p):
@@ -290,8 +340,10 @@ FORMULAS = {
     "gem": gem,
     "clip-surgery": clip_surgery,
     "cliptrase": cliptrase,
+    "cliper": cliper,
     "sc-clip": sc_clip,
     "registers": registers,
+    "sfp": sfp,
     "kk": kk,
     "kk-mean": kk_mean,
     "released": released,

@@ -139,7 +139,10 @@ def brute_cosines(guide):
         length = [math.sqrt(math.fsum(value * value for value in token)) for token in g]
         products = [[math.fsum(x * y for x, y in zip(a, b, strict=True)) for b in g] for a in g]
         images.append(
-            [[p / (m * n) for p, n in zip(row, length, strict=True)] for row, m in zip(products, length, strict=True)]
+            [
+                [p / (m * n or 1) for p, n in zip(row, length, strict=True)]
+                for row, m in zip(products, length, strict=True)
+            ]
         )
     return float64(images)
 

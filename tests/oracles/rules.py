@@ -105,3 +105,41 @@ def labels_by_region(E, grid, labels):
         if len(values):
             voted[region == number] = values[counts.argmax()]
     return voted
+
+
+def fused(z, B, text, background, scale, cut):
+    """CLIPer's scores [K, gh, gw] of the embeddings [C, gh, gw] of all blocks and a map [N, N]."""
+    K, grid = len(text), z[0].shape[1:]
+    mean = np.mean([text[c] for c in range(K) if not background[c]], axis=0)
+    names = np.stack([*text, mean / np.linalg.norm(mean)])
+    total = np.zeros((K, grid[0] * grid[1]))
+    for n, x in enumerate(z, 1):
+        p = softmax(scale * unit(x.reshape(len(x), -1).T) @ names.T)[:, :K].T
+        p[background] = 0
+        if n == len(z):
+            for c in range(K):
+                p[c, p[c] < cut * p[c].max()] = 0
+        total += p / len(z)
+    for c in range(K):
+        for j in range(len(B)):
+            total[c, j] += sum(p[c, i] * B[i, j] for i in range(len(B)))
+    return total.reshape(K, *grid)
+
+
+def labels_by_score(scores, size, class_of_name, score, least, minimum_to_zero):
+    """CLIPer's labels [H, W], -1 for none."""
+    maps = resize_planes(scores, *size)
+    for plane, patches in zip(maps, scores, strict=True):
+        if patches.max() <= score:
+            plane[:] = -np.inf
+        elif minimum_to_zero and np.ptp(plane):
+            plane[:] = patches.max() * stretched(plane)
+        else:
+            plane *= patches.max() / plane.max()
+    labels = np.full(size, -1)
+    for row in range(size[0]):
+        for column in range(size[1]):
+            best = maps[:, row, column].max()
+            if best >= least:
+                labels[row, column] = min(class_of_name[maps[:, row, column] == best])
+    return labels

@@ -26,7 +26,7 @@ def test_an_ablation_on_data_from_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make(Path("data"), "voc21")
     Path("config.json").write_text(RefocusConfig(distraction_dims=(3,)).to_json())
-    result = run("ablate", "6", "voc21", "--model", TINY, "--root", "data", "--config", "config.json", "--pamr")
+    result = run("ablate", "6", "voc21", "--model", TINY, "--root", "data", "--config", "config.json", "--post", "pamr")
     assert result.exit_code == 0, result.output
     folder = Path("rfclip-runs/voc21-ablation-6")
     assert [line.split("|")[1].strip() for line in (folder / "ablation.md").read_text().splitlines()[4:]] == [
@@ -36,7 +36,7 @@ def test_an_ablation_on_data_from_disk(tmp_path, monkeypatch):
     ]
     settings = [json.loads((folder / f"variant-{n}/run.json").read_text()) for n in (1, 2, 3)]
     assert [each["config"]["target"] for each in settings] == ["non-distraction", "cls", "defocused"]
-    assert all(each["pamr"] for each in settings)
+    assert all(each["post"] == "pamr" for each in settings)
 
 
 def test_variants():

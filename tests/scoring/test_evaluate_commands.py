@@ -77,14 +77,14 @@ def test_evaluate(folder, injected):
 
 def test_scenes_take_what_every_dataset_takes(folder):
     given = ("evaluate", "scenes", "--count", 3, "--method", "kk", "--out", "out")
-    result = run(*given, "--limit", 1, "--pamr")
+    result = run(*given, "--limit", 1, "--post", "pamr")
     assert result.exit_code == 0, result.output
     assert json.loads(Path("out/result.json").read_text())["images"] == 1
     assert "scored earlier" not in result.stderr
-    resumed = run(*given, "--pamr")
+    resumed = run(*given, "--post", "pamr")
     assert resumed.exit_code == 0, resumed.output
     assert "out: 2 of 6 pictures were scored earlier" in resumed.stderr
-    refused(run(*given), "pamr was True, is False", "--overwrite")
+    refused(run(*given), "post was 'pamr', is 'none'", "--overwrite")
 
 
 @pytest.mark.parametrize(

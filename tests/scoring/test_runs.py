@@ -26,12 +26,24 @@ def pairs(root, name="ade20k"):
 def test_background_is_what_no_class_is_sure_of(tmp_path):
     nothing = np.full(SIZE, 255, np.uint8)
     found = SimpleNamespace(
-        segment_by=lambda rgb, lists, threshold, pamr: [
+        segment_by=lambda rgb, lists, threshold, post: [
             Segmentation(rgb, nothing, ("a",) * len(named)) for named in lists
         ]
     )
     predicted = ReadingScorer(find_dataset("voc21").open(root=tmp_path), found).predict(Image.new("RGB", SIZE[::-1]))
     assert (predicted.labels == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:rfclip-tiny")
+def test_a_rule_knows_the_background_of_a_dataset(tmp_path, monkeypatch):
+    """Whatever its names are; on a dataset without one, no name is of it."""
+    for name, names in (("voc21", 26), ("context60", 1), ("voc20", 0)):
+        asked = []
+        with Scorer(Job(method="cliper"), find_dataset(name).open(root=tmp_path)) as scorer:
+            known = lambda text, embed, background: asked.append(background) or ~background  # noqa: E731, B023
+            monkeypatch.setattr(scorer.segmenter._rule, "knows", known)
+            scorer.predict(Image.new("RGB", SIZE[::-1]))
+        assert asked[0][:names].all() and not asked[0][names:].any()
 
 
 def test_an_interrupted_run_resumes(tmp_path):
@@ -55,18 +67,18 @@ def test_an_interrupted_run_resumes(tmp_path):
 
 def test_a_run_of_other_settings_is_refused(tmp_path):
     root = make(tmp_path / "data", "ade20k")
-    score(root, "ade20k", tmp_path / "run", pamr=False)
-    with pytest.raises(ValueError, match="pamr was False, is True.*--overwrite"):
-        score(root, "ade20k", tmp_path / "run", pamr=True)
+    score(root, "ade20k", tmp_path / "run", post="none")
+    with pytest.raises(ValueError, match="post was 'none', is 'pamr'.*--overwrite"):
+        score(root, "ade20k", tmp_path / "run", post="pamr")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").touch()
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="is not empty and holds no run: choose another folder"):
             open_run(root, "ade20k", tmp_path / "other", overwrite).__enter__()
-    with open_run(root, "ade20k", tmp_path / "run", True, pamr=True) as run:
+    with open_run(root, "ade20k", tmp_path / "run", True, post="pamr") as run:
         assert [path.name for path in run.folder.iterdir() if path.name != ".lock"] == ["run.json"]
         with pytest.raises(ValueError, match="another process is working in .*run"):
-            open_run(root, "ade20k", tmp_path / "run", pamr=True).__enter__()
+            open_run(root, "ade20k", tmp_path / "run", post="pamr").__enter__()
 
 
 def test_a_killed_run_resumes(tmp_path):

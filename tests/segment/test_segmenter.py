@@ -137,6 +137,15 @@ def test_threshold(segmenter, picture):
         segmenter(picture, NAMES, threshold=1.5)
 
 
+def test_post_of_another_name(segmenter, picture):
+    """Refused before anything is segmented."""
+    for act in (segmenter, segmenter.stream):
+        with pytest.raises(ValueError, match="post='smooth': expected one of none, pamr.*or None"):
+            act(picture, NAMES, post="smooth")
+    with pytest.raises(ValueError, match="post=True: expected one of none"):
+        Protocol(post=True)
+
+
 def test_threshold_with_a_background_class(segmenter, picture):
     named = [*NAMES, ["background", "wall"]]
     plain = segmenter(picture, named, probabilities=True)

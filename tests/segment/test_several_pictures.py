@@ -26,7 +26,9 @@ def model():
     return rfclip.load_model()
 
 
-@pytest.mark.parametrize("method", ["rf-clip", "released", "maskclip", "naclip", "clip-surgery", "cliptrase", "gem"])
+@pytest.mark.parametrize(
+    "method", ["rf-clip", "released", "maskclip", "naclip", "pearl", "clip-surgery", "cliptrase", "gem"]
+)
 def test_equal_to_one_at_a_time(model, pictures, method):
     """By methods that see windows, whole pictures, squares and crops, and by rules that ask for image embeddings."""
     with rfclip.Segmenter(model, method=method, **QUICK) as segmenter:

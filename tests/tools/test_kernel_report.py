@@ -51,7 +51,7 @@ calls = {
     )
     for n in (0, 4, 36)
 }
-calls["self_attention"] = lambda: rfclip_kernels.self_attention(x[0], x[1])
+calls["self_attention"] = lambda: rfclip_kernels.self_attention(x[0], x[0], x[1])
 calls["proxy_attention"] = lambda: rfclip_kernels.proxy_attention(x, x[0])
 calls["key_similarity, first block"] = lambda: rfclip_kernels.key_similarity(x[0])
 calls["received_attention"] = lambda: rfclip_kernels.received_attention(x[0], x[1])

@@ -21,9 +21,10 @@ from typer.testing import CliRunner
 
 import rfclip
 from rfclip.app.cli import app
-from rfclip.config import PRESETS, RefocusConfig
+from rfclip.config import RefocusConfig
 from rfclip.datasets.scenes import Scenes
 from rfclip.methods import METHODS
+from rfclip.presets import PRESETS
 from rfclip.scoring.run import Scorer
 from rfclip.segment.job import Job
 from rfclip.simulated_distraction import inject_distraction

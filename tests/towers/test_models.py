@@ -1,30 +1,37 @@
-"""Models by name: loading them, and every model that open_clip lists, of which those that can be refocused are."""
+"""Models by name: loading them, and every model that open_clip lists, refocused, read or refused as its use says."""
 
 import json
 import re
 import shutil
+from collections import Counter
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
-from open_clip.model import _build_vision_tower
+import transformers
+from open_clip.model import CustomTextCLIP, _build_vision_tower
 from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file, save_file, save_model
+from small_towers import small_resnet, small_timm
 from torch import nn
 
 import rfclip
 from rfclip import RefocusConfig, Segmenter
-from rfclip.towers import read_tower
+from rfclip.methods import METHODS
+from rfclip.towers import read_tower, use_of
 from rfclip.towers.loading import find_model, load_model, tiny_folder
-from rfclip.towers.open_clip import can_refocus
+from rfclip.towers.open_clip import OpenCLIPTower
 
 NAMES = open_clip.list_models()
+REFOCUSED = [name for name in NAMES if use_of(name)[0] == "refocus"]
 ALONE = {}  # one name for each kind of tower, whatever its depth and the size of its pictures
-for _name in filter(can_refocus, NAMES):
+for _name in REFOCUSED:
     _vision = open_clip.get_model_config(_name)["vision_cfg"]
     ALONE.setdefault(str({**_vision, "layers": 1, "image_size": 0}), _name)
 
@@ -38,19 +45,24 @@ def image_tower(name, **changes):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_list_tells_what_can_be_refocused(name):
+def test_the_use_of_a_name_is_that_of_its_tower(name):
     if "timm_model_name" in open_clip.get_model_config(name)["vision_cfg"] and Version(version("timm")) < Version(
         "1.0.23"
     ):
         pytest.skip("timm before 1.0.23 cannot make its towers without memory")
     with torch.device("meta"):
         model = image_tower(name)
-    if can_refocus(name):
-        assert len(read_tower(model).blocks) == open_clip.get_model_config(name)["vision_cfg"]["layers"]
-    else:
-        kinds = "TimmModel|ModifiedResNet|pools its tokens by attention"
-        with pytest.raises(ValueError, match=kinds):
+    use, reason = use_of(name)
+    if use == "neither":
+        assert reason
+        with pytest.raises(ValueError, match="TimmModel around timm's .*, which cannot be read"):
             read_tower(model)
+        return
+    tower = read_tower(model)
+    assert tower.reason == reason and (use == "refocus") == (not reason)
+    assert [side // patch for side, patch in zip(tower.image_size, tower.patch_size, strict=True)] == [*tower.grid_size]
+    if use == "refocus":
+        assert len(tower.blocks) == open_clip.get_model_config(name)["vision_cfg"]["layers"]
 
 
 @pytest.mark.parametrize("source", ["openai", "laion2b", "laion400m", "datacomp", "dfn", "metaclip"])
@@ -58,7 +70,7 @@ def test_the_checkpoints_of_standard_towers(source):
     """Every checkpoint of these sources for a plain ViT belongs to a tower that can be refocused."""
     found = [name for name, tag in open_clip.list_pretrained() if tag.startswith(source) and name.startswith("ViT-")]
     assert found
-    assert [name for name in found if not can_refocus(name)] == []
+    assert [name for name in found if name not in REFOCUSED] == []
 
 
 @pytest.mark.parametrize("name", ALONE.values())
@@ -83,6 +95,48 @@ def test_it_is_calibrated_and_refocused(name):
             assert rfclip.dense_features(model, images).isfinite().all()
             assert not torch.equal(model.visual(images), plain)
         assert torch.equal(model.visual(images), plain)
+
+
+FAMILY = {  # in docs/models.md, by name
+    "SigLIP and SigLIP 2": "SigLIP|siglip",
+    "ViTamin": "^ViTamin",
+    "ResNets": "^RN",
+    "EVA": "^EVA",
+    "PE-Core": "^PE-Core",
+    "MobileCLIP's ViTs": "^MobileCLIP2?-[BL]",
+    "CoCa": "^coca",
+    "a ViT of timm's": "^vit_medium",
+    "ConvNeXt": "^convnext",
+    "MobileCLIP's FastViTs": "^MobileCLIP2?-S",
+    "a Swin transformer": "^swin",
+    "a ViT with biases of relative positions": "^vit_relpos",
+}
+
+
+def test_the_counts_that_the_page_gives():
+    """Of open_clip 3.3; other releases list some more or fewer."""
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
+    rows = re.findall(r"^\| (refocus|readout|neither) \| (\d+) \| (.*) \|$", page, re.MULTILINE)
+    counts = Counter(use_of(name)[0] for name in NAMES)
+    assert counts["refocus"] + counts["readout"] >= 120
+    if not version("open_clip_torch").startswith("3.3."):
+        return
+    assert {use: int(number) for use, number, _ in rows} == counts and f"lists {len(NAMES)} models" in page
+    named = [(use, *found) for use, _, which in rows for found in re.findall(r"([^(,][^(]*?) \((\d+)\)", which)]
+    assert {family.strip(", ") for _, family, _ in named} == set(FAMILY)
+    for use, family, number in named:
+        of_family = [name for name in NAMES if re.search(FAMILY[family.strip(", ")], name) and use_of(name)[0] == use]
+        assert len(of_family) == int(number), family
+    assert sum(int(number) for *_, number in named) == counts["readout"] + counts["neither"]
+
+
+def test_the_messages_that_the_page_shows():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
+    siglip, resnet = (read_tower(model) for model in (small_timm("siglip", depth=11), small_resnet()))
+    for name, tower in (("rf-clip", siglip), ("gem", resnet), ("sc-clip", siglip)):
+        with pytest.raises(ValueError) as error:
+            METHODS[name].check_tower(tower)
+        assert str(error.value).partition(": ")[0] in page
 
 
 # Loading by name ------------------------------------------------------------------------------------------------------
@@ -164,8 +218,8 @@ def test_models_and_weights_that_do_not_exist(tmp_path):
         rfclip.load_model("ViT-B-16", "nonsense")
     with pytest.raises(ValueError, match="needs pretrained weights: one of openai,"):
         rfclip.load_model("ViT-B-16")
-    with pytest.raises(ValueError, match="RN50 cannot be refocused; rfclip works with"):
-        rfclip.load_model("RN50", "openai")
+    with pytest.raises(ValueError, match="convnext_base cannot be read: a ConvNeXt has no .*; rfclip works with"):
+        rfclip.load_model("convnext_base", "laion400m_s13b_b51k")
     with pytest.raises(ValueError, match="no such folder"):
         rfclip.load_model(f"local-dir:{tmp_path}/nowhere")
     with pytest.raises(ValueError, match="'dfn2b' are not known.*rfclip calibrate"):
@@ -176,6 +230,53 @@ def test_models_and_weights_that_do_not_exist(tmp_path):
     torch.save({}, pickled)
     with pytest.raises(ValueError, match="must be safetensors"):
         rfclip.load_model("ViT-B-16", str(pickled))
+
+
+KINDS = {  # of the text towers of MetaCLIP 2 and CLIPA, which differ in vocabulary, pooling and what is masked
+    "metaclip-2": ({"pool_type": "eos", "eos_id": 2}, {}),
+    "clipa": ({"pool_type": "last", "no_causal_mask": True}, {"strip_sep_token": True}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_with_a_tokenizer_of_transformers(tmp_path, kind):
+    """Its texts are embedded as by hand: <s> words </s> and padding, without </s> where separators are stripped."""
+    if kind == "metaclip-2" and not hasattr(open_clip.CLIPTextCfg, "eos_id"):
+        pytest.skip("open_clip 3.0 does not have MetaCLIP 2")
+    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "dog": 4, "a": 5, "grass": 6}
+    text, options = KINDS[kind]
+    text = {"context_length": 6, "vocab_size": len(words), "width": 16, "heads": 2, "layers": 2, **text}
+    vision = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
+    torch.manual_seed(0)
+    plain = open_clip.model.CLIP(16, vision, text).eval()
+    save_model(plain, tmp_path / "open_clip_model.safetensors")
+    text |= {"hf_tokenizer_name": "elsewhere/the-one-in-the-folder", "tokenizer_kwargs": options}
+    config = {"model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    ends = [("<s>", 0), ("</s>", 2)]
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(tmp_path)
+    end = 0 if options else 2
+    tokens = torch.tensor([[0, 4, end, 1, 1, 1], [0, 5, 6, end, 1, 1]])
+    found = rfclip.text_embeddings(
+        rfclip.load_model(f"local-dir:{tmp_path}"), ["dog", "a grass"], templates=[str], cache=False
+    )
+    torch.testing.assert_close(found, F.normalize(plain.encode_text(tokens), dim=-1))
+    with pytest.raises(ValueError, match=r"knows 7 tokens, .* 49408: pass one that fits"):
+        rfclip.text_embeddings(plain, ["dog"], cache=False)
+
+
+@pytest.mark.parametrize("name, error", [("ViT-H-14-worldwide", ConnectionError), ("local-dir:a", ValueError)])
+def test_a_tokenizer_that_cannot_be_loaded(monkeypatch, name, error):
+    def fail(*given):
+        raise OSError("no such tokenizer")
+
+    monkeypatch.setattr("open_clip.get_tokenizer", fail)
+    with pytest.raises(error, match=f"the tokenizer of '{name}' could not be .*: no such tokenizer"):
+        OpenCLIPTower.tokenizer(name)
 
 
 def test_weights_that_are_not(tmp_path):
@@ -333,3 +434,83 @@ def test_openai_weights_get_quickgelu_and_their_preset(monkeypatch, tmp_path, na
     assert model.refocus_config == RefocusConfig.preset("ViT-B-16", "openai")
     with rfclip.refocus(model), torch.inference_mode():
         assert rfclip.dense_features(model, torch.zeros(1, 3, 224, 224)).shape == (1, 512, 14, 14)
+
+
+# Loading what is read only --------------------------------------------------------------------------------------------
+
+
+def test_every_checkpoint_of_a_tower_that_can_be_read_gets_to_its_download(monkeypatch):
+    def fail(config):
+        asked.append(config)
+        raise OSError("no network")
+
+    asked = []
+    monkeypatch.setattr("open_clip.factory.download_pretrained", fail)
+    listed = [(name, tag) for name, tag in open_clip.list_pretrained() if use_of(name)[0] != "neither"]
+    for name, tag in listed:
+        with pytest.raises(ConnectionError, match="could not be downloaded: no network"):
+            rfclip.load_model(name, tag)
+    assert len(asked) == len(listed) > 150
+
+
+@pytest.mark.parametrize(
+    "name, tag, size, tokens, embedding",
+    [("PE-Core-T-16-384", "meta", 384, 32, 512), ("RN50", "openai", 224, 77, 1024)],
+)
+def test_towers_that_are_read_only_are_loaded(monkeypatch, tmp_path, name, tag, size, tokens, embedding):
+    """The real loading path but for the download, which is replaced by random weights of the right shapes."""
+    torch.manual_seed(0)
+    weights = tmp_path / "open_clip_model.safetensors"
+    save_model(open_clip.create_model(name, None), weights)
+    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *arguments, **options: str(weights))
+    model = rfclip.load_model(name, tag)
+    assert model.refocus_config is None and model.tokenizer(["a cat"]).shape == (1, tokens)
+    seen = model.preprocess(Image.new("RGB", (300, 200)))
+    assert min(seen.shape[1:]) == size
+    with torch.inference_mode():
+        side = 16 if size == 384 else 32
+        found = rfclip.dense_features(model, seen[None, :, :64, :96], method="maskclip")
+        assert found.shape == (1, embedding, 64 // side, 96 // side)
+        whole = rfclip.text_embeddings(model, ["cat"], cache=False)
+        assert whole.shape == (1, embedding)
+
+
+def test_what_is_read_only_is_refused_before_a_download(monkeypatch):
+    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda config: pytest.fail("downloaded"))
+    for config in (None, RefocusConfig((3,))):
+        with pytest.raises(ValueError, match="RN50 is only read, not refocused: it has no transformer.*'maskclip'"):
+            Segmenter("RN50", "openai", config=config)
+
+
+def test_a_tokenizer_that_cannot_be_downloaded(monkeypatch):
+    def fail(name):
+        raise OSError("no such file on the hub\nat all")
+
+    monkeypatch.setattr("open_clip.get_tokenizer", fail)
+    with pytest.raises(
+        ConnectionError, match="tokenizer of 'ViT-B-16-SigLIP' could not be downloaded: no such file on"
+    ):
+        OpenCLIPTower.tokenizer("ViT-B-16-SigLIP")
+    monkeypatch.setattr("rfclip.extras.find_spec", lambda package: None)
+    with pytest.raises(ValueError, match=r"ViT-B-16-SigLIP needs transformers: pip install \"rfclip\[transformers\]"):
+        rfclip.load_model("ViT-B-16-SigLIP", "webli")
+
+
+@pytest.mark.parametrize("method", ["maskclip", "naclip"])
+def test_a_picture_is_segmented_by_a_tower_that_is_read_only(tmp_path, method):
+    """A small one of timm's from a folder, by the command's own path."""
+    vision = {"timm_model_name": "test_vit", "timm_pool": "avg", "timm_proj": "linear", "image_size": 160}
+    text = {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    config = {"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text, "custom_text": True}}
+    config["preprocess_cfg"] = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config), "utf-8")
+    torch.manual_seed(0)
+    model = CustomTextCLIP(24, vision, text)
+    save_model(model, tmp_path / "open_clip_model.safetensors")
+    name = f"local-dir:{tmp_path}"
+    with Segmenter(name, method=method, cache=False) as segmenter:
+        assert segmenter.tower.image_mean == (0.5, 0.4, 0.3)
+        found = segmenter(Image.new("RGB", (90, 70), (200, 30, 40)), ["cat", "grass"])
+        assert found.labels.shape == (70, 90)
+    with pytest.raises(ValueError, match="method 'rf-clip' needs a tower that can be refocused"):
+        Segmenter(name, config=RefocusConfig((3,)), cache=False)

@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 import transformers
+from openai_models import small_openai
 from refocusing import DEFAULT, assert_each_close, outputs, refocused
 from small_models import DIMS, pictures, small_clip, to_hugging_face
 from torch import distributed, nn
@@ -22,10 +23,11 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 class LowRank(nn.Module):
     """An adapter around a module, as libraries inject it."""
 
-    def __init__(self, base, width):
+    def __init__(self, base, width, dtype=torch.float64):
         super().__init__()
         self.base_layer = base
-        self.down, self.up = nn.Linear(width, 2, bias=False).double(), nn.Linear(2, width, bias=False).double()
+        self.down = nn.Linear(width, 2, bias=False, dtype=dtype)
+        self.up = nn.Linear(2, width, bias=False, dtype=dtype)
 
     def forward(self, x, *args, **kwargs):
         found = self.base_layer(x, *args, **kwargs)
@@ -46,13 +48,14 @@ def subclassed(model, block):
 
 
 def adapted(model, block):
-    block.attn = LowRank(block.attn, 48)
-    block.attn.in_proj_weight = block.attn.base_layer.in_proj_weight  # as an adapter that passes attributes on
-    block.attn.out_proj, block.attn.num_heads = block.attn.base_layer.out_proj, 3
+    attn = block.attn
+    block.attn = LowRank(attn, attn.embed_dim, attn.in_proj_weight.dtype)
+    block.attn.in_proj_weight = attn.in_proj_weight  # as an adapter that passes attributes on
+    block.attn.out_proj, block.attn.num_heads = attn.out_proj, attn.num_heads
 
 
 def adapted_output(model, block):
-    block.attn.out_proj = LowRank(block.attn.out_proj, 48)
+    block.attn.out_proj = LowRank(block.attn.out_proj, block.attn.embed_dim)
 
 
 def hooked(model, block):
@@ -105,10 +108,16 @@ CHANGES = {
 }
 
 
+FAMILIES = {"open_clip": (small_clip, torch.float64), "openai": (small_openai, torch.float32)}
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+@families
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_would_be_ignored_is_refused_by_name(change):
+def test_what_would_be_ignored_is_refused_by_name(change, family):
     """Each changes the plain model, so that reading the weights alone would give another model's result."""
-    model, images = small_clip(), pictures()
+    make, dtype = FAMILIES[family]
+    model, images = make(), pictures(dtype=dtype)
     plain = model.encode_image(images)
     apply, words = CHANGES[change]
     apply(model, model.visual.transformer.resblocks[1])
@@ -124,11 +133,13 @@ def test_what_would_be_ignored_is_refused_by_name(change):
             call()
 
 
+@families
 @pytest.mark.parametrize(
     "change", [change for change in CHANGES if change not in ("parametrization", "tower-subclass")]
 )
-def test_changes_after_refocusing_are_noticed(change):
-    model, images = small_clip(), pictures()
+def test_changes_after_refocusing_are_noticed(change, family):
+    make, dtype = FAMILIES[family]
+    model, images = make(), pictures(dtype=dtype)
     want = refocused(model, images)
     apply, _ = CHANGES[change]
     with rfclip.refocus(model, DEFAULT):
@@ -136,7 +147,7 @@ def test_changes_after_refocusing_are_noticed(change):
         for call in (lambda: rfclip.dense_features(model, images), lambda: model.encode_image(images)):
             with pytest.raises(RuntimeError, match=r"block 2 was changed after refocusing.*handle\.remove\(\)"):
                 call()
-    assert_each_close(refocused(small_clip(), images), want)  # the class is as it was
+    assert_each_close(refocused(make(), images), want)  # the class is as it was
 
 
 def test_deleted_blocks_and_exchanged_towers_are_noticed():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
+from datetime import date
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from rfclip.app.cli import common
-from rfclip.config import TINY
+from rfclip.config import TINY, Origin, plain_name
 from rfclip.files import write_whole
+
+NAMED = 3  # of the arguments that say which they are
 
 
 def calibrate(
@@ -17,16 +21,30 @@ def calibrate(
     model: common.Model = TINY,
     pretrained: common.Pretrained = None,
     device: common.Device = "cpu",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the settings found, in JSON.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Where to write the settings, in JSON; by default named after the checkpoint."
+        ),
+    ] = None,
     overwrite: common.Overwrite = False,
 ) -> None:
-    """Find a checkpoint's distraction dimensions from some pictures (a few dozen are enough)."""
+    """Find a checkpoint's distraction dimensions from some pictures (a few dozen are enough), for --config."""
     with common.clear_errors():
         found, failed = common.some_images(images)
         common.check_new(out, overwrite)
+        from rfclip import __version__
         from rfclip.calibration import calibrate as find_dims
         from rfclip.towers import read_tower
+        from rfclip.towers.loading import check_model, find_model
 
+        model, pretrained = find_model(model, pretrained)
+        if model != TINY:
+            check_model(model, pretrained, refocused=True)
+        tags = () if pretrained is None else (pretrained,)
+        if out is None:
+            out = Path(Origin(plain_name(model), tags).file_name())
+            common.check_new(out, overwrite)
         clip, _ = common.load(model, pretrained, device, None, [])
         unfound = len(failed)
         try:
@@ -35,8 +53,13 @@ def calibrate(
             common.print_failed(failed)
         seen = len(found) + unfound - len(failed)
         common.answer(f"{seen} images. {calibration.report()}")
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_whole({out: lambda part: part.write_text(calibration.config().to_json(), "utf-8")})
-            common.say(f"written: {out}")
+        source = f"calibrated on {seen} pictures: {', '.join(images[:NAMED])}{', ...' if len(images) > NAMED else ''}"
+        origin = Origin(plain_name(model), tags, source, date.today().isoformat(), __version__)
+        text = calibration.config().to_json(origin)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole({out: lambda part: part.write_text(text, "utf-8")})
+        common.say(f"written: {out}")
+        command = ["rfclip", "segment", str(found[0][0]), "--classes", "cat, dog, grass", "--model", model]
+        command += ["--pretrained", pretrained] if pretrained else []
+        common.say(f"to go on: {shlex.join([*command, '--config', str(out)])}")
     raise typer.Exit(1 if failed else 0)

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 
 from rfclip.app.sources import VIDEOS, result_name
-from rfclip.config import TINY, BackendName, PrecisionName, RefocusConfig, RegisterConfig
+from rfclip.config import TINY, BackendName, PostName, PrecisionName, RefocusConfig, RegisterConfig
 from rfclip.files import RESULTS, same_name
 from rfclip.methods import METHODS
 
@@ -59,9 +59,13 @@ MethodName = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
 Backend = Annotated[BackendName, typer.Option(help="See `rfclip info` for what auto chooses.")]
-Pamr = Annotated[
-    bool | None,
-    typer.Option("--pamr/--no-pamr", help="Refine along the picture's edges (PAMR). By default if the protocol does."),
+Post = Annotated[
+    PostName | None,
+    typer.Option(
+        "--post",
+        help="What happens to the logits of pixels: pamr refines them along the picture's edges, pearl shares "
+        "them among neighbours of one colour and meaning. By default what the protocol does.",
+    ),
 ]
 ProtocolName = Annotated[
     str,
@@ -328,14 +332,18 @@ def load(
     """A model, and the settings for those of the methods that have any: those given, the model's own, or a preset's."""
     from rfclip.methods import find_method
 
-    read = any(find_method(name).configured for name in methods)
+    configured = [find_method(name).configured for name in methods]
+    read = any(configured)
     if given is not None and not read:
         have = "has" if len(methods) == 1 else "have"
         raise ValueError(f"--config: {', '.join(methods)} {have} nothing to configure; leave it out")
-    from rfclip.towers.loading import load_model
+    from rfclip.towers import read_tower
+    from rfclip.towers.loading import check_model, find_model, load_model
 
+    if read and all(configured) and model != TINY:
+        check_model(*find_model(model, pretrained), refocused=True)
     with loading(model):
         clip = load_model(model, pretrained, device=available(device))
-    if not read:
+    if not read or read_tower(clip).reason:  # such a tower's methods say so themselves
         return clip, None
     return clip, given or clip.refocus_config or RefocusConfig.preset(model, pretrained)

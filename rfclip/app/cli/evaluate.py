@@ -91,7 +91,7 @@ def evaluate(
     count: Count = None,
     seed: Seed = None,
     batch: Batch = None,
-    pamr: common.Pamr = None,
+    post: common.Post = None,
     method: Methods = None,
     protocol: common.ProtocolName = OWN,
     names: Names = "official",
@@ -140,12 +140,13 @@ def evaluate(
         from rfclip.segment.job import Job
 
         # The paper's figures are for OpenAI's weights, all pictures, and the settings of the authors' code.
-        plain = protocol in (OWN, "released") and not (pamr or limit or config or inject_distraction)
+        plain = protocol in (OWN, "released") and post in (None, "none")
+        plain &= not (limit or config or inject_distraction)
         comparable = (pretrained or "").lower() == "openai" and plain
         rows: list[Row] = []
         with starting as where:
             clip, refocusing = common.load(model, pretrained, where.here, given, methods)
-            more: dict[str, Any] = {"batch": batch, "pamr": pamr, "inject": inject_distraction, "protocol": protocol}
+            more: dict[str, Any] = {"batch": batch, "post": post, "inject": inject_distraction, "protocol": protocol}
             shared = Job(model, pretrained, None, RF_CLIP, backend, device, **more)
             own = _injected(refocusing, inject_distraction)
             if inject_distraction:
@@ -182,7 +183,7 @@ def ablate(
     count: Count = None,
     seed: Seed = None,
     batch: Batch = None,
-    pamr: common.Pamr = None,
+    post: common.Post = None,
     inject_distraction: common.Inject = 0.0,
     model: Model = None,
     pretrained: common.Pretrained = None,
@@ -219,7 +220,7 @@ def ablate(
             refocusing = _injected(refocusing, inject_distraction)
             assert refocusing is not None
             configs = variants(ablation, refocusing, len(read_tower(clip).blocks))
-            more: dict[str, Any] = {"batch": batch, "pamr": pamr, "inject": inject_distraction}
+            more: dict[str, Any] = {"batch": batch, "post": post, "inject": inject_distraction}
             shared = Job(model, pretrained, None, RF_CLIP, backend, device, **more)
             scored: dict[RefocusConfig, Scores] = {}  # the full method appears more than once in a table
             for number, (label, choice) in enumerate(configs.items(), 1):

@@ -8,7 +8,8 @@ import typer
 from rich.table import Column, Table
 
 from rfclip.app.cli import common
-from rfclip.config import PRESETS, TINY, plain_name
+from rfclip.config import TINY, plain_name
+from rfclip.presets import PRESETS
 
 CAPTION = (
     "side: of the resized picture, the shorter one; window: side and stride of the windows, or the picture as a whole; "
@@ -17,28 +18,37 @@ CAPTION = (
 
 
 def models(as_json: common.Json = False) -> None:
-    """List the models that can be refocused, with the tags of their weights."""
+    """List open_clip's models, whether they are refocused, only read, or neither and why, and the tags of weights."""
     import open_clip
 
+    from rfclip.towers import use_of
     from rfclip.towers.hugging_face import HUGGING_FACE
-    from rfclip.towers.open_clip import can_refocus
 
     tags_of = {name: open_clip.list_pretrained_tags_by_model(name) for name in open_clip.list_models()}
-    tags_of = {name: tags for name, tags in tags_of.items() if tags and can_refocus(name)}
     known_for = {name: [tag for tag in tags if (plain_name(name), tag) in PRESETS] for name, tags in tags_of.items()}
+    uses = {name: use_of(name) for name in tags_of}
     if as_json:
-        listed = [{"model": name, "weights": tags_of[name], "known for": known_for[name]} for name in tags_of]
-        common.answer_json([{"model": TINY, "weights": [], "known for": []}, *listed])
+        heads = ("model", "use", "reason", "weights", "known for")
+        rows = [(name, *uses[name], tags_of[name], known_for[name]) for name in tags_of]
+        rows = [(TINY, "refocus", "", [], []), *rows]
+        common.answer_json([dict(zip(heads, row, strict=True)) for row in rows])
         return
-    # At 80 columns, names and tags are complete; in a narrower terminal they are folded, not cut off.
+    # At 80 columns, most names and tags are complete; in a narrower terminal they are folded, not cut off.
+    reasons = list(dict.fromkeys(reason for _, reason in uses.values() if reason))
+    said = [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
+    caption = "\n".join(["Distraction dimensions are known for the weights that say so; else calibrate.", *said])
     folded = (Column(header, overflow="fold") for header in ("model", "weights"))
-    table = Table(*folded, Column("distraction dimensions", max_width=12))
-    table.add_row(TINY, "bundled", "known")
+    table = Table(*folded, Column("use", max_width=11), caption=caption, caption_justify="left")
+    table.add_row(TINY, "bundled", "refocus")
     for name, tags in tags_of.items():
-        known = ", ".join(known_for[name])
-        table.add_row(name, ", ".join(tags), f"known for {known}, else calibrate" if known else "calibrate")
+        use, reason = uses[name]
+        known = "".join(f"; known for {tag}" for tag in known_for[name])
+        why = f" ({reasons.index(reason) + 1})" if reason else ""
+        table.add_row(name, ", ".join(tags) or "none known", f"{use}{known}{why}")
     known = ", ".join(name.removeprefix(HUGGING_FACE) for name, _ in PRESETS if name.startswith(HUGGING_FACE))
-    table.add_row(f"{HUGGING_FACE}NAME", f"{known}, other CLIPModels on the hub, or a folder", "known for these two")
+    table.add_row(
+        f"{HUGGING_FACE}NAME", f"{known}, other CLIPModels on the hub, or a folder", "refocus; known for those named"
+    )
     common.out_console.print(table)
 
 

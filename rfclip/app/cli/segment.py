@@ -52,7 +52,7 @@ def segment(
             help='Add a class "background" of general names (sky, wall, road, ...). By default if there is one class.',
         ),
     ] = None,
-    pamr: common.Pamr = None,
+    post: common.Post = None,
     protocol: common.ProtocolName = OWN,
     format: Annotated[
         Literal["png", "parquet"],
@@ -128,7 +128,7 @@ def segment(
             default = model is None
             if model is None:
                 model, pretrained = _model_for([file for file, _ in found], pretrained)
-            more: dict[str, Any] = {"pamr": pamr, "protocol": protocol, "registers": neurons}
+            more: dict[str, Any] = {"post": post, "protocol": protocol, "registers": neurons}
             job = Job(model, pretrained, refocusing, method, backend, device, precision, **more)
             # What is left once the workers are gone was theirs.
             with swept(out, mark), starting as where, contextlib.ExitStack() as stack:

@@ -52,7 +52,7 @@ def serve(
         common.available(device)
         name, pretrained = find_model(model, pretrained)
         if name != TINY:
-            check_model(name, pretrained)
+            check_model(name, pretrained, refocused=True)
         jobs = page.choices(name, pretrained, refocusing, device, backend, protocol)
         page.serve(jobs, folder, host, port, common.say)
     os._exit(0)  # Python's own end aborts if a thread is still inside torch, in a request
