@@ -112,6 +112,7 @@ class MethodCard:
         protocol: how it is evaluated.
         blocks: the least number of blocks a tower must have.
         configured: whether it takes a `RefocusConfig`.
+        registers: whether it takes a `RegisterConfig`.
         fixed: the config of a method that is a special case of RF-CLIP.
         sees_images: whether it looks at the pictures as well as their patches.
         cls: whether it looks at a class token.
@@ -124,6 +125,7 @@ class MethodCard:
     protocol: Protocol = Protocol()
     blocks: int = 1
     configured: bool = False
+    registers: bool = False
     fixed: RefocusConfig | None = None
     sees_images: bool = False
     cls: bool = False
@@ -441,6 +443,7 @@ METHODS: dict[str, MethodCard] = {
             sees_images=True,
             beyond="a DINO ViT-B/8 on the picture",
         ),
+        MethodCard("registers", "registers:Registers", "Jiang et al., NeurIPS 2025", registers=True),
         MethodCard("kk", "rf_clip:RFCLIP", _PAPER, fixed=RefocusConfig(distraction_dims=(), proxy="kk")),
         MethodCard("kk-mean", "rf_clip:RFCLIP", _PAPER, fixed=RefocusConfig(distraction_dims=())),
         MethodCard(RF_CLIP, "rf_clip:RFCLIP", _PAPER, configured=True),

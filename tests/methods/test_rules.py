@@ -167,7 +167,7 @@ TABLE = {
         | {"logit_scale": 100, "threshold": None},
         {"context59": {"short_side": 520}},
     ),
-    **dict.fromkeys(("clip", "kk", "kk-mean", "rf-clip"), ({}, {"cityscapes": {"short_side": 560}})),
+    **dict.fromkeys(("clip", "registers", "kk", "kk-mean", "rf-clip"), ({}, {"cityscapes": {"short_side": 560}})),
 }  # test_released_evaluation.py has that of `released`
 
 

@@ -1,9 +1,11 @@
 """The formula of every method, written once more image by image and head by head in float64."""
 
+import copy
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from small_models import DIMS
+from small_models import DIMS, REGISTERS
 
 
 def softmax(logits):
@@ -269,6 +271,32 @@ def kk_mean(p):
     return p.out(p.L, A @ p.qkv(p.L, p.F[p.L - 1])[2])
 
 
+def with_register(p, neurons, per_neuron=False):
+    """The tower with a register, which here is the last token."""
+    r = copy.copy(p)
+    zero = p.visual.ln_pre(torch.zeros(1, p.F[0].shape[1], dtype=torch.float64)).numpy()
+    r.F = [np.concatenate([p.F[0], zero])]
+    for n in range(1, p.L + 1):
+        x, mlp = r.F[-1], p.block(n).mlp
+        q, k, v = p.qkv(n, x)
+        u = x + p.out(n, softmax(q @ k.transpose(0, 2, 1) / q.shape[-1] ** 0.5) @ v)
+        h = mlp.gelu(mlp.c_fc(p.block(n).ln_2(torch.from_numpy(u)))).numpy()
+        units = [unit for block, unit in neurons if block == n]
+        for some in [[unit] for unit in units] if per_neuron else [units] * bool(units):
+            values = h[:, some].ravel()
+            h[-1, some] = values[np.abs(values).argmax()]
+        h[1:-1, units] = 0
+        r.F.append(u + mlp.c_proj(torch.from_numpy(h)).numpy())
+    return r
+
+
+def registers(p):
+    r = with_register(p, REGISTERS)
+    A = sum(SS(p.qkv(n, r.F[n - 1])[1]) for n in range(1, p.L + 1)) / p.L
+    A[:, :, [0, -1]] = 0
+    return p.out(p.L, A @ p.qkv(p.L, r.F[p.L - 1])[2])[:-1]
+
+
 def released_stream(p):
     """The input of the first block and the outputs of all, as the released code computes them."""
 
@@ -315,6 +343,7 @@ FORMULAS = {
     "cliptrase": cliptrase,
     "cliper": cliper,
     "sc-clip": sc_clip,
+    "registers": registers,
     "sfp": sfp,
     "kk": kk,
     "kk-mean": kk_mean,
