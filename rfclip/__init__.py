@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rfclip.calibration import Calibration, calibrate
-    from rfclip.config import RefocusConfig
+    from rfclip.config import RefocusConfig, RegisterConfig
     from rfclip.explanation import Explanation, explain
     from rfclip.plugin import dense_features, refocus
     from rfclip.segment.result import Segmentation
@@ -27,6 +27,7 @@ _MODULE_OF = {
     "Calibration": "calibration",
     "Explanation": "explanation",
     "RefocusConfig": "config",
+    "RegisterConfig": "config",
     "Segmentation": "segment.result",
     "Segmenter": "segment.segmenter",
     "calibrate": "calibration",
@@ -47,6 +48,7 @@ __all__ = [
     "Calibration",
     "Explanation",
     "RefocusConfig",
+    "RegisterConfig",
     "Segmentation",
     "Segmenter",
     "__version__",

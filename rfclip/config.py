@@ -177,6 +177,75 @@ class RefocusConfig:
 
 
 @dataclass(frozen=True)
+class RegisterConfig:
+    """What the method "registers" does to an image tower; `rfclip registers` finds a checkpoint's neurons.
+
+    Attributes:
+        neurons: the register neurons J, as pairs of a block's number, from 1, and a hidden unit of its MLP, from 0. If
+            empty, there is no register either, and the method is its readout.
+        threshold: what the norm of a token exceeds that is an outlier, at the output of the last block; None: twice the
+            median over the picture's patches. The method itself does not read it.
+        readout: the method whose last block turns tokens into patch embeddings, such as "kk-mean" or "clearclip"; that
+            of "clip" is the ordinary one.
+        per_neuron: whether each neuron's own largest activation moves to the register; by default one number, the
+            largest of all neurons of a block, moves to each, as in the authors' code.
+
+    Raises:
+        ValueError: for a value of another kind.
+    """
+
+    neurons: tuple[tuple[int, int], ...]
+    threshold: float | None = None
+    readout: str = "kk-mean"
+    per_neuron: bool = False
+
+    def __post_init__(self) -> None:
+        pairs = self.neurons if isinstance(self.neurons, Sequence) else (None,)
+        if not all(map(_is_neuron, pairs)) or len({tuple(pair) for pair in pairs}) < len(pairs):
+            raise ValueError(
+                f"neurons={self.neurons!r}: expected distinct pairs of a block, from 1, and a hidden unit, from 0"
+            )
+        object.__setattr__(self, "neurons", tuple(sorted((block, unit) for block, unit in pairs)))
+        if self.threshold is not None and not (is_finite(self.threshold) and self.threshold > 0):
+            raise ValueError(f"threshold={self.threshold!r}: expected a positive number, or None")
+        if not isinstance(self.readout, str):
+            raise ValueError(f"readout={self.readout!r}: expected the name of a method")
+        if not isinstance(self.per_neuron, bool):
+            raise ValueError(f"per_neuron={self.per_neuron!r}: expected True or False")
+
+    def to_json(self) -> str:
+        """All fields as a JSON object."""
+        return json.dumps(asdict(self)) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> RegisterConfig:
+        """What `to_json` wrote; omitted fields take their defaults.
+
+        Raises:
+            ValueError: for text that is not a JSON object of this class's fields.
+        """
+        try:
+            values = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"a config must be JSON: {error}") from error
+        if not isinstance(values, dict) or "neurons" not in values:
+            raise ValueError('a config must be a JSON object with at least "neurons", pairs of block and unit')
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(values.keys() - {*known})
+        if unknown:
+            raise ValueError(f"unknown in a config: {', '.join(unknown)}; known: {', '.join(known)}")
+        return cls(**values)
+
+
+def _is_neuron(pair: object) -> bool:
+    """Whether it is a block's number, from 1, and a hidden unit, from 0."""
+    if not isinstance(pair, Sequence) or len(pair) != 2:
+        return False
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+    return whole and pair[0] >= 1 and pair[1] >= 0
+
+
+@dataclass(frozen=True)
 class Origin:
     """What a file of settings says beside them: the checkpoint that they hold for, and where they are from.
 
@@ -289,5 +358,8 @@ def _whole_numbers(name: str, values: object, least: int) -> tuple[int, ...]:
         raise ValueError(f"{name}={values!r}: expected distinct whole numbers of at least {least}")
     return tuple(sorted(numbers))
 
+
+# The norms over which the authors of test-time registers call a token an outlier, from their code's settings.
+OUTLIER_NORMS = {("ViT-B-16", "openai"): 30.0, ("ViT-B-16", "laion2b_s34b_b88k"): 30.0}
 
 PLAIN = RefocusConfig(distraction_dims=(), proxy="none")  # the tower as it is

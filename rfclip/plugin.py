@@ -8,7 +8,7 @@ import threading
 import torch
 from torch import Tensor, nn
 
-from rfclip.config import RefocusConfig
+from rfclip.config import RefocusConfig, RegisterConfig
 from rfclip.graphs import Graphs
 from rfclip.methods import METHODS, RF_CLIP, find_method
 from rfclip.methods.base import Method
@@ -65,6 +65,7 @@ def refocus(
     method: str = RF_CLIP,
     backend: str = "auto",
     cuda_graphs: bool = True,
+    registers: RegisterConfig | None = None,
 ) -> Handle:
     """Run RF-CLIP, or another method, in a CLIP's image tower, in place and on the model's own weights.
 
@@ -87,6 +88,8 @@ def refocus(
             the graphs' memory stays taken until `remove()`. They apply on the "triton" backend, without gradients and
             autocast, and see every change of the weights; settings of PyTorch's, such as TF32, are those of the
             capture. If PyTorch cannot capture one, it says why once, and the tower runs without.
+        registers: the neurons and the last block of the method "registers"; None takes those of a model loaded by
+            `rfclip.load_model`, if they are known. `rfclip registers` finds them.
 
     Returns:
         A handle; `handle.remove()`, or leaving `with rfclip.refocus(model):`, restores the model, even after an
@@ -101,10 +104,13 @@ def refocus(
     card.check_tower(tower)
     if not card.configured and config is not None:
         raise ValueError(f"config: method {method!r} has nothing to configure; leave it out")
+    if not card.registers and registers is not None:
+        raise ValueError(f"registers: method {method!r} has no registers; leave it out")
     if card.configured:
         config = checked_config(model, tower, config)
     tower.check_ready()
-    made = card(tower, config, backend)
+    options = {"registers": _checked_registers(model, registers)} if card.registers else {}
+    made = card(tower, config, backend, **options)
     made.graphs = Graphs() if cuda_graphs else None
     with _patching:
         if "forward" in vars(tower.module):
@@ -135,6 +141,21 @@ def checked_config(model: nn.Module, tower: Tower, config: RefocusConfig | None)
         )
     config.check_tower(tower.width, len(tower.blocks))
     return config
+
+
+def _checked_registers(model: nn.Module, registers: RegisterConfig | None) -> RegisterConfig:
+    """The registers given, or else the model's own; ValueError if there are none."""
+    registers = getattr(model, "register_config", None) if registers is None else registers
+    if registers is None:
+        raise ValueError(
+            "the register neurons of this model are not known: find them with `rfclip registers IMAGES --model ... "
+            "--out registers.json`, then pass that file as --registers, or a RegisterConfig in Python"
+        )
+    if not isinstance(registers, RegisterConfig):
+        raise ValueError(
+            f"registers: got {type(registers).__name__}, expected a RegisterConfig; RegisterConfig.from_json reads JSON"
+        )
+    return registers
 
 
 def _known(model: nn.Module) -> RefocusConfig | None:

@@ -17,6 +17,7 @@ import rfclip
 
 DIMS = (5, 17, 30)
 BLUE_DIM, RED_DIM, GREEN_DIM = DIMS[0], 40, 41  # where the colours enter the residual stream
+REGISTERS = ((1, 0), (2, 0), (2, 1), (2, 9))  # in a tower of two blocks or more; the third and the last are planted
 PATCH = 8
 
 
@@ -74,6 +75,8 @@ def small_clip(
         elif not batch_first:
             block.attn.batch_first = False
     visual.transformer.batch_first = batch_first
+    neurons = {(min(block, visual.transformer.layers), unit) for block, unit in REGISTERS}
+    model.register_config = rfclip.RegisterConfig(tuple(neurons))
     return model.eval().to(dtype)
 
 
@@ -151,6 +154,7 @@ def to_hugging_face(model, hidden_act="gelu"):
         values |= {"hidden_act": hidden_act}
     made = transformers.CLIPModel(transformers.CLIPConfig(projection_dim=visual.output_dim, **sizes))
     made.load_state_dict(state)
+    made.register_config = model.register_config
     return made.eval().to(visual.proj.dtype)
 
 

@@ -15,7 +15,7 @@ LAYERS = [  # lowest first, as in docs/extending.md
     ("rfclip.towers",),
     ("rfclip.graphs",),
     ("rfclip.methods",),
-    ("rfclip.plugin", "rfclip.calibration", "rfclip.simulated_distraction"),
+    ("rfclip.plugin", "rfclip.calibration", "rfclip.registers", "rfclip.simulated_distraction"),
     ("rfclip.segment",),
     ("rfclip.explanation",),
     ("rfclip.scoring",),

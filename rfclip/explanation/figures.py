@@ -19,6 +19,7 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from rfclip.explanation.explanation import SEGMENTED_BY, Explanation, busiest
+from rfclip.explanation.registers import Comparison
 from rfclip.methods import RF_CLIP
 from rfclip.segment.drawing import Colour, as_seen, marked, soft_gray
 from rfclip.segment.result import Segmentation
@@ -39,6 +40,8 @@ CAPTIONS = {
     "maps": "Tokens that give attention (red) and receive it (blue), the second eigenvector of the graph cut, and how "
     "much attention was moved away from a token (red) or to it (blue).",
     "segmentation": "The picture segmented in windows, as by `rfclip segment`.",
+    "registers": "What RF-CLIP takes for distraction tokens, in any block, beside what test-time registers take for "
+    "outliers, the tokens of a large norm at the output of the last block; and what CLS attends to there.",
 }
 
 
@@ -146,14 +149,14 @@ class Scale:
         seen = ListedColormap(opacity * pure + (1 - opacity) * 0.5)
         return ScalarMappable(Normalize(self.low, self.high), seen)
 
-    def over(self, found: Explanation, values: np.ndarray) -> Image.Image:
+    def over(self, found: Explanation | Comparison, values: np.ndarray) -> Image.Image:
         """Values [N] as a translucent map over the gray picture, RGB."""
         cells = matplotlib.colormaps[self.colours](Normalize(self.low, self.high)(values), bytes=True)[:, :3]
         shown = Image.fromarray(cells.reshape(*found.grid, 3)).resize(found.image.size, Image.Resampling.NEAREST)
         return Image.blend(soft_gray(found.image), shown, OPACITY)
 
 
-def token_map(found: Explanation, red: np.ndarray, blue: np.ndarray) -> Image.Image:
+def token_map(found: Explanation | Comparison, red: np.ndarray, blue: np.ndarray) -> Image.Image:
     """The picture in gray, with sets of tokens, bool [N], in colour."""
     cells = np.zeros((*found.grid, 4), np.float32)
     for colour, chosen in ((RED, red), (BLUE, blue)):
@@ -292,8 +295,36 @@ def draw_segmentations(found: Explanation) -> Figure:
     return _titled(figure, axes, [SEGMENTED_BY[method] for method in found.segmentations], ("",))
 
 
+def draw_registers(found: Comparison) -> Figure:
+    """Distraction tokens beside outliers and the attention of CLS: plain, with registers, and refocused."""
+    figure, axes = _axes(2, 4, found, bars=1)
+    before, after = found.outliers
+    nobody = np.zeros_like(before)
+    distraction = f"RF-CLIP: {found.distraction.sum()} distraction tokens"
+    distraction += "" if found.overlap is None else f"\noverlap with the outliers {100 * found.overlap:.0f} %"
+    norms, paid = Scale("viridis", 0, float(found.norms[0].max())), Scale("magma", 0, float(found.attention[0].max()))
+    plain, registers, refocused = (paid.over(found, each) for each in found.attention)
+    shares = [f"{100 * each[before].sum():.1f} % to these patches" for each in found.attention]
+    panels = (
+        (token_map(found, found.distraction, nobody), distraction),
+        (token_map(found, nobody, before), f"{before.sum()} outliers"),
+        (norms.over(found, found.norms[0]), f"norms; an outlier's is over {found.threshold:.0f}"),
+        (plain, f"attention of CLS:\n{shares[0]}"),
+        (refocused, f"attention of CLS, refocused:\n{shares[2]}"),
+        (token_map(found, nobody, after), f"{after.sum()} outliers with a register"),
+        (norms.over(found, found.norms[1]), "norms with a register"),
+        (registers, f"attention of CLS, with a register:\n{shares[1]}, {100 * found.register:.1f} % to it"),
+    )
+    for ax, (picture, title) in zip(axes.flat, panels, strict=True):
+        ax.imshow(picture)
+        ax.set_title(title, fontsize=8)
+    _bar(figure, axes[:, 2], norms, percent=False)
+    _bar(figure, axes[:, 3], paid)
+    return figure
+
+
 def _axes(
-    rows: int, columns: int, found: Explanation, square: bool = False, bars: int = 0
+    rows: int, columns: int, found: Explanation | Comparison, square: bool = False, bars: int = 0
 ) -> tuple[Figure, np.ndarray]:
     """A figure for pictures in rows and columns, with room for rows of colour bars."""
     aspect = 1 if square else min(found.image.height / found.image.width, 2)  # a taller picture is drawn narrower
@@ -325,7 +356,7 @@ def _bar(figure: Figure, axes: Iterable[Axes], scale: Scale, percent: bool = Tru
         pad=0.03,
         panchor=False,  # else these axes would move away from those without a bar
         ticks=[scale.low, 0, scale.high] if scale.low < 0 else [0, scale.high],
-        format=PercentFormatter(1) if percent else "%.2g",
+        format=PercentFormatter(1) if percent else "%.3g",
     )
     bar.ax.tick_params(labelsize=7)
     first, *_, last = bar.ax.get_xticklabels()

@@ -112,6 +112,7 @@ class MethodCard:
         protocol: how it is evaluated.
         blocks: the least number of blocks a tower must have.
         configured: whether it takes a `RefocusConfig`.
+        registers: whether it takes a `RegisterConfig`.
         fixed: the config of a method that is a special case of RF-CLIP.
         sees_images: whether it looks at the pictures as well as their patches.
         cls: whether it looks at a class token.
@@ -124,6 +125,7 @@ class MethodCard:
     protocol: Protocol = Protocol()
     blocks: int = 1
     configured: bool = False
+    registers: bool = False
     fixed: RefocusConfig | None = None
     sees_images: bool = False
     cls: bool = False
@@ -159,6 +161,22 @@ _WHOLE_VOC = Protocol(
     resizing="mmcv",
     datasets={"cityscapes": {"short_side": 560}, "voc20": {"window": None}, "voc21": {"window": None}},
 )
+_GIVEN: Mapping[str, Mapping[str, Any]] = {name: {"refined": "given"} for name in DATASETS}
+_ITACLIP_PAPER = "Aydin et al., CVPR Workshops 2025"
+_ITACLIP = Protocol(
+    stride=28,
+    resizing="mmcv",
+    post="pamr",
+    datasets={  # as with NACLIP, other pictures are refined at the size to which they are resized
+        **_GIVEN,
+        "cityscapes": {"short_side": 560, "refined": "given"},
+        "coco_stuff": {"short_side": 448, "refined": "given"},
+        "voc21": {"logit_scale": 60.0, "refined": "given", **_AREA},
+        "context60": {"logit_scale": 55.0, "refined": "given"},
+        "coco_object": {"logit_scale": 50.0, "refined": "given"},
+    },
+)
+_LESS_UPRIGHT = {"constants": {"itaclip-views": {"upright": 0.7}}}
 _RESCLIP = {  # the residue's share, and theta, t and l of the feedback
     name: dict(zip(("share", "confidence", "gain", "agreement"), tuned, strict=True))
     for name, tuned in {
@@ -265,7 +283,7 @@ METHODS: dict[str, MethodCard] = {
                 resizing="mmcv",
                 post="pamr",
                 datasets={  # any picture at its own size would take gigabytes
-                    **{name: {"refined": "given"} for name in DATASETS},
+                    **_GIVEN,
                     "cityscapes": {"short_side": 560, "refined": "given"},
                     "voc20": {"window": None, "refined": "given", "rule": "peers:AtOnce"},
                     "voc21": {"window": None, "refined": "given", "rule": "peers:AtOnce"},
@@ -352,21 +370,27 @@ METHODS: dict[str, MethodCard] = {
         MethodCard(
             "itaclip",
             "itaclip:ITACLIP",
-            "Aydin et al., CVPR Workshops 2025",
-            Protocol(
-                stride=28,
-                resizing="mmcv",
-                post="pamr",
+            _ITACLIP_PAPER,
+            _ITACLIP,
+            blocks=11,
+            beyond="seven more attentions in the last block",
+        ),
+        MethodCard(
+            "itaclip-views",
+            "itaclip:ITACLIPViews",
+            _ITACLIP_PAPER,
+            replace(
+                _ITACLIP,
+                rule="itaclip:MeanOfViews",
                 datasets={
-                    "cityscapes": {"short_side": 560},
-                    "coco_stuff": {"short_side": 448},
-                    "voc21": {"logit_scale": 60.0, **_AREA},
-                    "context60": {"logit_scale": 55.0},
-                    "coco_object": {"logit_scale": 50.0},
+                    **_ITACLIP.datasets,
+                    "cityscapes": {**_ITACLIP.datasets["cityscapes"], **_LESS_UPRIGHT},
+                    "voc21": {**_ITACLIP.datasets["voc21"], "rule": "itaclip:MeanOfViewsByArea", **_LESS_UPRIGHT},
                 },
             ),
             blocks=11,
-            beyond="seven more attentions in the last block",
+            sees_images=True,
+            beyond="five passes, and seven more attentions in the last block of each",
         ),
         MethodCard(
             "cliper",
@@ -419,6 +443,7 @@ METHODS: dict[str, MethodCard] = {
             sees_images=True,
             beyond="a DINO ViT-B/8 on the picture",
         ),
+        MethodCard("registers", "registers:Registers", "Jiang et al., NeurIPS 2025", registers=True),
         MethodCard("kk", "rf_clip:RFCLIP", _PAPER, fixed=RefocusConfig(distraction_dims=(), proxy="kk")),
         MethodCard("kk-mean", "rf_clip:RFCLIP", _PAPER, fixed=RefocusConfig(distraction_dims=())),
         MethodCard(RF_CLIP, "rf_clip:RFCLIP", _PAPER, configured=True),

@@ -11,19 +11,23 @@ from rfclip.datasets.base import IGNORED
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Pixels by label (rows) and prediction (columns), int64 [C, C], of arrays of one shape; label 255 is left out."""
+    """Pixels by label (rows) and prediction (columns), int64 [C, C + 1], of arrays of one shape.
+
+    Label 255 is left out. The last column counts pixels that are given no class, by whatever number beyond them.
+    """
     import torch
     from torchmetrics.functional.classification import multiclass_confusion_matrix
 
     target, found = (torch.from_numpy(array.astype(np.int64)) for array in (labels, predicted))
-    return multiclass_confusion_matrix(found, target, classes, ignore_index=IGNORED).numpy()
+    found = found.clamp(max=classes)
+    return multiclass_confusion_matrix(found, target, classes + 1, ignore_index=IGNORED).numpy()[:classes]
 
 
 def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
-    """By class, float64 [C], from pixels by label and prediction [C, C]; NaN for a class that occurs in neither."""
+    """By class, float64 [C], from pixels by label and prediction [C, C + 1]; NaN for a class that occurs in neither."""
     hits = np.diag(confusion)
     with np.errstate(invalid="ignore"):
-        return hits / (confusion.sum(0) + confusion.sum(1) - hits)
+        return hits / (confusion.sum(0)[: len(confusion)] + confusion.sum(1) - hits)
 
 
 def mean_iou(confusion: np.ndarray) -> float:
@@ -39,7 +43,7 @@ class Scores:
     Attributes:
         images: how many pictures were scored pixel by pixel.
         seconds: spent on all pictures, summed over workers.
-        confusion: pixels by label (rows) and prediction (columns), int64 [C, C].
+        confusion: pixels by label (rows) and prediction (columns, the last for no class), int64 [C, C + 1].
         singles: how many pictures were scored as a whole.
         hits: how many of those were classified correctly.
     """

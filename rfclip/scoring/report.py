@@ -180,7 +180,7 @@ def markdown(
 def confusion_figure(dataset: Dataset, class_names: list[str], scores: Scores) -> Figure:
     """The confusion matrix, each row in shares of its label's pixels."""
     confusion, names = scores.confusion, class_names
-    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    shares = confusion[:, :-1] / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     side = min(20.0, 4 + 0.18 * len(names))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot()

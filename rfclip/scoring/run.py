@@ -161,7 +161,7 @@ class Scored:
     """What a run keeps of a picture: seconds, and either pixels by label and prediction, or a hit or miss.
 
     Attributes:
-        pixels: by list of names: label, prediction and count, [K, 3].
+        pixels: by list of names: label, prediction (the number of classes for none) and count, [K, 3].
     """
 
     seconds: float
@@ -169,7 +169,7 @@ class Scored:
     hit: bool | None
 
     def confusion(self, classes: int, names: str) -> np.ndarray:
-        matrix = np.zeros((classes, classes), np.int64)
+        matrix = np.zeros((classes, classes + 1), np.int64)
         if self.pixels is not None:
             pixels = self.pixels[names]
             matrix[pixels[:, 0], pixels[:, 1]] = pixels[:, 2]
@@ -273,7 +273,7 @@ class Run:
         scored = [(item, done[json.dumps(item)]) for item in self.items]
         confusions = [(item, each.confusion(classes, names)) for item, each in scored if each.pixels is not None]
         hits = [each.hit for _, each in scored if each.hit is not None]
-        total = sum((confusion for _, confusion in confusions), np.zeros((classes, classes), np.int64))
+        total = sum((confusion for _, confusion in confusions), np.zeros((classes, classes + 1), np.int64))
         seconds = math.fsum(each.seconds for _, each in scored)
         rated = [(Scores(1, 0.0, confusion).miou, item) for item, confusion in confusions]
         worst = sorted((pair for pair in rated if not math.isnan(pair[0])), key=lambda pair: pair[0])

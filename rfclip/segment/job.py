@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from rfclip import __version__
-from rfclip.config import TINY, RefocusConfig
+from rfclip.config import TINY, RefocusConfig, RegisterConfig
 from rfclip.methods import OWN, RF_CLIP, Protocol, find_protocol
 from rfclip.segment.segmenter import Segmenter
 from rfclip.simulated_distraction import inject_distraction
@@ -58,6 +58,7 @@ class Job:
     inject: float = 0.0
     protocol: str = OWN
     across_windows: bool = False
+    registers: RegisterConfig | None = None
 
     def __post_init__(self) -> None:
         for field, value in zip(("model", "pretrained"), find_model(self.model, self.pretrained), strict=True):
@@ -97,6 +98,7 @@ class Job:
             self.model if model is None else model,
             self.pretrained if model is None else None,
             config=self.config,
+            registers=self.registers,
             method=self.method,
             protocol=protocol or find_protocol(self.protocol, self.method),
             backend=self.backend if there == self.device else "auto",
@@ -124,6 +126,7 @@ class Job:
             "weights": weights or segmenter.digest(),
             "method": segmenter.method,
             "config": segmenter.config and json.loads(segmenter.config.to_json()),
+            "registers": segmenter.registers and json.loads(segmenter.registers.to_json()),
             "backend": self.backend,
             "precision": self.precision,
             "short_side": windows.short_side,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from rfclip.config import TINY, RefocusConfig, check_post, check_precision, is_finite
+from rfclip.config import TINY, RefocusConfig, RegisterConfig, check_post, check_precision, is_finite
 from rfclip.datasets.names import ClassNames
 from rfclip.images import ImageLike, is_image, to_rgb
 from rfclip.methods import RF_CLIP, Protocol, across, feedback, find_method
@@ -82,6 +82,7 @@ class Segmenter:
             `close()`.
         pretrained: open_clip's tag or a path to safetensors, if model is a name.
         config: RF-CLIP's settings; None takes the model's own if they are known. Not for a model refocused already.
+        registers: the same for the method "registers".
         method: one of `rfclip.methods.METHODS`; None takes RF-CLIP, or that of a model refocused already.
         protocol: how pictures are seen and labels decided, with the defaults of the sides, the scale and the templates
             below; None takes the method's own.
@@ -114,6 +115,7 @@ class Segmenter:
         pretrained: str | None = None,
         *,
         config: RefocusConfig | None = None,
+        registers: RegisterConfig | None = None,
         method: str | None = None,
         protocol: Protocol | None = None,
         backend: str = "auto",
@@ -146,8 +148,8 @@ class Segmenter:
             self.name, self.pretrained, self.model = type(model).__name__, None, model
         self.tower = read_tower(self.model)
         present = installed(self.tower)
-        if present is not None and (config is not None or method is not None):
-            raise ValueError("config, method: this model is already refocused, with its own")
+        if present is not None and any(each is not None for each in (config, method, registers)):
+            raise ValueError("config, method, registers: this model is already refocused, with its own")
         card = present.card if present else find_method(method or RF_CLIP)
         protocol = protocol or card.protocol
         if present is not None and protocol.position_offset != present.tower.position_offset:
@@ -179,7 +181,8 @@ class Segmenter:
         self.logit_scale = protocol.logit_scale if logit_scale is None else logit_scale
         self._handle = None
         if present is None:
-            self._handle = refocus(self.model, config, method=card.name, backend=backend, cuda_graphs=cuda_graphs)
+            how: dict[str, Any] = {"method": card.name, "backend": backend, "registers": registers}
+            self._handle = refocus(self.model, config, cuda_graphs=cuda_graphs, **how)
         running = installed(self.tower)
         assert running is not None
         if self._handle is not None:
@@ -208,6 +211,11 @@ class Segmenter:
     def config(self) -> RefocusConfig | None:
         """The settings in use; None if the method has none."""
         return self._method.config
+
+    @property
+    def registers(self) -> RegisterConfig | None:
+        """The register neurons in use; None if the method has none."""
+        return getattr(self._method, "registers", None)
 
     def close(self) -> None:
         """Restore a model that this segmenter refocused."""

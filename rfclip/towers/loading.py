@@ -11,7 +11,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from rfclip.config import TINY, RefocusConfig, check_precision
+from rfclip.config import TINY, RefocusConfig, RegisterConfig, check_precision
 from rfclip.tiny.scenes import CLASSES
 from rfclip.towers import FAMILIES, Tower, read_tower, use_of
 from rfclip.towers.hugging_face import HUGGING_FACE
@@ -51,7 +51,7 @@ def find_model(name: str, pretrained: str | None = None) -> tuple[str, str | Non
 
 
 def tiny_folder() -> Path:
-    """The folder of the bundled CLIP: an open_clip config and weights, and its refocusing config."""
+    """The folder of the bundled CLIP: an open_clip config and weights, and what is known of its distraction."""
     return Path(str(resources.files("rfclip.tiny")))
 
 
@@ -76,7 +76,8 @@ def load_model(
     Returns:
         The model, of its library's own class, with further attributes: `preprocess` (a `Preprocess`, from a picture to
         the tower's input), `tokenizer` (from texts to tokens), `refocus_config` (a `RefocusConfig`, or None if the
-        dimensions are not known) and `trained_on` (the class names that rfclip-tiny knows; None for others).
+        dimensions are not known), `register_config` (a `RegisterConfig`, likewise) and `trained_on` (the class names
+        that rfclip-tiny knows; None for others).
 
     Raises:
         ValueError: there is no such model, tag or precision, or the weights are missing, not safetensors or not finite.
@@ -90,6 +91,7 @@ def load_model(
             raise ValueError(f"pretrained={pretrained!r}: {TINY} comes with its own weights")
         model = open_clip.create_model(f"local-dir:{tiny_folder()}", device=device, precision=precision)
         model.refocus_config = RefocusConfig.from_json((tiny_folder() / "refocus.json").read_text("utf-8"))
+        model.register_config = RegisterConfig.from_json((tiny_folder() / "registers.json").read_text("utf-8"))
         model.trained_on, name = CLASSES, f"local-dir:{tiny_folder()}"
     else:
         check_model(name, pretrained)
@@ -101,7 +103,7 @@ def load_model(
             model.refocus_config = RefocusConfig.preset(name, pretrained)
         except ValueError:
             model.refocus_config = None
-        model.trained_on = None
+        model.register_config = model.trained_on = None
     tower = read_tower(model)
     model.preprocess = Preprocess.of(tower)
     model.tokenizer = _family(name).tokenizer(name) or find_tokenizer(model, tower)

@@ -81,7 +81,7 @@ def test_a_small_tower(case):
     assert relative_error(want, plain) > 0.01
 
 
-@pytest.mark.parametrize("method", ["sclip", "naclip", "gem", "sc-clip", "released"])
+@pytest.mark.parametrize("method", ["sclip", "naclip", "gem", "sc-clip", "registers", "released"])
 def test_other_methods(method):
     """Between them, these call every kernel that the methods share, each in its own way."""
     config = rfclip.RefocusConfig(distraction_dims=DIMS) if METHODS[method].configured else None

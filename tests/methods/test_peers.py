@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from helpers import relative_error
-from oracles.methods import FORMULAS, Plain, formula, proxyclip, released_stream, sfp_outliers
+from oracles.methods import FORMULAS, Plain, formula, itaclip_views, proxyclip, released_stream, sfp_outliers
 from safetensors.torch import save_file
 from small_models import DIMS, pictures, small_clip
 from timm.models.vision_transformer import VisionTransformer
@@ -50,12 +50,12 @@ def features(name, model, images, backend="auto"):
 
 
 def test_every_method_has_a_formula():
-    assert {*FORMULAS, "rf-clip", "proxyclip"} == set(METHODS)
+    assert {*FORMULAS, "rf-clip", "proxyclip", "itaclip-views"} == set(METHODS)
 
 
 @pytest.mark.parametrize("backend", ["eager", "reference"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", [*FORMULAS, "itaclip-views"])
 def test_the_formula(name, size, backend):
     """Up to rounding in float64; in float32, the cosine of every patch is above 0.9999."""
     images = pictures(count=2, height=size[0], width=size[1])
@@ -64,6 +64,18 @@ def test_the_formula(name, size, backend):
     single = features(name, tower(torch.float32), images[:1].float(), backend)
     assert single.dtype == torch.float32
     assert F.cosine_similarity(single.double(), want[:1], dim=1).min() > 0.9999
+
+
+def test_views_of_pictures():
+    """They are made of whole patches, of windows that have less room than the blur wants, too."""
+    model = small_clip(layers=12, patch_size=4, image_size=32)
+    method = METHODS["itaclip-views"](read_tower(model), None, "auto")
+    images = pictures(count=2, height=16, width=32)[..., :14, :27]
+    patches = method.tower.patches(images[..., :12, :24])
+    assert relative_error(method.dense(patches, images), itaclip_views(model, images[..., :12, :24], 0.75)) < 1e-10
+    assert method.dense(patches[..., :1, :1], images).isfinite().all()
+    with pytest.raises(ValueError, match="images=None: ITACLIP's views"):
+        method.dense(patches)
 
 
 def test_outliers_of_sfp():
@@ -148,12 +160,12 @@ def test_a_batch_equals_its_images_one_by_one(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_image_embedding(name):
-    """Only RF-CLIP and the released code change it."""
+    """Only RF-CLIP, the released code and registers change it."""
     model, images = tower(), pictures(height=56, width=56)
     plain = model.encode_image(images)
     with rfclip.refocus(model, CONFIG if METHODS[name].configured else None, method=name):
         got = model.encode_image(images)
-    if METHODS[name].configured:
+    if METHODS[name].configured or METHODS[name].registers:
         assert relative_error(got, plain) > 1e-3
     else:
         assert relative_error(got, plain) < 1e-12
@@ -179,7 +191,8 @@ def test_the_released_code_on_a_single_block():
 
 def test_methods_differ():
     model, images = tower(), pictures(height=56, width=56)
-    found = {name: features(name, model, images) for name in METHODS if name != "proxyclip"}
+    left_out = {"proxyclip", "resclip"}  # one needs a download, and the other is resclip-rcs but for its protocol
+    found = {name: features(name, model, images) for name in METHODS if name not in left_out}
     for name, one in found.items():
         for other, two in found.items():
             assert name == other or relative_error(one, two) > 1e-3, (name, other)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers import rand, randn, relative_error
 from oracles import rules
-from oracles.methods import Plain, cliper_rounds, cliptrase, formula, proxyclip
+from oracles.methods import Plain, cliper_rounds, cliptrase, formula, itaclip_views, proxyclip
 from oracles.post import propagated
 from oracles.released_evaluation import resize_planes, resized_size, windows
 from PIL import Image
@@ -79,16 +79,22 @@ TABLE = {
     "resclip-rcs": ({"resizing": "mmcv"}, WHOLE_VOC),
     "resclip": ({"resizing": "mmcv", "post": "resclip"}, WHOLE_VOC),
     "pearl": ({"resizing": "mmcv", "post": "pearl"}, WHOLE_VOC),
-    "itaclip": (
-        {"resizing": "mmcv", "stride": 28, "post": "pamr"},
-        {
-            "cityscapes": {"short_side": 560},
-            "coco_stuff": {"short_side": 448},
-            "voc21": {"logit_scale": 60, **AREA},
-            "context60": {"logit_scale": 55},
-            "coco_object": {"logit_scale": 50},
-        },
-    ),
+    **{
+        method: (
+            {"resizing": "mmcv", "stride": 28, "post": "pamr", "refined": "given", "rule": rule},
+            {
+                "cityscapes": {"short_side": 560},
+                "coco_stuff": {"short_side": 448},
+                "voc21": {"logit_scale": 60, "rule": on_voc21, "options": {"share": 0.1}},
+                "context60": {"logit_scale": 55},
+                "coco_object": {"logit_scale": 50},
+            },
+        )
+        for method, rule, on_voc21 in (
+            ("itaclip", "rule:Rule", "peers:AreaRule"),
+            ("itaclip-views", "itaclip:MeanOfViews", "itaclip:MeanOfViewsByArea"),
+        )
+    },
     "clearclip": (
         {"resizing": "mmcv", "short_side": 448, "window": 448, "stride": 224, "logit_scale": 50, "padding": "patch"}
         | {"threshold": 0.5},
@@ -161,7 +167,7 @@ TABLE = {
         | {"logit_scale": 100, "threshold": None},
         {"context59": {"short_side": 520}},
     ),
-    **dict.fromkeys(("clip", "kk", "kk-mean", "rf-clip"), ({}, {"cityscapes": {"short_side": 560}})),
+    **dict.fromkeys(("clip", "registers", "kk", "kk-mean", "rf-clip"), ({}, {"cityscapes": {"short_side": 560}})),
 }  # test_released_evaluation.py has that of `released`
 
 
@@ -514,7 +520,7 @@ def check(made, picture, names, logits, **options):
     assert len(np.unique(found.labels)) > 1 or min(size) <= 30
 
 
-def in_windows(x, window, stride, padding, features_of, text):
+def in_windows(x, window, stride, padding, features_of, text, logits_of=logits_of):
     """Logits [K, h, w] of a normalized picture, of windows that are padded to a multiple on both sides."""
     h, w = x.shape[1:]
     total, count = np.zeros((len(text), h, w)), np.zeros((h, w))
@@ -665,6 +671,35 @@ def test_area_rule_in_the_segmenter(segmenter):
     want = rules.labels_by_area(probabilities, 0.1, None)
     assert agreeing(made.segment(picture, names).labels, want) > 0.998
     assert agreeing(want, probabilities.argmax(axis=0)) < 1
+
+
+@pytest.mark.parametrize("dataset, c", [("voc21", 0.7), ("cityscapes", 0.7), ("ade20k", 0.75)])
+def test_views_in_windows(dataset, c, segmenter):
+    """Their mean is not normalized again, and on VOC21 small classes are removed."""
+    model, picture = model_with_statistics(layers=12), photograph(40, 46)
+    made, text, names = segmenter("itaclip-views", dataset, model)
+    assert (made.windows.window, made.windows.stride, made.protocol.post) == (32, 4, "pamr")
+    x = normalized(model, as_mmcv(picture, made.windows.short_side, 293))
+
+    def features_of(images):
+        return itaclip_views(model, images, c)
+
+    def plain_logits(features, text):
+        return np.einsum("kc,chw->khw", text.numpy(), features[0].numpy())
+
+    logits = in_windows(x, 32, 4, 1, features_of, text, plain_logits)
+    if dataset != "voc21":
+        check(made, picture, names, logits, post="none")
+    else:
+        probabilities = rules.class_probabilities(logits, np.arange(5), (40, 46), 60)
+        want = rules.labels_by_area(probabilities, 0.1, None)
+        assert agreeing(made.segment(picture, names, post="none").labels, want) > 0.998
+
+
+def test_another_method_has_no_views():
+    protocol = METHODS["itaclip-views"].protocol
+    with pytest.raises(ValueError, match="the protocol of itaclip-views needs the views of that method, and .* 'kk'"):
+        rfclip.Segmenter(small_clip(), method="kk", protocol=protocol, tokenizer=list)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "proxyclip"])

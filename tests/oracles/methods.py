@@ -1,9 +1,11 @@
 """The formula of every method, written once more image by image and head by head in float64."""
 
+import copy
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from small_models import DIMS
+from small_models import DIMS, REGISTERS
 
 
 def softmax(logits):
@@ -269,6 +271,32 @@ def kk_mean(p):
     return p.out(p.L, A @ p.qkv(p.L, p.F[p.L - 1])[2])
 
 
+def with_register(p, neurons, per_neuron=False):
+    """The tower with a register, which here is the last token."""
+    r = copy.copy(p)
+    zero = p.visual.ln_pre(torch.zeros(1, p.F[0].shape[1], dtype=torch.float64)).numpy()
+    r.F = [np.concatenate([p.F[0], zero])]
+    for n in range(1, p.L + 1):
+        x, mlp = r.F[-1], p.block(n).mlp
+        q, k, v = p.qkv(n, x)
+        u = x + p.out(n, softmax(q @ k.transpose(0, 2, 1) / q.shape[-1] ** 0.5) @ v)
+        h = mlp.gelu(mlp.c_fc(p.block(n).ln_2(torch.from_numpy(u)))).numpy()
+        units = [unit for block, unit in neurons if block == n]
+        for some in [[unit] for unit in units] if per_neuron else [units] * bool(units):
+            values = h[:, some].ravel()
+            h[-1, some] = values[np.abs(values).argmax()]
+        h[1:-1, units] = 0
+        r.F.append(u + mlp.c_proj(torch.from_numpy(h)).numpy())
+    return r
+
+
+def registers(p):
+    r = with_register(p, REGISTERS)
+    A = sum(SS(p.qkv(n, r.F[n - 1])[1]) for n in range(1, p.L + 1)) / p.L
+    A[:, :, [0, -1]] = 0
+    return p.out(p.L, A @ p.qkv(p.L, r.F[p.L - 1])[2])[:-1]
+
+
 def released_stream(p):
     """The input of the first block and the outputs of all, as the released code computes them."""
 
@@ -307,8 +335,7 @@ FORMULAS = {
     "sclip": sclip,
     "clearclip": clearclip,
     "naclip": naclip,
-    "resclip-rcs": resclip_rcs,
-    "resclip": resclip_rcs,
+    **dict.fromkeys(("resclip-rcs", "resclip"), resclip_rcs),  # which differ in what their protocols do after it
     "pearl": pearl,
     "itaclip": itaclip,
     "gem": gem,
@@ -316,21 +343,44 @@ FORMULAS = {
     "cliptrase": cliptrase,
     "cliper": cliper,
     "sc-clip": sc_clip,
+    "registers": registers,
     "sfp": sfp,
     "kk": kk,
     "kk-mean": kk_mean,
     "released": released,
-}  # RF-CLIP's is oracles/tower.py, ProxyCLIP's is below
+}  # RF-CLIP's is oracles/tower.py, those of ProxyCLIP and of ITACLIP's views are below
 
 
 def formula(name, model, images, *constants):
     """Patch embeddings [B, C, gh, gw] in float64."""
+    if name == "itaclip-views":
+        return itaclip_views(model, images, 0.75)
     found = []
     for image in images:
         p = Plain(model, image, offset=0.1 if name == "released" else 0.0)
         z = torch.from_numpy(FORMULAS[name](p, *constants)[1:])
         found.append((model.visual.ln_post(z) @ model.visual.proj).T.reshape(-1, *p.grid))
     return torch.stack(found)
+
+
+def itaclip_views(model, images, c):
+    """The mean of normalized embeddings over views."""
+    views = [images, gray(images), blurred(images), images.flip(2), images.flip(3)]
+    found = [F.normalize(formula("itaclip", model, view), dim=1) for view in views]
+    return c * sum(found[:3]) / 3 + (1 - c) * (found[3].flip(2) + found[4].flip(3)) / 2
+
+
+def gray(images):
+    red, green, blue = images.unbind(1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None].expand(-1, 3, -1, -1)
+
+
+def blurred(images):
+    weights = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 5**2))
+    weights = weights / weights.sum()
+    x = np.pad(images.numpy(), ((0, 0), (0, 0), (5, 5), (5, 5)), mode="reflect")
+    x = sum(w * x[:, :, n : n + images.shape[2]] for n, w in enumerate(weights))
+    return torch.from_numpy(sum(w * x[..., n : n + images.shape[3]] for n, w in enumerate(weights)))
 
 
 def proxyclip(model, images, dino):

@@ -8,7 +8,7 @@ from miniatures import scores_of
 import rfclip
 from rfclip import RefocusConfig, Segmenter, reference
 from rfclip.datasets.scenes import Scenes
-from rfclip.scoring.metrics import confusion_matrix
+from rfclip.scoring.metrics import Scores, confusion_matrix
 from rfclip.scoring.run import Scorer
 from rfclip.segment.job import Job
 from rfclip.simulated_distraction import INJECTED_DIMS, inject_distraction
@@ -125,12 +125,17 @@ def test_refocusing_recovers_what_injection_costs():
 def test_confusion_against_a_loop():
     generator = np.random.default_rng(0)
     labels, predicted = generator.integers(0, 5, (2, 13, 7))
-    labels[labels == 4] = 255
-    want = np.zeros((5, 5), int)
+    labels[labels == 4], predicted[:3, :2] = 255, 255  # neither a label nor a class
+    want = np.zeros((5, 6), int)
     for label, prediction in zip(labels.ravel(), predicted.ravel(), strict=True):
         if label != 255:
-            want[label, prediction] += 1
-    assert np.array_equal(confusion_matrix(labels, predicted, 5), want)
+            want[label, min(prediction, 5)] += 1
+    found = confusion_matrix(labels, predicted, 5)
+    assert np.array_equal(found, want) and found[:, 5].any()
+    missed = (labels == 0) & (predicted != 0)
+    wrong = (labels != 0) & (labels != 255) & (predicted == 0)
+    hit = (labels == 0) & (predicted == 0)
+    assert Scores(1, 0.0, found).iou[0] == hit.sum() / (hit | missed | wrong).sum()
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])

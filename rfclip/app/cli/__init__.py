@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from rfclip import __version__
-from rfclip.app.cli import calibrate, doctor, evaluate, explain, listings, segment, serve
+from rfclip.app.cli import calibrate, doctor, evaluate, explain, listings, registers, segment, serve
 from rfclip.app.cli.common import out_console
 
 __all__ = ["app"]
@@ -27,6 +27,7 @@ app = typer.Typer(
 for command in (
     segment.segment,
     calibrate.calibrate,
+    registers.registers,
     explain.explain,
     serve.serve,
     listings.models,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,10 +13,6 @@ from rfclip.app.cli import common
 from rfclip.config import TINY, Origin, plain_name
 from rfclip.files import write_whole
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-BATCH = 16  # pictures at a time
 NAMED = 3  # of the arguments that say which they are
 
 
@@ -38,12 +33,8 @@ def calibrate(
     with common.clear_errors():
         found, failed = common.some_images(images)
         common.check_new(out, overwrite)
-        from open_clip import image_transform
-        from torch import stack
-
         from rfclip import __version__
         from rfclip.calibration import calibrate as find_dims
-        from rfclip.images import to_rgb
         from rfclip.towers import read_tower
         from rfclip.towers.loading import check_model, find_model
 
@@ -55,30 +46,12 @@ def calibrate(
             out = Path(Origin(plain_name(model), tags).file_name())
             common.check_new(out, overwrite)
         clip, _ = common.load(model, pretrained, device, None, [])
-        tower = read_tower(clip)
-        prepare = image_transform(tower.image_size, is_train=False, mean=tower.image_mean, std=tower.image_std)
-        seen = 0
-
-        def batches() -> Iterator[Tensor]:
-            nonlocal seen
-            batch = []
-            with common.progress() as progress:
-                for path, _ in progress.track(found, description="calibrating"):
-                    try:
-                        batch.append(prepare(to_rgb(path)).to(tower.weight.device))
-                        seen += 1
-                    except (ValueError, OSError) as error:
-                        failed.append((str(path), str(error)))
-                    if len(batch) == BATCH:
-                        yield stack(batch)
-                        batch = []
-            if batch:
-                yield stack(batch)
-
+        unfound = len(failed)
         try:
-            calibration = find_dims(clip, batches())
+            calibration = find_dims(clip, common.batches(found, failed, read_tower(clip), "calibrating"))
         finally:
             common.print_failed(failed)
+        seen = len(found) + unfound - len(failed)
         common.answer(f"{seen} images. {calibration.report()}")
         pictures = ", ".join(images[:NAMED] + ["..."] * (len(images) > NAMED))
         source = f"calibrated on {seen} picture{'s' * (seen > 1)}: {pictures}"

@@ -19,12 +19,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 
 from rfclip.app.sources import VIDEOS, result_name
-from rfclip.config import TINY, BackendName, PostName, PrecisionName, RefocusConfig
+from rfclip.config import TINY, BackendName, PostName, PrecisionName, RefocusConfig, RegisterConfig
 from rfclip.files import RESULTS, same_name
 from rfclip.methods import METHODS
 
 if TYPE_CHECKING:
     import torch
+
+    from rfclip.towers import Tower
 
 PictureT = TypeVar("PictureT", bound=Path | str)
 
@@ -48,6 +50,9 @@ ClassLists = Annotated[
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag for the weights, or a path to safetensors.")]
 Device = Annotated[str, typer.Option("--device", "-d", help="Where to run: cpu, cuda, cuda:1, mps.")]
 Config = Annotated[Path | None, typer.Option(help="RF-CLIP's settings in JSON, as `rfclip calibrate` writes them.")]
+Registers = Annotated[
+    Path | None, typer.Option(help="Register neurons in JSON, as `rfclip registers` writes them, for that method.")
+]
 Precision = Annotated[PrecisionName, typer.Option(help="Of the weights and of the image tower.")]
 MethodName = Annotated[
     str, typer.Option("--method", help="One of `rfclip methods`.", autocompletion=lambda: list(METHODS))
@@ -280,6 +285,44 @@ def read_config(path: Path | None) -> RefocusConfig | None:
         return RefocusConfig.from_json(path.read_text("utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from error
+
+
+def read_registers(path: Path | None, methods: list[str]) -> RegisterConfig | None:
+    """The register neurons in a file, if one is given, for those of the methods that have any."""
+    from rfclip.methods import find_method
+
+    if path is None:
+        return None
+    if not any(find_method(name).registers for name in methods):
+        raise ValueError(f"--registers: {', '.join(methods) or 'rf-clip'} takes none; it is for the method registers")
+    try:
+        return RegisterConfig.from_json(path.read_text("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"--registers {path}: {error}") from error
+
+
+def batches(
+    found: Sequence[tuple[Path, Path]], failed: list[tuple[str, str]], tower: Tower, doing: str, size: int = 16
+) -> Iterator[torch.Tensor]:
+    """Pictures as a tower was trained on them, so many at a time; those that cannot be read are added to `failed`."""
+    from open_clip import image_transform
+    from torch import stack
+
+    from rfclip.images import to_rgb
+
+    prepare = image_transform(tower.image_size, is_train=False, mean=tower.image_mean, std=tower.image_std)
+    batch = []
+    with progress() as shown:
+        for path, _ in shown.track(found, description=doing):
+            try:
+                batch.append(prepare(to_rgb(path)).to(tower.weight.device))
+            except (ValueError, OSError) as error:
+                failed.append((str(path), str(error)))
+            if len(batch) == size:
+                yield stack(batch)
+                batch = []
+    if batch:
+        yield stack(batch)
 
 
 def method_names(given: str) -> list[str]:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rfclip.app.cli import common
-from rfclip.config import TINY, RefocusConfig
+from rfclip.config import TINY, RefocusConfig, RegisterConfig
 from rfclip.datasets import DATASETS
 from rfclip.extras import require
 from rfclip.files import write_whole
@@ -104,6 +104,7 @@ def evaluate(
     device: common.Device = "cpu",
     backend: common.Backend = "auto",
     config: common.Config = None,
+    registers: common.Registers = None,
     engine: common.EngineName = "local",
     workers: common.Workers = None,
     out: RunFolder = None,
@@ -123,7 +124,7 @@ def evaluate(
         common.check_folder(out or RUNS)
         methods = common.method_names(method) if method else []
         find_protocol(protocol, RF_CLIP)
-        given = common.read_config(config)
+        given, neurons = common.read_config(config), common.read_registers(registers, methods)
         wanted = list(dict.fromkeys(part.strip() for part in names.split(",")))
         if "synonyms" not in wanted and not share is seeds is None:
             raise ValueError(f"--{'seeds' if share is None else 'share'} goes with --names synonyms")
@@ -150,10 +151,11 @@ def evaluate(
             more["across_windows"] = across_windows
             shared = Job(model, pretrained, None, RF_CLIP, backend, device, **more)
             own = _injected(refocusing, inject_distraction)
-            jobs = {
-                name: replace(shared, method=name, config=config)
-                for name, config in _possible(clip, shared, methods, own, method == "all")
-            }
+            if inject_distraction:
+                from rfclip.simulated_distraction import injected_registers
+
+                neurons = injected_registers(clip, neurons)
+            jobs = dict(_possible(clip, shared, methods, own, neurons, method == "all"))
             single = len(opened) * len(jobs) == 1
             marks = _marks(protocol, names) + "-across-windows" * across_windows
             out = out or RUNS.joinpath(*([_run_name(opened[0].name, *jobs) + marks] if single else []))
@@ -304,15 +306,22 @@ def _with_distraction(share: float) -> str:
 
 
 def _possible(
-    clip: nn.Module, shared: Job, names: list[str], config: RefocusConfig | None, every: bool
-) -> Iterator[tuple[str, RefocusConfig | None]]:
-    """Each method with its settings. Of all methods, those that this model cannot have are left out, saying so."""
+    clip: nn.Module,
+    shared: Job,
+    names: list[str],
+    config: RefocusConfig | None,
+    registers: RegisterConfig | None,
+    every: bool,
+) -> Iterator[tuple[str, Job]]:
+    """The job of each method. Of all methods, those that this model cannot have are left out, saying so."""
     from rfclip.methods import find_method
 
     for name in names:
-        own = config if find_method(name).configured else None
+        card = find_method(name)
+        own, neurons = config if card.configured else None, registers if card.registers else None
+        job = replace(shared, method=name, config=own, registers=neurons)
         try:
-            with replace(shared, method=name, config=own).segmenter(clip):
+            with job.segmenter(clip):
                 pass
         except (ValueError, OSError) as error:
             if not every:
@@ -320,7 +329,7 @@ def _possible(
             text = f"[yellow]left out:[/] {escape(name)}: {escape(str(error))}"
             common.console.print(text, highlight=False, soft_wrap=True)
             continue
-        yield name, own
+        yield name, job
 
 
 def _marks(protocol: str, names: str) -> str:

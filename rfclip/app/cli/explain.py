@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,6 +32,11 @@ def explain(
     device: common.Device = "cpu",
     backend: common.Backend = "auto",
     config: common.Config = None,
+    compare: Annotated[
+        Literal["registers"] | None,
+        typer.Option(help="Show beside the distraction tokens what test-time registers call outliers."),
+    ] = None,
+    registers: common.Registers = None,
     inject_distraction: common.Inject = 0.0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("rfclip-explained"),
     overwrite: common.Overwrite = False,
@@ -52,15 +57,21 @@ def explain(
             raise ValueError(f"--method {method}: expected {RF_CLIP} or released")
         find_protocol(protocol, method)
         common.check_folder(out)
-        given = common.read_config(config)
+        given, neurons = common.read_config(config), common.read_registers(registers, [compare] if compare else [])
         from rfclip import simulated_distraction
         from rfclip.explanation import explain as look
         from rfclip.explanation import figures
+        from rfclip.explanation.registers import compare_registers
+        from rfclip.plugin import refocus
 
         found = _without_results(found, out, set(figures.CAPTIONS))
         clip, refocusing = common.load(model, pretrained, device, given, ["rf-clip"])
         assert refocusing is not None
-        refocusing = simulated_distraction.injected(refocusing) if inject_distraction else refocusing
+        if inject_distraction:
+            refocusing = simulated_distraction.injected(refocusing)
+            neurons = simulated_distraction.injected_registers(clip, neurons)
+        if compare:
+            refocus(clip, method=compare, registers=neurons, backend=backend).remove()
         profiles, done = [], []
         with common.progress() as progress:
             for file, result in progress.track(found, description="explaining"):
@@ -79,7 +90,11 @@ def explain(
                             protocol=protocol,
                             backend=backend,
                         )
-                    pictures = {name: figures.png(figure) for name, figure in figures.draw(seen).items()}
+                        drawn, beside = figures.draw(seen), None
+                        if compare:
+                            beside = compare_registers(clip, file, refocusing, neurons, backend=backend)
+                            drawn["registers"] = figures.draw_registers(beside)
+                    pictures = {name: figures.png(figure) for name, figure in drawn.items()}
                     facts = {
                         "model": model,
                         "weights": pretrained or "its own",
@@ -90,6 +105,8 @@ def explain(
                     page = figures.report(seen, pictures, printable(file.name), facts)
                     folder.mkdir(parents=True, exist_ok=True)
                     saves = {folder / f"{name}.png": partial(_write_bytes, data) for name, data in pictures.items()}
+                    if beside is not None:
+                        saves[folder / "registers.json"] = partial(_write_bytes, beside.to_json().encode())
                     write_whole(saves | {folder / "report.html": partial(_write_bytes, page.encode())})
                 except (ValueError, OSError) as error:
                     failed.append((str(file), str(error)))

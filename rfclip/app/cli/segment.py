@@ -38,6 +38,7 @@ def segment(
     method: common.MethodName = "rf-clip",
     backend: common.Backend = "auto",
     config: common.Config = None,
+    registers: common.Registers = None,
     threshold: Annotated[
         float | None,
         typer.Option(
@@ -99,7 +100,7 @@ def segment(
             raise ValueError(f"--threshold {threshold}: expected a probability, from 0 to 1")
         find_method(method)
         find_protocol(protocol, method)
-        refocusing = common.read_config(config)
+        refocusing, neurons = common.read_config(config), common.read_registers(registers, [method])
         if format == "png":
             found, clashing = common.distinct(found)
             failed += clashing
@@ -128,7 +129,8 @@ def segment(
             default = model is None
             if model is None:
                 model, pretrained = _model_for([file for file, _ in found], pretrained)
-            more: dict[str, Any] = {"post": post, "protocol": protocol, "across_windows": across_windows}
+            more: dict[str, Any] = {"post": post, "protocol": protocol, "registers": neurons}
+            more["across_windows"] = across_windows
             job = Job(model, pretrained, refocusing, method, backend, device, precision, **more)
             # What is left once the workers are gone was theirs.
             with swept(out, mark), starting as where, contextlib.ExitStack() as stack:
