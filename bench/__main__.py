@@ -70,7 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
         "kernels": lambda: report.kernels.extend(time_kernels(given.quick)),
         "roofline": lambda: report.roofline.extend(project()),
         "towers": towers_and_profile,
-        "methods": lambda: report.methods.extend(log_progress(methods.time_methods(given.model, given.quick))),
+        "methods": lambda: [
+            report.methods.extend(log_progress(timed(given.model, given.quick)))
+            for timed in (methods.time_methods, methods.time_windows)
+        ],
         "memory": memory,
         "end-to-end": pictures,
     }
