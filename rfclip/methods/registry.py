@@ -137,7 +137,7 @@ class MethodCard:
 
     def check_tower(self, tower: Tower) -> None:
         """Raise ValueError if a tower does not give what the method needs."""
-        if self.configured:
+        if self.configured or self.registers:
             tower.check_refocusable(f"method {self.name!r}")
         blocks = len(tower.blocks)
         if blocks < self.blocks:
