@@ -38,7 +38,7 @@ from rfclip.segment.classes import Background, parse_classes, shipped_list, spli
 from rfclip.segment.drawing import Colour, as_seen, class_colours, marked
 from rfclip.segment.job import Job
 from rfclip.segment.result import Segmentation
-from rfclip.simulated_distraction import inject_distraction, injected
+from rfclip.simulated_distraction import inject_distraction, injected, injected_registers
 from rfclip.tiny.scenes import CLASSES, make_scene
 from rfclip.towers import Tower, read_tower
 from rfclip.towers.loading import tiny_folder
@@ -112,8 +112,11 @@ class Page:
                 if config is not None:
                     config = replace(config, tau=tau, beta=beta, layers=_numbers(layers))
                     config = injected(config) if inject else config
-                own = config if find_method(method).configured else None
-                job = replace(offered, config=own, method=method, post=None if post == OWN else post, inject=inject)
+                card = find_method(method)
+                own = config if card.configured else None
+                neurons = injected_registers(model) if inject and card.registers else None
+                step = None if post == OWN else post
+                job = replace(offered, config=own, method=method, post=step, inject=inject, registers=neurons)
                 with job.segmenter(model, long_side=SHOWN_SIDE, cache=self.folder / "text") as segmenter:
                     named = segmenter.with_background(named, None)
                     with warnings.catch_warnings():
