@@ -115,7 +115,7 @@ def cosine_aggregation_kernel(
             b_sum += tl.sum(tl.where(m_w, b_w, 0.0), axis=1)
         b_out += dot(tl.where(m_w, b_w, 0.0).to(b_x.dtype), b_x, PRECISION)
     if GAIN:
-        b_out /= b_sum[:, None]
+        b_out = tl.div_rn(b_out, tl.broadcast_to(b_sum[:, None], [BM, BC]))
     p_out = out_ptr + (i_b * N + o_m[:, None]) * e + o_c[None, :]
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
 
