@@ -19,6 +19,8 @@ import rfclip_kernels
 from rfclip.config import CHOICES
 from rfclip.images import to_rgb
 from rfclip.methods import METHODS
+from rfclip.methods.across import across_windows
+from rfclip.methods.feedback import DEFAULTS, agreement, fed_back
 from rfclip.ops import dispatch
 from rfclip.simulated_distraction import INJECTED_DIMS, inject_distraction
 from rfclip.towers import read_tower
@@ -81,7 +83,7 @@ def test_a_small_tower(case):
     assert relative_error(want, plain) > 0.01
 
 
-@pytest.mark.parametrize("method", ["sclip", "naclip", "gem", "sc-clip", "registers", "released"])
+@pytest.mark.parametrize("method", ["sclip", "naclip", "gem", "resclip", "sc-clip", "sfp", "registers", "released"])
 def test_other_methods(method):
     """Between them, these call every kernel that the methods share, each in its own way."""
     config = rfclip.RefocusConfig(distraction_dims=DIMS) if METHODS[method].configured else None
@@ -92,6 +94,22 @@ def test_other_methods(method):
         with rfclip.refocus(model, config, method=method, backend=backend), torch.inference_mode():
             found.append(rfclip.dense_features(model, images.to(dtype)))
     assert relative_error(*found) <= 1e-5
+
+
+@pytest.mark.parametrize("method", ["gem", "resclip"])
+def test_steps_that_change_the_last_block(method):
+    """Attention across windows, and a second pass with the agreement of a first."""
+    images, found = pictures(count=3, height=16, width=24).to(DEVICE), []
+    labels = torch.tensor([[[0, 0, 1], [1, 0, 1]], [[0, 0, 0], [1, 1, 1]], [[2, 0, 1], [1, 0, 2]]], device=DEVICE)
+    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference")):
+        model = small_clip(layers=METHODS[method].blocks, dtype=dtype).to(DEVICE)
+        with rfclip.refocus(model, method=method, backend=backend), torch.inference_mode():
+            running = rfclip.plugin.installed(model)
+            patches = running.tower.patches(images.to(dtype))
+            again = fed_back(running, patches, agreement(labels).to(dtype), DEFAULTS)
+            found.append([again, across_windows(running, patches.split(2))] if running.crosses else [again])
+    for got, want in zip(*found, strict=True):
+        assert relative_error(got, want) <= 1e-5
 
 
 @joint_or_not
