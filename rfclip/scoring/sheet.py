@@ -16,7 +16,7 @@ from rfclip.scoring.run import Scorer
 from rfclip.segment.drawing import Colour, as_seen, class_colours, tinted
 
 PICTURES = 2
-COLUMNS = 5
+COLUMNS = (5, 6)  # whichever leaves fewer places empty
 BLACK: Colour = (0, 0, 0)
 
 
@@ -38,8 +38,9 @@ def contact_sheet(dataset: Dataset, items: list[Item], scorers: Iterator[tuple[s
     found = {label: [scorer.predict(rgb).labels for rgb, _ in pictures] for label, scorer in scorers}
     present = [_present(labels, classes) for _, labels in pictures]
     by_name = class_colours(names[c] for each in present for c in each)  # fewer names, more unlike colours
-    rows = math.ceil((2 + len(found)) / COLUMNS)
-    figure = Figure(figsize=(2 * COLUMNS, 2.2 * rows * len(pictures)), layout="constrained")
+    columns = min(COLUMNS, key=lambda columns: -(2 + len(found)) % columns)
+    rows = math.ceil((2 + len(found)) / columns)
+    figure = Figure(figsize=(2 * columns, 2.2 * rows * len(pictures)), layout="constrained")
     for number, part in enumerate(figure.subfigures(len(pictures), squeeze=False).ravel()):
         picture, labels = pictures[number]
         colours: dict[int, Colour] = dict.fromkeys(range(classes), BLACK)
@@ -48,7 +49,7 @@ def contact_sheet(dataset: Dataset, items: list[Item], scorers: Iterator[tuple[s
         for label, predicted in found.items():
             iou = mean_iou(confusion_matrix(labels, predicted[number], classes))
             cells[f"{label}: {100 * iou:.0f} %"] = tinted(picture, predicted[number], colours)
-        axes = part.subplots(rows, COLUMNS, squeeze=False).ravel()
+        axes = part.subplots(rows, columns, squeeze=False).ravel()
         for axis in axes:
             axis.set_axis_off()
         for axis, (title, cell) in zip(axes, cells.items(), strict=False):
