@@ -91,7 +91,7 @@ def test_bad_requests(port):
     """Each is answered, and the server says at most a line about it: the fixture looks for more."""
     visitor = Visitor(port, SCENE)
     join, event = "/gradio_api/queue/join", {"fn_index": visitor.segment, "session_hash": visitor.session, "data": []}
-    settings = [visitor.file, "dog", "rf-clip", "rfclip-tiny", 2.0, 0.3, "all", False, 0.0]
+    settings = [visitor.file, "dog", "rf-clip", "rfclip-tiny", 2.0, 0.3, "all", "own", 0.0]
     wrong = [{"fn_index": 99}, {"fn_index": "x"}, {"data": None}, {"data": [1, 2]}, {"session_hash": [1]}]
     wrong += [
         {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}, *settings[1:]]}

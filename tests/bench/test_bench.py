@@ -74,7 +74,7 @@ def test_a_quick_run_writes_whole_files_and_fails_on_a_regression(tmp_path):
     in_windows = rows[len(METHODS) + 2 :]
     assert {"clearclip", "clearclip, across windows", "rf-clip, across windows", "resclip, both passes"} < {*in_windows}
     assert all(row["ratio"] > 0 and row["goal"] is None for row in found["methods"])
-    assert len(found["ratios"]) == 6 + len(METHODS) + len(in_windows) and found["failures"] == []
+    assert len(found["ratios"]) == 7 + len(METHODS) + len(in_windows) and found["failures"] == []
 
     titles = [line for line in done.stdout.splitlines() if line.startswith("## Roofline")]
     assert len(titles) == 2 and all("projected, not measured" in title for title in titles)

@@ -108,7 +108,9 @@ def test_what_a_graph_may_capture_never_waits(tower, method):
     with mode, torch.device("cuda"):
         model = clip(max(4, METHODS[method].blocks))
     config = DEFAULT if METHODS[method].configured else None
-    with rfclip.refocus(model, config, method=method, backend="triton"), mode, torch.no_grad(), NeverWaits():
+    registers = rfclip.RegisterConfig([(1, 3), (1, 5)]) if METHODS[method].registers else None
+    refocused = rfclip.refocus(model, config, method=method, backend="triton", registers=registers)
+    with refocused, mode, torch.no_grad(), NeverWaits():
         assert installed(model).capturable
         assert rfclip.dense_features(model, images).shape == (2, 20, 4, 5)
 
