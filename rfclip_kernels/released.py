@@ -106,14 +106,16 @@ def cosine_aggregation_kernel(
             b_w += dot(b_m, b_n, PRECISION)
         b_norms = b_norm[:, None] * tl.maximum(tl.load(p_norm + o_n, mask=m_n, other=1.0), 1e-12)[None, :]
         b_w = tl.div_rn(b_w, b_norms)
-        p_v = p_x + o_n[:, None] * stride_xn + o_c[None, :] * stride_xe
-        b_x = tl.load(p_v, mask=m_n[:, None] & m_c[None, :], other=0.0)  # [BN, BC]
         m_w = b_w >= least
         if GAIN:
             m_w = (m_w | (o_m[:, None] == o_n[None, :])) & m_n[None, :]
             b_w = tl.exp2(gain * (b_w - 1))  # at most about 1
-            b_sum += tl.sum(tl.where(m_w, b_w, 0.0), axis=1)
-        b_out += dot(tl.where(m_w, b_w, 0.0).to(b_x.dtype), b_x, PRECISION)
+        b_w = tl.where(m_w, b_w, 0.0)
+        if GAIN:
+            b_sum += tl.sum(b_w, axis=1)
+        p_v = p_x + o_n[:, None] * stride_xn + o_c[None, :] * stride_xe
+        b_x = tl.load(p_v, mask=m_n[:, None] & m_c[None, :], other=0.0)  # [BN, BC]
+        b_out += dot(b_w.to(b_x.dtype), b_x, PRECISION)
     if GAIN:
         b_out = tl.div_rn(b_out, tl.broadcast_to(b_sum[:, None], [BM, BC]))
     p_out = out_ptr + (i_b * N + o_m[:, None]) * e + o_c[None, :]
@@ -144,7 +146,8 @@ def _cosine_aggregation(guide: Tensor, x: Tensor, cut: float, cuts: Tensor | Non
     e = x.shape[2]
     out = x.new_empty((B, N, e))
     chosen = tiles.choose("cosine_aggregation", x, B, N)
-    BC = min(BLOCK_WIDTH, max(chosen.columns, triton.next_power_of_2(e)))
+    width = BLOCK_WIDTH if gain is None else BLOCK_WIDTH // 2  # or the sums of weights would spill
+    BC = min(width, max(chosen.columns, triton.next_power_of_2(e)))
     if B:
         with on_device(x):
             wrap_triton(cosine_aggregation_kernel)[(B * triton.cdiv(N, chosen.rows), triton.cdiv(e, BC))](
