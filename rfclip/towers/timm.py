@@ -7,7 +7,6 @@ Rotary embeddings are those of timm for the grid at hand, so that queries and ke
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,11 +41,24 @@ class TimmBlock(Block):
         rotary: those of the grid at hand, [N, 2 D]; None before `TimmTower.blocks_on`.
     """
 
-    def __init__(self, block: Any, rotates: bool) -> None:
-        self.attention = attention = block.attn
-        self.rotates = rotates
-        self.rotary: Tensor | None = None
-        self.q_norm, self.k_norm = (getattr(attention, name, nn.Identity()) for name in ("q_norm", "k_norm"))
+    def __init__(
+        self,
+        attention: Any,
+        norms: tuple[nn.Module, nn.Module],
+        parts: tuple[nn.Module, list[nn.Module], nn.Module, list[nn.Module]],
+        rotates: bool,
+        rotary: Tensor | None = None,
+    ) -> None:
+        """Norms are those of queries and keys; parts are ln_1, the output, ln_2 and the MLP, as `Block` takes them."""
+        self.attention, (self.q_norm, self.k_norm), self.parts = attention, norms, parts
+        self.rotates, self.rotary = rotates, rotary
+        super().__init__(attention.num_heads, *parts)
+
+    @classmethod
+    def read(cls, block: Any, rotates: bool) -> TimmBlock:
+        """Of a block of timm's."""
+        attention = block.attn
+        q_norm, k_norm = (getattr(attention, name, nn.Identity()) for name in ("q_norm", "k_norm"))
         out = [getattr(attention, "norm", nn.Identity()), attention.proj]
         if type(block).__name__ in POST_NORM:
             ln_1, ln_2 = nn.Identity(), nn.Identity()
@@ -55,7 +67,11 @@ class TimmBlock(Block):
             ln_1, ln_2 = block.norm1, block.norm2
             out.append(getattr(block, "ls1", nn.Identity()))
             mlp = [block.mlp, getattr(block, "ls2", nn.Identity())]
-        super().__init__(attention.num_heads, ln_1, out, ln_2, mlp)
+        return cls(attention, (q_norm, k_norm), (ln_1, out, ln_2, mlp), rotates)
+
+    def on(self, rotary: Tensor) -> TimmBlock:
+        """The same with the rotary embeddings of a grid."""
+        return TimmBlock(self.attention, (self.q_norm, self.k_norm), self.parts, self.rotates, rotary)
 
     def heads_of(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().heads_of(y)
@@ -123,7 +139,7 @@ class TimmTower(OpenCLIPTower):
             self.conv = embed.proj
         self.ln_pre, self.ln_post = getattr(trunk, "norm_pre", nn.Identity()), trunk.norm
         self.rope = getattr(trunk, "rope", None)
-        self.blocks = [TimmBlock(block, self.rope is not None) for block in trunk.blocks]
+        self.blocks = [TimmBlock.read(block, self.rope is not None) for block in trunk.blocks]
         self.prefix, self.has_cls = trunk.num_prefix_tokens, trunk.cls_token is not None
         ratio = (1, 1) if self.local else embed.feature_ratio
         self.image_size, self.grid_size = tuple(embed.img_size), tuple(embed.grid_size)
@@ -158,12 +174,8 @@ class TimmTower(OpenCLIPTower):
     def blocks_on(self, grid: Sequence[int]) -> list[Block]:
         if self.rope is None:
             return list(self.blocks)
-        rotary, found = self._rotary_on((grid[0], grid[1])), []
-        for block in self.blocks:
-            placed = copy.copy(block)
-            placed.rotary = rotary
-            found.append(placed)
-        return list(found)
+        rotary = self._rotary_on((grid[0], grid[1]))
+        return [block.on(rotary) for block in self.blocks]
 
     def _rotary_on(self, grid: tuple[int, int]) -> Tensor:
         """timm's rotary embeddings, [N, 2 D], by its own rule for other grids than the trained one."""

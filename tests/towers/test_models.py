@@ -460,6 +460,8 @@ def test_every_checkpoint_of_a_tower_that_can_be_read_gets_to_its_download(monke
 )
 def test_towers_that_are_read_only_are_loaded(monkeypatch, tmp_path, name, tag, size, tokens, embedding):
     """The real loading path but for the download, which is replaced by random weights of the right shapes."""
+    if use_of(name)[0] == "neither":
+        pytest.skip(f"this timm has no tower for {name}")
     torch.manual_seed(0)
     weights = tmp_path / "open_clip_model.safetensors"
     save_model(open_clip.create_model(name, None), weights)
