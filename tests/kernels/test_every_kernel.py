@@ -167,8 +167,7 @@ def test_the_fastest_by_more_than_noise():
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the same without a GPU")
-def test_workers_that_fail_hang_or_die(monkeypatch):
-    monkeypatch.setattr(autotune, "PATIENCE", 12)
+def test_workers_that_fail_hang_or_die():
     every = {rows: tiles.Tiles(rows, 32, 4, 1) for rows in (16, 32, 64, 256, 128)}
     with autotune.workers("cuda") as pool:
         jobs = {one: pool.apply_async(pretended_compilation, (one,)) for one in every.values()}
