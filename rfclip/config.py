@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import date
 from numbers import Real
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from rfclip.files import parse_json
 
@@ -224,17 +224,7 @@ class RegisterConfig:
         Raises:
             ValueError: for text that is not a JSON object of this class's fields.
         """
-        try:
-            values = parse_json(text)
-        except ValueError as error:
-            raise ValueError(f"a config must be JSON: {error}") from error
-        if not isinstance(values, dict) or "neurons" not in values:
-            raise ValueError('a config must be a JSON object with at least "neurons", pairs of block and unit')
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(values.keys() - {*known})
-        if unknown:
-            raise ValueError(f"unknown in a config: {', '.join(unknown)}; known: {', '.join(known)}")
-        return cls(**values)
+        return cls(**_object(text, "neurons", "pairs of block and unit", cls))
 
 
 def _is_neuron(pair: object) -> bool:
@@ -290,18 +280,25 @@ def read_settings(text: str) -> tuple[RefocusConfig, Origin]:
     Raises:
         ValueError: for text that is not a JSON object of the fields of these classes.
     """
+    values = _object(text, "distraction_dims", "a list of dimensions", RefocusConfig, Origin)
+    about = [field.name for field in fields(Origin)]
+    origin = Origin(**{name: values.pop(name) for name in about if name in values})
+    return RefocusConfig(**values), origin
+
+
+def _object(text: str, least: str, what: str, *kinds: type) -> dict[str, Any]:
+    """A JSON object of fields of some classes, with at least the field `least`, which is `what`; ValueError if not."""
     try:
         values = parse_json(text)
     except ValueError as error:
         raise ValueError(f"a config must be JSON: {error}") from error
-    if not isinstance(values, dict) or "distraction_dims" not in values:
-        raise ValueError('a config must be a JSON object with at least "distraction_dims", a list of dimensions')
-    known, about = ([field.name for field in fields(kind)] for kind in (RefocusConfig, Origin))
-    unknown = sorted(values.keys() - {*known, *about})
+    if not isinstance(values, dict) or least not in values:
+        raise ValueError(f'a config must be a JSON object with at least "{least}", {what}')
+    known = [field.name for kind in kinds for field in fields(kind)]
+    unknown = sorted(values.keys() - {*known})
     if unknown:
-        raise ValueError(f"unknown in a config: {', '.join(unknown)}; known: {', '.join((*known, *about))}")
-    origin = Origin(**{name: values.pop(name) for name in about if name in values})
-    return RefocusConfig(**values), origin
+        raise ValueError(f"unknown in a config: {', '.join(unknown)}; known: {', '.join(known)}")
+    return values
 
 
 def is_finite(value: object) -> bool:

@@ -177,10 +177,10 @@ class Method:
         """The last block, of methods in which patches attend to patches there by a single sum of attention."""
         raise NotImplementedError
 
-    @property
-    def attends(self) -> bool:
+    @classmethod
+    def attends(cls) -> bool:
         """Whether the method has `last_block`."""
-        return type(self).last_block is not Method.last_block
+        return cls.last_block is not Method.last_block
 
     def after(self, block: LastBlock) -> Tensor:
         """z without the prefix, [B, N, d], of what the heads of a last block gather."""

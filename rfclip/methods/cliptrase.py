@@ -33,8 +33,8 @@ class CLIPtrase(Method):
     def dense_and_image(self, patches: Tensor, images: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.tower.check_ready()
         block = self.last_block(patches)
-        found = self.tower.readout(block.finish(self.gather(block.sweeps, block.v)))
-        return found[:, self.tower.prefix :].mT.unflatten(-1, patches.shape[2:]), found[:, 0]
+        z = block.finish(self.gather(block.sweeps, block.v))
+        return self.embeddings(z[:, self.tower.prefix :], patches.shape[2:]), self.tower.readout(z[:, 0])
 
 
 class Regions(Rule):

@@ -30,8 +30,8 @@ STD, TAPS = 5.0, 31  # of the blur
 
 def check_feedback(method: Method) -> None:
     """Raise ValueError unless the method has a last block whose attention can be corrected."""
-    if not method.attends:
-        able = ", ".join(name for name, card in METHODS.items() if card.load().last_block is not Method.last_block)
+    if not method.attends():
+        able = ", ".join(name for name, card in METHODS.items() if card.load().attends())
         raise ValueError(
             f"post='resclip' corrects the attention of the last block, and that of {method.name!r} is not one sum of "
             f"attention; it goes with {able}"

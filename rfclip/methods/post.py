@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfclip.ops.numerics import computing_dtype, matmul
+from rfclip.ops.reference import BAND
 
 GRID = 80  # cells along a side, about
 STEPS = 25  # of conjugate gradients, which do not converge
 EDGES = 5.0
 TEMPERATURE = 0.5
 SURE = 0.05  # the least confidence
-BAND = 1 << 22  # resized values held at a time
 
 
 def propagate(logits: Tensor, image: Tensor, text: Tensor, size: tuple[int, int], cells: float = GRID) -> Tensor:

@@ -38,7 +38,7 @@ class Released(Method):
     def dense_and_image(self, patches: Tensor, images: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.tower.check_ready()
         z, x = self._tokens_and_stream(patches)
-        return self.tower.readout(z).mT.unflatten(-1, patches.shape[2:]), self.tower.readout(x[:, 0])
+        return self.embeddings(z, patches.shape[2:]), self.tower.readout(x[:, 0])
 
     def _tokens_and_stream(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """O is linear, and so is A v in v: earlier blocks' SS(k) gather the mean of both v, O projects that of A v."""
