@@ -95,15 +95,13 @@ class Method:
 
     def follow(self, protocol: Protocol) -> None:
         """Take a protocol's position embeddings and its constants for this method."""
-        self.tower.position_offset, self.constants = protocol.position_offset, self._constants(protocol)
+        self.tower.position_offset = protocol.position_offset
+        self.constants = protocol.tuned(self.name, self.defaults)
 
     def follows(self, protocol: Protocol) -> bool:
         """Whether `follow` would change nothing."""
-        return (self.tower.position_offset, self.constants) == (protocol.position_offset, self._constants(protocol))
-
-    def _constants(self, protocol: Protocol) -> dict[str, float]:
-        given = protocol.constants.get(self.name, {})
-        return {key: given.get(key, value) for key, value in self.defaults.items()}
+        wanted = protocol.position_offset, protocol.tuned(self.name, self.defaults)
+        return (self.tower.position_offset, self.constants) == wanted
 
     @property
     def ops(self) -> Backend:

@@ -87,6 +87,11 @@ class Protocol:
             said.append(f"{self.rule.partition(':')[2]}{f' ({constants})' if constants else ''}")
         return "; ".join(said)
 
+    def tuned(self, name: str, defaults: Mapping[str, float]) -> dict[str, float]:
+        """Constants with those that this protocol has for a method or a `post` in place of the defaults."""
+        given = self.constants.get(name, {})
+        return {key: given.get(key, value) for key, value in defaults.items()}
+
     def load_rule(self) -> Rule:
         """The rule with its constants."""
         return resolve_name(f"rfclip.methods.{self.rule}")(**self.options)

@@ -568,8 +568,7 @@ class Segmenter:
 
     def _fed_back(self, patches: Tensor, images: Tensor, logits: Tensor) -> Tensor:
         """The normalized patch embeddings of windows in a second pass, after one that gave these logits."""
-        method, given = self._method, self.protocol.constants.get("resclip", {})
-        constants = {key: given.get(key, value) for key, value in feedback.DEFAULTS.items()}
+        method, constants = self._method, self.protocol.tuned("resclip", feedback.DEFAULTS)
         labels = feedback.patch_labels(
             method.ops, logits, images, self.tower.patch_size, self.logit_scale, constants["confidence"]
         )
@@ -599,7 +598,7 @@ class Segmenter:
             return averaged
         given = self.windows.seen(rgb.height, rgb.width)[2:]
         if post == "pearl":
-            return propagate(averaged, x, text, given, self.protocol.constants.get("pearl", {}).get("cells", GRID))
+            return propagate(averaged, x, text, given, self.protocol.tuned("pearl", {"cells": GRID})["cells"])
         refined = given if self.protocol.refined == "given" else (height, width)
         x, averaged = (
             F.interpolate(planes[None], size=refined, mode="bilinear", align_corners=False)[0]
