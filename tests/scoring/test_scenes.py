@@ -82,6 +82,18 @@ def test_the_small_clip_reaches_its_figures(tmp_path):
     assert (averaged.images, averaged.singles, len(averaged.iou)) == (24, 24, len(CLASSES))
 
 
+def test_scenes_with_objects_of_other_sizes():
+    usual, small = Scenes(), Scenes(object_size=(20, 21))
+    item = usual.items(1)[0]
+    labels = small.read(item)[1]
+    assert np.array_equal(usual.read(item)[1], make_scene((1, 0, 0)).labels)
+    assert np.array_equal(labels, make_scene((1, 0, 0), object_size=(20, 21)).labels)
+    for kind in np.unique(labels[labels < len(OBJECTS)]):
+        rows, columns = np.nonzero(labels == kind)
+        assert max(np.ptp(rows), np.ptp(columns)) < 21
+    assert usual.described() != small.described()
+
+
 def test_without_dimensions_rf_clip_is_the_averaged_kk(tmp_path):
     averaged, refocused = (scored(tmp_path, method, count=2) for method in ("kk-mean", "rf-clip"))
     assert np.array_equal(averaged.confusion, refocused.confusion)
