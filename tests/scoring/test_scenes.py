@@ -4,15 +4,18 @@ import numpy as np
 import pytest
 import torch
 from miniatures import scores_of
+from PIL import Image
 
 import rfclip
 from rfclip import RefocusConfig, Segmenter, reference
 from rfclip.datasets.scenes import Scenes
+from rfclip.explanation.explanation import busiest, explain
 from rfclip.scoring.metrics import Scores, confusion_matrix
 from rfclip.scoring.run import Scorer
 from rfclip.segment.job import Job
 from rfclip.simulated_distraction import INJECTED_DIMS, inject_distraction
 from rfclip.tiny.scenes import CLASSES, GROUNDS, OBJECTS, make_scene, sprites
+from rfclip.towers.loading import tiny_folder
 
 
 def scored(folder, method, **options):
@@ -102,14 +105,15 @@ def test_without_dimensions_rf_clip_is_the_averaged_kk(tmp_path):
 
 def test_injection_makes_distraction_tokens_and_leaves_no_trace():
     model = rfclip.load_model()
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     images = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
     plain = RefocusConfig(distraction_dims=())
     with torch.inference_mode(), rfclip.refocus(model, plain):
         before = rfclip.dense_features(model, images)
         seen = []
         block = model.visual.transformer.resblocks[3]
-        hook = block.ln_1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         with inject_distraction(model, 0.1):
+            hook = block.ln_1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
             during = rfclip.dense_features(model, images)
         hook.remove()
         after = rfclip.dense_features(model, images)
@@ -118,6 +122,23 @@ def test_injection_makes_distraction_tokens_and_leaves_no_trace():
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(before, after)
     assert not torch.allclose(before, during, atol=1e-2)
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+def test_injected_tokens_draw_more_attention_than_their_share_until_refocused():
+    """On average over scenes, the drawn one among them, relative to their share of the tokens."""
+    model, config = rfclip.load_model(), RefocusConfig(distraction_dims=INJECTED_DIMS)
+    scenes = [Image.open(tiny_folder() / "scene.png"), *(make_scene((1, 0, number)).picture() for number in range(4))]
+    received = []
+    for options in ({"attraction": 0}, {}):
+        with inject_distraction(model, 0.1, **options):
+            found = [explain(model, scene, config=config) for scene in scenes]
+        block = busiest(found[0].moved, found[0].distraction) - 1
+        tokens = found[0].distraction[block]
+        each = [[view.received[block][tokens].sum() / tokens.mean() for view in one.views] for one in found]
+        received.append(np.mean(each, axis=0))
+    (unmoved, _), (before, after) = received
+    assert unmoved < 0.5 and before > 1.2 and after < 0.9
 
 
 def test_refocusing_recovers_what_injection_costs():
