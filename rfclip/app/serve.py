@@ -313,7 +313,7 @@ class Page:
     def _scenes(self) -> list[tuple[str, str]]:
         """The bundled pictures, copied to where Gradio may read them, and class names for each."""
         first = shutil.copy(tiny_folder() / "scene.png", self.folder)
-        scenes = [(str(first), "dog, cactus, octopus, sailboat, cat, bus, grass, sky")]
+        scenes = [(str(first), "tiger, mushroom, pizza, cake, cat, bus, grass, sky")]
         for seed, absent in SCENES:
             scene, path = make_scene(seed), self.folder / f"scene-{seed}.png"
             scene.save(path)

@@ -31,7 +31,7 @@ expect.set_options(timeout=60_000)  # milliseconds: the first answer waits for t
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 SCENE = tiny_folder() / "scene.png"
-NAMES = "dog, cactus, octopus, sailboat, grass, sky"
+NAMES = "tiger, mushroom, pizza, cake, grass, sky"
 SCREENSHOT = Path(__file__).parents[2] / "build" / "serve.png"
 
 
@@ -204,7 +204,7 @@ def test_by_keyboard(page):
 def test_without_distraction(page):
     """One line says that there is none; where attention goes is shown in place of empty maps."""
     page.locator("#scenes .thumbnail-item").first.click()
-    expect(page.get_by_label("Class names")).to_have_value(re.compile("dog, cactus"))
+    expect(page.get_by_label("Class names")).to_have_value(re.compile("tiger, mushroom"))
     page.get_by_role("button", name="Segment").click()
     legend(page)
     expect(page.locator("#summary")).to_contain_text("This small model has none of its own; the settings can simulate")
@@ -323,7 +323,7 @@ def test_other_messages_stay(said):
 
 def test_pick_a_scene_and_another_method(page):
     page.locator("#scenes .thumbnail-item").first.click()
-    expect(page.get_by_label("Class names")).to_have_value(re.compile("dog, cactus"))
+    expect(page.get_by_label("Class names")).to_have_value(re.compile("tiger, mushroom"))
     expect(page.locator("#preview img")).to_be_visible()
     page.get_by_label("Method").click()
     page.get_by_role("option", name="maskclip", exact=True).click()
@@ -353,9 +353,9 @@ def test_synonyms_and_no_markup(page):
     """Synonyms are one class, and a name that is HTML is text."""
     upload(page, SCENE)
     name = "<b id=bold>dog</b>"
-    ask(page, f"cactus, octopus; {name}; /etc/passwd")
+    ask(page, f"mushroom, pizza; {name}; /etc/passwd")
     rows = legend(page)
-    assert {row.rpartition(" ")[0].rpartition(" ")[0] for row in rows} == {"cactus", name, "/etc/passwd"}
+    assert {row.rpartition(" ")[0].rpartition(" ")[0] for row in rows} == {"mushroom", name, "/etc/passwd"}
     assert page.locator("#bold").count() == 0
 
 
@@ -430,7 +430,7 @@ def test_folders_of_the_server_are_not_shown(tmp_path):
 def test_two_visitors_at_once(page, browser, address):
     """Each gets the answer to their own question, and a click in one page looks at the picture of that page."""
     other = visit(browser, address)
-    questions = {page: "dog, grass, sky", other: "cactus, sailboat, sky, grass"}
+    questions = {page: "tiger, grass, sky", other: "mushroom, cake, sky, grass"}
     for visitor in questions:
         upload(visitor, SCENE)
     for visitor, classes in questions.items():

@@ -126,19 +126,20 @@ def test_injection_makes_distraction_tokens_and_leaves_no_trace():
 
 
 def test_injected_tokens_draw_more_attention_than_their_share_until_refocused():
-    """On average over scenes, the drawn one among them, relative to their share of the tokens."""
+    """Relative to their share of the tokens: on the scene of the docs, and on average over a few more."""
     model, config = rfclip.load_model(), RefocusConfig(distraction_dims=INJECTED_DIMS)
-    scenes = [Image.open(tiny_folder() / "scene.png"), *(make_scene((1, 0, number)).picture() for number in range(4))]
+    scenes = [Image.open(tiny_folder() / "scene.png"), *(make_scene((1, 0, number)).picture() for number in range(3))]
     received = []
     for options in ({"attraction": 0}, {}):
         with inject_distraction(model, 0.1, **options):
             found = [explain(model, scene, config=config) for scene in scenes]
         block = busiest(found[0].moved, found[0].distraction) - 1
         tokens = found[0].distraction[block]
-        each = [[view.received[block][tokens].sum() / tokens.mean() for view in one.views] for one in found]
-        received.append(np.mean(each, axis=0))
-    (unmoved, _), (before, after) = received
-    assert unmoved < 0.5 and before > 1.2 and after < 0.9
+        received.append([[view.received[block][tokens].sum() / tokens.mean() for view in one.views] for one in found])
+    (unmoved, _), (before, after) = np.transpose(received, (0, 2, 1))
+    assert unmoved.max() < 0.5
+    assert before[0] > 1 > after[0]
+    assert after.mean() < 0.6 * before.mean()
 
 
 def test_refocusing_recovers_what_injection_costs():
@@ -150,7 +151,7 @@ def test_refocusing_recovers_what_injection_costs():
             return np.mean([segmenter(scene.picture(), CLASSES).labels == scene.labels for scene in scenes])
 
     averaged, refocused = RefocusConfig(distraction_dims=()), RefocusConfig(distraction_dims=INJECTED_DIMS)
-    clean, hurt, repaired = accuracy(averaged, 0), accuracy(averaged, 0.2), accuracy(refocused, 0.2)
+    clean, hurt, repaired = accuracy(averaged, 0), accuracy(averaged, 0.3), accuracy(refocused, 0.3)
     assert hurt < clean - 0.01
     assert repaired > (hurt + clean) / 2
 
