@@ -497,7 +497,7 @@ def test_a_method_by_its_own_protocol_and_a_list_by_name(tmp_path, monkeypatch, 
     picture, saved, save = tiny_folder() / "scene.png", [], serve.save
     monkeypatch.setattr(serve, "save", lambda *given: saved.append(given) or save(*given))
     page = serve.Page([job], tmp_path)
-    settings = (str(picture), "cityscapes", "released", str(job), 5.0, 0.7, "all", "own", 0.0, False, ())
+    settings = (str(picture), "cityscapes", "released", str(job), 5.0, 0.7, "all", "own", 0.0, False, False, ())
     next(page.segment(*settings, Quiet()))
     ((found, record, _),) = saved
     with rfclip.Segmenter(method="released", protocol=find_protocol(protocol, "released")) as segmenter:
@@ -506,6 +506,26 @@ def test_a_method_by_its_own_protocol_and_a_list_by_name(tmp_path, monkeypatch, 
     assert found.classes == want.classes and len(want.classes) == 19
     rule = "AdjustedNames" if protocol == "own" else "AdjustedNamesByWindow"
     assert record["protocol"]["rule"] == f"released:{rule}"
+
+
+@pytest.mark.filterwarnings("ignore:rfclip-tiny is a demonstration")
+def test_attention_across_windows(tmp_path, monkeypatch):
+    from rfclip.app import serve
+
+    job, picture, saved, save = serve.choices("rfclip-tiny", None, None)[0], tiny_folder() / "scene.png", [], serve.save
+    monkeypatch.setattr(serve, "save", lambda *given: saved.append(given) or save(*given))
+    page = serve.Page([job], tmp_path)
+    settings = (str(job), 5.0, 0.7, "all", "own", 0.0, False, True, ())
+    next(page.segment(str(picture), NAMES, "clearclip", *settings, Quiet()))
+    ((found, record, _),) = saved
+    with rfclip.Segmenter(method="clearclip", across_windows=True) as segmenter:
+        want = segmenter(picture, NAMES)
+    assert np.array_equal(found.labels, want.labels) and record["across_windows"] is True
+    with pytest.raises(serve.gr.Error, match="no self-attention"):
+        for _ in page.segment(str(picture), NAMES, "clip", *settings, Quiet()):
+            pass
+    offered = {method: serve._across(method).visible for method in ("rf-clip", "clearclip", "naclip")}
+    assert offered == {"rf-clip": True, "clearclip": True, "naclip": False}
 
 
 @pytest.mark.filterwarnings("ignore:rfclip-tiny is a demonstration")
@@ -533,8 +553,9 @@ def test_the_work_is_bounded_by_what_is_shown(tmp_path, monkeypatch, size):
     Image.new("RGB", size, "green").save(tmp_path / "picture.png")
     job = Job("rfclip-tiny", None)
     page = serve.Page([job], tmp_path)
-    settings = (str(tmp_path / "picture.png"), "grass, sky", "rf-clip", str(job), 2.0, 0.3, "all", "own", 0.0, True, ())
-    _, overlay, *_, seen, _, _, _ = next(page.segment(*settings, Quiet()))
+    settings = (str(job), 2.0, 0.3, "all", "own", 0.0, True, False, ())
+    picture = str(tmp_path / "picture.png")
+    _, overlay, *_, seen, _, _, _ = next(page.segment(picture, "grass, sky", "rf-clip", *settings, Quiet()))
     place = page.place(seen, SimpleNamespace(index=(overlay.width - 1, overlay.height - 1)))
     assert all(side - side // 100 - 1 <= at < side for at, side in zip(place, size, strict=True))
     marked, _ = next(page.point(overlay, seen, *place))
