@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo test test-oldest lint report docs dist hf-kernels bench gpu gpu-bundle clean
 
 demo: $(READY)
-	$(BIN)/rfclip segment rfclip/tiny/scene.png --classes "dog, cactus, octopus, sailboat, cat, bus, grass, sky" --out demo --overwrite
+	$(BIN)/rfclip segment rfclip/tiny/scene.png --classes "tiger, mushroom, pizza, cake, cat, bus, grass, sky" --out demo --overwrite
 	@echo "The picture with its labels: demo/scene.overlay.png"
 
 # The second run uses Triton's interpreter, which reads the variable when it is imported.

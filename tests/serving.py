@@ -96,7 +96,7 @@ class Visitor:
         self.file = {"path": json.loads(upload(port, picture)[2])[0], "meta": {"_type": "gradio.FileData"}}
 
     def join(self, classes, session=None):
-        data = [self.file, classes, "rf-clip", "rfclip-tiny", 2.0, 0.3, "all", "own", 0.0, False, None]
+        data = [self.file, classes, "rf-clip", "rfclip-tiny", 2.0, 0.3, "all", "own", 0.0, False, False, None]
         body = {"fn_index": self.segment, "session_hash": session or self.session, "data": data}
         return ask(self.port, "POST", "/gradio_api/queue/join", json.dumps(body), content_type="application/json")[0]
 

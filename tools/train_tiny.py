@@ -1,6 +1,9 @@
 """Train the small CLIP that ships in `rfclip/tiny/`, from scratch, on procedural scenes.
 
-python tools/train_tiny.py [--out DIR] [--steps N]
+python tools/train_tiny.py [--out DIR] [--stage NAME --start WEIGHTS]
+
+In three stages (`STAGES`): the last two have smaller objects, and start with sharper attention, since heads that attend
+broadly lose small objects to the ground. Queries and keys are scaled alike, which favours neither kk nor qq.
 
 Two losses, on images of 112 x 112 pixels cut from scenes of 112 to 168:
 
@@ -9,9 +12,9 @@ Two losses, on images of 112 x 112 pixels cut from scenes of 112 to 168:
   all classes, the target being the share of each class in the patch. It aligns patches with text without training any
   attention variant, so that it favours none of the methods compared on this model.
 
-Half the patches are dropped for most of the run (as in FLIP, arXiv 2212.00794), none at its end. Every batch is a
-function of the step, so a run that was stopped resumes from its last checkpoint to the same weights, up to the rounding
-of threaded sums; a checkpoint of a run with other arguments is refused.
+Half the patches are dropped for most of the first stage (as in FLIP, arXiv 2212.00794). Every batch is a function of
+stage and step, so a run that was stopped resumes from its last checkpoint to the same weights, up to the rounding of
+threaded sums. Products are in bfloat16.
 
 On glibc, MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 in the environment keep freed memory from going back to
 the system and save about a sixth of the time.
@@ -20,6 +23,7 @@ the system and save about a sixth of the time.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -32,7 +36,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -44,9 +48,53 @@ CONFIG = json.loads((PACKAGE / "open_clip_config.json").read_text())["model_cfg"
 SIDE = CONFIG["vision_cfg"]["image_size"]
 PATCH = CONFIG["vision_cfg"]["patch_size"]
 CONTEXT = CONFIG["text_cfg"]["context_length"]
-TRAINING_STREAM, CALIBRATION_STREAM = 0, 5  # first numbers of the scenes' seeds; evaluation uses others
+CALIBRATION_STREAM = 5  # first number of the scenes' seeds; training and evaluation use others
 TEMPLATES = (*open_clip.OPENAI_IMAGENET_TEMPLATES, *open_clip.SIMPLE_IMAGENET_TEMPLATES, lambda name: name)
 PATCH_SCALE = 40.0  # the logit scale at which patches are read out (method: logits times 40)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage of the training.
+
+    Attributes:
+        stream: the first number of the scenes' seeds.
+        steps, batch: how many batches of how many scenes.
+        lr, warmup, decay: the largest learning rate, reached after `warmup` steps; a cosine brings it to 0 at `decay`.
+        single: the share of scenes with one object, and the range of its longer side in pixels.
+        objects, object_size: the largest number of objects in the other scenes, and the range of their longer sides.
+        least_area: pixels of an object that a caption may name.
+        dense_from: the share of the stage after which no patch is dropped.
+        ground_weight: the weight of a patch of nothing but ground in the patch-text loss.
+        sharpen: what the query and key projections are multiplied by at the start.
+        undecayed: the ends of the names of the matrices without weight decay, beside the token embedding.
+    """
+
+    stream: int
+    steps: int
+    batch: int
+    lr: float
+    warmup: int
+    decay: int
+    single: tuple[float, tuple[int, int]]
+    objects: int
+    object_size: tuple[int, int]
+    least_area: int
+    dense_from: float = 0.0
+    ground_weight: float = 1.0
+    sharpen: float = 1.0
+    undecayed: tuple[str, ...] = ()
+
+
+FIRST = Stage(0, 2000, 128, 1.5e-3, 100, 2000, (0.35, (40, 100)), 4, (28, 84), 100, dense_from=0.9)
+SECOND = Stage(
+    *(0, 1000, 96, 1e-3, 60, 1500, (0.25, (24, 100)), 6, (16, 84), 60),
+    ground_weight=0.5,
+    sharpen=1.8,
+    undecayed=("conv1.weight", "positional_embedding", "out_proj.weight", "c_proj.weight"),
+)
+THIRD = dataclasses.replace(SECOND, stream=10, steps=600, lr=5e-4, decay=600, sharpen=1.6)
+STAGES = {"first": FIRST, "second": SECOND, "third": THIRD}
 
 
 def with_article(name: str) -> str:
@@ -76,29 +124,30 @@ def caption(objects: list[str], grounds: list[str], rng: np.random.Generator) ->
 class Scenes(torch.utils.data.Dataset):
     """Batch number `step`: images uint8 [B, 3, S, S], patch shares [B, N, C], tokens [B, L], names' tokens [C, L]."""
 
-    def __init__(self, steps: int, batch: int) -> None:
-        self.steps, self.batch = steps, batch
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
         self.tokenizer = open_clip.SimpleTokenizer(context_length=CONTEXT)
 
     def __len__(self) -> int:
-        return self.steps
+        return self.stage.steps
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         images, shares, captions = [], [], []
-        for item in range(self.batch):
-            rng = np.random.default_rng((TRAINING_STREAM, step, item, 1))
-            single = rng.random() < 0.35
+        stage, (often, single_size) = self.stage, self.stage.single
+        for item in range(stage.batch):
+            rng = np.random.default_rng((stage.stream, step, item, 1))
+            single = rng.random() < often
             scene = make_scene(
-                (TRAINING_STREAM, step, item),
+                (stage.stream, step, item),
                 SIDE if single else int(rng.integers(SIDE, SIDE * 3 // 2 + 1)),
-                objects=(1, 1) if single else (1, 4),
-                object_size=(40, 100) if single else (28, 84),
+                objects=(1, 1) if single else (1, stage.objects),
+                object_size=single_size if single else stage.object_size,
             )
             top, left = rng.integers(0, len(scene.labels) - SIDE + 1, size=2)
             window = np.s_[top : top + SIDE, left : left + SIDE]
             labels = scene.labels[window]
             area = np.bincount(labels.ravel(), minlength=len(CLASSES))
-            objects = [name for index, name in enumerate(OBJECTS) if area[index] >= 100]
+            objects = [name for index, name in enumerate(OBJECTS) if area[index] >= stage.least_area]
             grounds = [name for index, name in enumerate(GROUNDS, len(OBJECTS)) if area[index] >= 800]
             captions.append(caption(objects, grounds or [CLASSES[int(area.argmax())]], rng))
             images.append(scene.image[window].transpose(2, 0, 1))
@@ -106,7 +155,7 @@ class Scenes(torch.utils.data.Dataset):
             patches = labels.reshape(side, PATCH, side, PATCH).transpose(0, 2, 1, 3).reshape(side * side, -1)
             index = np.arange(side * side)[:, None] * len(CLASSES) + patches
             shares.append(np.bincount(index.ravel(), minlength=side * side * len(CLASSES)).reshape(side * side, -1))
-        rng = np.random.default_rng((TRAINING_STREAM, step))
+        rng = np.random.default_rng((stage.stream, step))
         names = [TEMPLATES[rng.integers(len(TEMPLATES))](name) for name in CLASSES]
         return (
             torch.from_numpy(np.stack(images)),
@@ -114,6 +163,32 @@ class Scenes(torch.utils.data.Dataset):
             self.tokenizer(captions),
             self.tokenizer(names),
         )
+
+
+class Attention(torch.autograd.Function):
+    """softmax(q k^T) v of q, k and v [G, N, D]; the backward pass of PyTorch's own is slow on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = torch.bmm(q, k.mT).softmax(dim=-1)
+        ctx.save_for_backward(q, k, v, weights)
+        return torch.bmm(weights, v)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, weights = ctx.saved_tensors
+        inner = torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.mT), weights, -1, weights.dtype)
+        return torch.bmm(inner, k), torch.bmm(inner.mT, q), torch.bmm(weights.mT, grad)
+
+
+def attention(layer: nn.MultiheadAttention, y: Tensor, queries: int | None = None) -> tuple[Tensor, Tensor]:
+    """The branch [B, T, d] of the first `queries` tokens of y [B, N, d], or of all, and the values [B, N, d]."""
+    B, H = len(y), layer.num_heads
+    q, k, v = F.linear(y, layer.in_proj_weight, layer.in_proj_bias).to(torch.bfloat16).chunk(3, dim=-1)
+    by_head = [u.unflatten(-1, (H, -1)).transpose(1, 2).flatten(0, 1) for u in (q[:, :queries], k, v)]
+    with torch.autocast("cpu", enabled=False):
+        heads = Attention.apply(by_head[0] * by_head[0].shape[-1] ** -0.5, *by_head[1:])
+    return layer.out_proj(heads.unflatten(0, (B, H)).transpose(1, 2).flatten(2)), v
 
 
 def image_tower(visual: Any, images: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -125,31 +200,33 @@ def image_tower(visual: Any, images: Tensor, keep: Tensor | None) -> tuple[Tenso
     x = visual.ln_pre(torch.cat([cls, x], dim=1))
     *blocks, last = visual.transformer.resblocks
     for block in blocks:
-        x = block(x)
-    width = x.shape[-1]
-    value = F.linear(last.ln_1(x[:, 1:]), last.attn.in_proj_weight[2 * width :], last.attn.in_proj_bias[2 * width :])
-    patches = visual.ln_post(last.attn.out_proj(value)) @ visual.proj
+        x = x + attention(block.attn, block.ln_1(x))[0]
+        x = x + block.mlp(block.ln_2(x))
     # Only the CLS query of the last block is needed.
-    y = last.ln_1(x)
-    cls = x[:, :1] + last.attn(y[:, :1], y, y, need_weights=False)[0]
+    branch, value = attention(last.attn, last.ln_1(x), queries=1)
+    patches = visual.ln_post(last.attn.out_proj(value[:, 1:])) @ visual.proj
+    cls = x[:, :1] + branch
     cls = cls + last.mlp(last.ln_2(cls))
     return visual.ln_post(cls[:, 0]) @ visual.proj, patches
 
 
 def losses(
-    model: Any, images: Tensor, shares: Tensor, tokens: Tensor, names: Tensor, keep: Tensor | None
+    model: Any, images: Tensor, shares: Tensor, tokens: Tensor, names: Tensor, keep: Tensor | None, ground: float
 ) -> tuple[Tensor, Tensor]:
-    """The contrastive and the patch-text loss of one batch."""
-    image, patches = image_tower(model.visual, normalized(images), keep)
-    text = F.normalize(model.encode_text(torch.cat([tokens, names])), dim=-1)
+    """The contrastive and the patch-text loss of one batch; `ground` weighs patches of nothing but ground."""
+    with torch.autocast("cpu", torch.bfloat16):
+        image, patches = image_tower(model.visual, normalized(images), keep)
+        text = model.encode_text(torch.cat([tokens, names]))
+    image, patches, text = (F.normalize(each.float(), dim=-1) for each in (image, patches, text))
     text, names = text[: len(tokens)], text[len(tokens) :]
-    logits = model.logit_scale.exp() * F.normalize(image, dim=-1) @ text.T
+    logits = model.logit_scale.exp() * image @ text.T
     match = torch.arange(len(logits))
     contrastive = (F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2
     if keep is not None:
         shares = shares.gather(1, keep[..., None].expand(-1, -1, shares.shape[-1]))
-    patch_logits = PATCH_SCALE * F.normalize(patches, dim=-1) @ names.T
-    return contrastive, F.cross_entropy(patch_logits.flatten(0, 1), shares.flatten(0, 1))
+    weight = torch.where(shares[..., len(OBJECTS) :].sum(dim=-1) > 0.999, ground, 1.0).flatten()
+    patch = F.cross_entropy((PATCH_SCALE * patches @ names.T).flatten(0, 1), shares.flatten(0, 1), reduction="none")
+    return contrastive, (patch * weight).sum() / weight.sum()
 
 
 def normalized(images: Tensor) -> Tensor:
@@ -165,52 +242,66 @@ def calibration_images() -> Tensor:
     return normalized(torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2))
 
 
+@torch.no_grad()
+def center_keys(model: Any, images: Tensor) -> None:
+    """Let the mean key of the patches be 0 in every block.
+
+    The bias of the keys adds the same to all logits of a query, so that no output of CLIP depends on it and training
+    leaves it as it was. In kk attention it is an arbitrary preference for keys that are like it.
+    """
+    width = CONFIG["vision_cfg"]["width"]
+    visual = model.visual
+
+    def center(layer: nn.MultiheadAttention, inputs: tuple[Tensor, ...]) -> None:
+        weight, bias = (each[width : 2 * width] for each in (layer.in_proj_weight, layer.in_proj_bias))
+        bias.copy_(-F.linear(inputs[0][:, 1:], weight).mean(dim=(0, 1)))
+
+    hooks = [block.attn.register_forward_pre_hook(center) for block in visual.transformer.resblocks]
+    visual(images)
+    for hook in hooks:
+        hook.remove()
+
+
 def save(path: Path, state: dict) -> None:
     part = path.with_name(path.name + ".part")
     torch.save(state, part)
     os.replace(part, path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=PACKAGE, help="folder for open_clip_model.safetensors")
-    parser.add_argument("--checkpoint", type=Path, default=Path("tiny-checkpoint.pt"), help="written every 100 steps")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument(
-        "--dense-from", type=float, default=0.9, help="share of the run after which no patch is dropped"
-    )
-    args = parser.parse_args()
-
-    recipe = {name: getattr(args, name) for name in ("steps", "batch", "lr", "dense_from")}
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**CONFIG, output_dict=False)
-    decayed = [p for p in model.parameters() if p.ndim >= 2 and p is not model.token_embedding.weight]
-    others = [p for p in model.parameters() if not any(p is q for q in decayed)]
+def train(model: Any, stage: Stage, checkpoint: Path) -> None:
+    """Run a stage, from its checkpoint if there is one, which is written every 100 steps."""
+    recipe, width = json.loads(json.dumps(dataclasses.asdict(stage))), CONFIG["vision_cfg"]["width"]
+    with torch.no_grad():
+        for block in model.visual.transformer.resblocks:
+            block.attn.in_proj_weight[: 2 * width] *= stage.sharpen
+            block.attn.in_proj_bias[: 2 * width] *= stage.sharpen
+    free = ("token_embedding.weight", *stage.undecayed)
+    named = list(model.named_parameters())
+    decayed = [p for name, p in named if p.ndim >= 2 and not name.endswith(free)]
+    others = [p for name, p in named if p.ndim < 2 or name.endswith(free)]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.98), fused=True)
     start = 0
-    if args.checkpoint.exists():
-        state = torch.load(args.checkpoint, weights_only=True)
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
         if state["recipe"] != recipe:
-            raise SystemExit(f"{args.checkpoint} is of a run with {state['recipe']}, not {recipe}: move it away")
+            raise SystemExit(f"{checkpoint} is of a run with {state['recipe']}, not {recipe}: move it away")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    data = torch.utils.data.Subset(Scenes(args.steps, args.batch), range(start, args.steps))
-    began, warmup, total = time.time(), 100, SIDE**2 // PATCH**2
+    data = torch.utils.data.Subset(Scenes(stage), range(start, stage.steps))
+    began, total = time.time(), SIDE**2 // PATCH**2
     for step, batch in enumerate(
         torch.utils.data.DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4), start
     ):
-        rate = args.lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+        rate = stage.lr * min((step + 1) / stage.warmup, 0.5 + 0.5 * math.cos(math.pi * step / stage.decay))
         for group in optimizer.param_groups:
             group["lr"] = rate
         keep = None
-        if step < args.dense_from * args.steps:
+        if step < stage.dense_from * stage.steps:
             generator = torch.Generator().manual_seed(step)
-            keep = torch.rand(args.batch, total, generator=generator).argsort(1)[:, : total // 2]
-        contrastive, patch = losses(model, *batch, keep)
+            keep = torch.rand(stage.batch, total, generator=generator).argsort(1)[:, : total // 2]
+        contrastive, patch = losses(model, *batch, keep, stage.ground_weight)
         optimizer.zero_grad()
         (contrastive + patch).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -220,23 +311,39 @@ def main() -> None:
         if step % 10 == 9:
             seconds = (time.time() - began) / (step + 1 - start)
             print(
-                f"step {step + 1}/{args.steps}  contrastive {contrastive.item():.3f}  patch {patch.item():.3f}  "
-                f"scale {model.logit_scale.exp().item():.1f}  {args.batch / seconds:.0f} images/s  "
-                f"{seconds * (args.steps - step - 1) / 60:.0f} min left",
+                f"step {step + 1}/{stage.steps}  contrastive {contrastive.item():.3f}  patch {patch.item():.3f}  "
+                f"scale {model.logit_scale.exp().item():.1f}  {stage.batch / seconds:.0f} images/s  "
+                f"{seconds * (stage.steps - step - 1) / 60:.0f} min left",
                 flush=True,
             )
-        if step % 100 == 99 or step + 1 == args.steps:
-            save(
-                args.checkpoint,
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "recipe": recipe},
-            )
+        if step % 100 == 99 or step + 1 == stage.steps:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save(checkpoint, state | {"step": step + 1, "recipe": recipe})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=PACKAGE, help="folder for open_clip_model.safetensors")
+    parser.add_argument("--checkpoints", type=Path, default=Path(), help="folder for tiny-STAGE.pt")
+    parser.add_argument("--stage", choices=STAGES, help="this one alone, in place of all")
+    parser.add_argument("--start", type=Path, help="safetensors weights to start from, in place of random ones")
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**CONFIG, output_dict=False)
+    if args.start:
+        model.load_state_dict(load_file(args.start))
+    for name in [args.stage] if args.stage else STAGES:
+        train(model, STAGES[name], args.checkpoints / f"tiny-{name}.pt")
+    images = calibration_images()
+    center_keys(model.eval(), images)
     weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     weights_file = args.out / "open_clip_model.safetensors"
     part = weights_file.with_suffix(".part")
     save_file(weights, part)
     os.replace(part, weights_file)
     print(f"{weights_file}: {weights_file.stat().st_size / 1e6:.1f} MB")
-    calibration = calibrate(model.eval(), calibration_images())
+    calibration = calibrate(model, images)
     (args.out / "refocus.json").write_text(calibration.config().to_json())
     print(calibration.report())
 

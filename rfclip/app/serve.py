@@ -49,6 +49,7 @@ SHOWN_SIDE = 1600  # pixels, the most that is shown and seen; with the aspect ra
 SEEN_ASPECT = 2  # beyond it, the maps are of no more patches: their cost grows with the square
 NAME_LIMIT = 255  # class names with synonyms
 KEPT = 3600  # seconds that the files and the state of a visit are kept
+ACROSS = "Attend across all windows in the last block: the core of GLA-CLIP, not its published form with a DINO"
 LINE = 100  # requests that wait; those that nobody listens for leave soon
 STOPPING = 3  # seconds that answers may take to end when the page is stopped
 SCENES = ((11, "dog, banana"), (21, "bus, owl"), (35, "cat, guitar"))  # seeds, and classes absent from the scene
@@ -95,6 +96,7 @@ class Page:
         post: str,
         inject: float,
         contours: bool,
+        across: bool,
         known: tuple[str, ...],
         progress: gr.Progress = gr.Progress(),  # noqa: B008  as Gradio requires
     ) -> Iterator[tuple[object, ...]]:
@@ -117,6 +119,7 @@ class Page:
                 neurons = injected_registers(model) if inject and card.registers else None
                 step = None if post == OWN else post
                 job = replace(offered, config=own, method=method, post=step, inject=inject, registers=neurons)
+                job = replace(job, across_windows=across)
                 with job.segmenter(model, long_side=SHOWN_SIDE, cache=self.folder / "text") as segmenter:
                     named = segmenter.with_background(named, None)
                     with warnings.catch_warnings():
@@ -266,6 +269,7 @@ class Page:
                             0, 0.5, 0, step=0.05, label="Simulate distraction in this share of the tokens"
                         )
                         contours = gr.Checkbox(label="Contours: lines between the classes")
+                        across = gr.Checkbox(label=ACROSS, visible=_crosses(RF_CLIP))
                         post = gr.Dropdown(
                             [("as the method does", OWN), *POSTS],
                             value=OWN,
@@ -299,8 +303,9 @@ class Page:
             one = {"concurrency_limit": 1, "concurrency_id": "tower", "api_visibility": "private"}
             results = [overlay, plain, legend, summary, saving, mask, record, pointing, attention, maps, seen]
             file.change(_preview, file, [preview, *results], **one)
+            method.change(_across, method, across, api_visibility="private")
             scenes.select(self._pick, None, [file, classes], api_visibility="private")
-            settings = [file, classes, method, model, tau, beta, layers, post, inject, contours, known]
+            settings = [file, classes, method, model, tau, beta, layers, post, inject, contours, across, known]
             asked = [button.click, classes.submit]
             gr.on(asked, self.segment, settings, [*results, x, y, known], show_progress_on=[overlay], **one)
             gr.on(asked, js=IN_VIEW.format(name="results", block="start"))
@@ -313,7 +318,7 @@ class Page:
     def _scenes(self) -> list[tuple[str, str]]:
         """The bundled pictures, copied to where Gradio may read them, and class names for each."""
         first = shutil.copy(tiny_folder() / "scene.png", self.folder)
-        scenes = [(str(first), "dog, cactus, octopus, sailboat, cat, bus, grass, sky")]
+        scenes = [(str(first), "tiger, mushroom, pizza, cake, cat, bus, grass, sky")]
         for seed, absent in SCENES:
             scene, path = make_scene(seed), self.folder / f"scene-{seed}.png"
             scene.save(path)
@@ -371,6 +376,16 @@ def _nothing() -> tuple[object, ...]:
     """For the results on the page, when there are none."""
     hidden = gr.Row(visible=False), None, None, gr.Column(visible=False)
     return None, None, "", "", *hidden, "", "", None
+
+
+def _crosses(method: str) -> bool:
+    """Whether the method may attend across windows; for those of RF-CLIP's tower, only their settings tell."""
+    return bool(find_method(method).load().crosses)
+
+
+def _across(method: str) -> gr.Checkbox:
+    """The checkbox, unticked, where the method allows it."""
+    return gr.Checkbox(False, visible=_crosses(method))
 
 
 def _seen(seen: Seen | None) -> Seen:

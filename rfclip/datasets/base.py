@@ -54,7 +54,7 @@ class Dataset:
         given = {name: value for name, value in options.items() if value is not None}
         for name in given:
             if name not in cls.options:
-                raise ValueError(f"--{name} does not apply to {cls.name}")
+                raise ValueError(f"--{name.replace('_', '-')} does not apply to {cls.name}")
         return cls(**given)
 
     @property

@@ -18,18 +18,21 @@ SEGMENTATION_STREAM, SINGLE_STREAM = 1, 2
 class Scenes(Dataset):
     """`count` scenes with labels for every pixel, and as many with a single object, for zero-shot top-1.
 
-    Another `seed` gives other scenes.
+    Another `seed` gives other scenes; `object_size` is the range in pixels of the longer sides of the objects in those
+    with labels, of 168 x 168 pixels.
     """
 
     count: int = 300
     seed: int = 0
+    object_size: tuple[int, int] = (32, 76)
 
-    name, title, options = "scenes", "Scenes", ("count", "seed")
+    name, title, options = "scenes", "Scenes", ("count", "seed", "object_size")
     methods = ("clip", "kk", "kk-mean", "rf-clip")
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ValueError(f"count={self.count}: expected at least one scene")
+        make_scene(0, object_size=self.object_size)  # which checks it
 
     @property
     def classes(self) -> list[tuple[str, ...]]:
@@ -48,10 +51,10 @@ class Scenes(Dataset):
     def read(self, item: Item) -> tuple[Image.Image, np.ndarray | int]:
         seed = tuple(item["seed"])
         if seed[0] == SEGMENTATION_STREAM:
-            scene = make_scene(seed)
+            scene = make_scene(seed, object_size=self.object_size)
             return scene.picture(), scene.labels
         scene = make_scene(seed, 112, objects=(1, 1), object_size=(40, 100))
         return scene.picture(), min(scene.present())  # objects come before grounds
 
     def described(self) -> dict[str, object]:
-        return super().described() | {"count": self.count, "seed": self.seed}
+        return super().described() | {"count": self.count, "seed": self.seed, "object_size": list(self.object_size)}

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from rfclip.config import PLAIN, RefocusConfig
+from rfclip.config import PLAIN, RefocusConfig, check_post
 from rfclip.images import ImageLike, to_rgb
 from rfclip.methods import METHODS, OWN, RF_CLIP, find_protocol
 from rfclip.methods.rf_clip import RFCLIP, Observed
@@ -108,6 +108,7 @@ def explain(
     classes: Classes | None = None,
     method: str = RF_CLIP,
     protocol: str = OWN,
+    post: str | None = None,
     short_side: int | None = None,
     backend: str = "auto",
     memory_limit: int = 1 << 30,
@@ -127,6 +128,8 @@ def explain(
         classes: as for `Segmenter`; None: the picture is not segmented.
         method: what segments the picture last, "rf-clip" or "released".
         protocol: by which it is segmented, as `rfclip.methods.find_protocol` takes it.
+        post: what happens after a first pass, as for `Segmenter.segment`; None: what the protocol does. All are shown
+            with it.
         short_side: of the picture in the tower, in pixels, rounded to patches; None: as the tower was trained.
         backend: as for `rfclip.refocus`.
         memory_limit: the most bytes that the matrices kept may take: 8 T^2 per layer.
@@ -139,6 +142,12 @@ def explain(
     """
     if method not in (RF_CLIP, "released"):
         raise ValueError(f"method={method!r}: expected {RF_CLIP!r} or 'released'; others are not explained")
+    check_post(post)
+    if post == "resclip":
+        raise ValueError(
+            "post='resclip': plain CLIP is shown beside, which has no attention that it could correct; expected none, "
+            "pamr or pearl"
+        )
     tower, rgb = read_tower(model), to_rgb(image)
     tower.check_refocusable("an explanation")
     config = checked_config(model, tower, config)
@@ -186,7 +195,7 @@ def explain(
                 long_side=long_side,
                 cache=cache,
             ) as segmenter:
-                segmentations[name] = segmenter(rgb, classes)
+                segmentations[name] = segmenter(rgb, classes, post=post)
     found = {name: np.stack(values) for name, values in refocused.found.items()}
     before, after = plain.view(), refocused.view()
     return Explanation(small, grid, config, places, kept, before, after, **found, segmentations=segmentations)

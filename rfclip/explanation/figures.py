@@ -176,7 +176,7 @@ def draw_overview(found: Explanation) -> Figure:
     block = (busiest(found.moved, found.distraction) or found.layers[-1]) - 1
     columns = 4 if found.segmentations else 3
     figure, axes = _axes(2, columns, found, bars=1)
-    tau = found.thresholds[0]
+    tau, distraction = found.thresholds[0], found.distraction[block]
     received, pointed = (
         Scale.attention(values) for values in (found.before.received[block], found.before.pointed[block, 0])
     )
@@ -185,6 +185,11 @@ def draw_overview(found: Explanation) -> Figure:
         row[0].imshow(token_map(found, over, found.defocused[block] & ~over))
         row[1].imshow(received.over(found, view.received[block]))
         row[2].imshow(at_point(found, pointed.over(found, view.pointed[block, 0]), 0))
+        if distraction.any():
+            share, patches = view.received[block][distraction].sum(), distraction.mean()
+            row[1].set_xlabel(
+                f"{100 * share:.1f} % goes to distraction tokens,\n{100 * patches:.1f} % of the patches", fontsize=8
+            )
     _bar(figure, axes[:, 1], received)
     _bar(figure, axes[:, 2], pointed)
     titles = [f"block {block + 1}: tokens over the threshold\n(red) and defocused (blue)", "attention received"]

@@ -31,7 +31,7 @@ expect.set_options(timeout=60_000)  # milliseconds: the first answer waits for t
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 SCENE = tiny_folder() / "scene.png"
-NAMES = "dog, cactus, octopus, sailboat, grass, sky"
+NAMES = "tiger, mushroom, pizza, cake, grass, sky"
 SCREENSHOT = Path(__file__).parents[2] / "build" / "serve.png"
 
 
@@ -204,7 +204,7 @@ def test_by_keyboard(page):
 def test_without_distraction(page):
     """One line says that there is none; where attention goes is shown in place of empty maps."""
     page.locator("#scenes .thumbnail-item").first.click()
-    expect(page.get_by_label("Class names")).to_have_value(re.compile("dog, cactus"))
+    expect(page.get_by_label("Class names")).to_have_value(re.compile("tiger, mushroom"))
     page.get_by_role("button", name="Segment").click()
     legend(page)
     expect(page.locator("#summary")).to_contain_text("This small model has none of its own; the settings can simulate")
@@ -323,7 +323,7 @@ def test_other_messages_stay(said):
 
 def test_pick_a_scene_and_another_method(page):
     page.locator("#scenes .thumbnail-item").first.click()
-    expect(page.get_by_label("Class names")).to_have_value(re.compile("dog, cactus"))
+    expect(page.get_by_label("Class names")).to_have_value(re.compile("tiger, mushroom"))
     expect(page.locator("#preview img")).to_be_visible()
     page.get_by_label("Method").click()
     page.get_by_role("option", name="maskclip", exact=True).click()
@@ -353,9 +353,9 @@ def test_synonyms_and_no_markup(page):
     """Synonyms are one class, and a name that is HTML is text."""
     upload(page, SCENE)
     name = "<b id=bold>dog</b>"
-    ask(page, f"cactus, octopus; {name}; /etc/passwd")
+    ask(page, f"mushroom, pizza; {name}; /etc/passwd")
     rows = legend(page)
-    assert {row.rpartition(" ")[0].rpartition(" ")[0] for row in rows} == {"cactus", name, "/etc/passwd"}
+    assert {row.rpartition(" ")[0].rpartition(" ")[0] for row in rows} == {"mushroom", name, "/etc/passwd"}
     assert page.locator("#bold").count() == 0
 
 
@@ -430,7 +430,7 @@ def test_folders_of_the_server_are_not_shown(tmp_path):
 def test_two_visitors_at_once(page, browser, address):
     """Each gets the answer to their own question, and a click in one page looks at the picture of that page."""
     other = visit(browser, address)
-    questions = {page: "dog, grass, sky", other: "cactus, sailboat, sky, grass"}
+    questions = {page: "tiger, grass, sky", other: "mushroom, cake, sky, grass"}
     for visitor in questions:
         upload(visitor, SCENE)
     for visitor, classes in questions.items():
@@ -497,7 +497,7 @@ def test_a_method_by_its_own_protocol_and_a_list_by_name(tmp_path, monkeypatch, 
     picture, saved, save = tiny_folder() / "scene.png", [], serve.save
     monkeypatch.setattr(serve, "save", lambda *given: saved.append(given) or save(*given))
     page = serve.Page([job], tmp_path)
-    settings = (str(picture), "cityscapes", "released", str(job), 5.0, 0.7, "all", "own", 0.0, False, ())
+    settings = (str(picture), "cityscapes", "released", str(job), 5.0, 0.7, "all", "own", 0.0, False, False, ())
     next(page.segment(*settings, Quiet()))
     ((found, record, _),) = saved
     with rfclip.Segmenter(method="released", protocol=find_protocol(protocol, "released")) as segmenter:
@@ -506,6 +506,26 @@ def test_a_method_by_its_own_protocol_and_a_list_by_name(tmp_path, monkeypatch, 
     assert found.classes == want.classes and len(want.classes) == 19
     rule = "AdjustedNames" if protocol == "own" else "AdjustedNamesByWindow"
     assert record["protocol"]["rule"] == f"released:{rule}"
+
+
+@pytest.mark.filterwarnings("ignore:rfclip-tiny is a demonstration")
+def test_attention_across_windows(tmp_path, monkeypatch):
+    from rfclip.app import serve
+
+    job, picture, saved, save = serve.choices("rfclip-tiny", None, None)[0], tiny_folder() / "scene.png", [], serve.save
+    monkeypatch.setattr(serve, "save", lambda *given: saved.append(given) or save(*given))
+    page = serve.Page([job], tmp_path)
+    settings = (str(job), 5.0, 0.7, "all", "own", 0.0, False, True, ())
+    next(page.segment(str(picture), NAMES, "clearclip", *settings, Quiet()))
+    ((found, record, _),) = saved
+    with rfclip.Segmenter(method="clearclip", across_windows=True) as segmenter:
+        want = segmenter(picture, NAMES)
+    assert np.array_equal(found.labels, want.labels) and record["across_windows"] is True
+    with pytest.raises(serve.gr.Error, match="no self-attention"):
+        for _ in page.segment(str(picture), NAMES, "clip", *settings, Quiet()):
+            pass
+    offered = {method: serve._across(method).visible for method in ("rf-clip", "clearclip", "naclip")}
+    assert offered == {"rf-clip": True, "clearclip": True, "naclip": False}
 
 
 @pytest.mark.filterwarnings("ignore:rfclip-tiny is a demonstration")
@@ -533,8 +553,9 @@ def test_the_work_is_bounded_by_what_is_shown(tmp_path, monkeypatch, size):
     Image.new("RGB", size, "green").save(tmp_path / "picture.png")
     job = Job("rfclip-tiny", None)
     page = serve.Page([job], tmp_path)
-    settings = (str(tmp_path / "picture.png"), "grass, sky", "rf-clip", str(job), 2.0, 0.3, "all", "own", 0.0, True, ())
-    _, overlay, *_, seen, _, _, _ = next(page.segment(*settings, Quiet()))
+    settings = (str(job), 2.0, 0.3, "all", "own", 0.0, True, False, ())
+    picture = str(tmp_path / "picture.png")
+    _, overlay, *_, seen, _, _, _ = next(page.segment(picture, "grass, sky", "rf-clip", *settings, Quiet()))
     place = page.place(seen, SimpleNamespace(index=(overlay.width - 1, overlay.height - 1)))
     assert all(side - side // 100 - 1 <= at < side for at, side in zip(place, size, strict=True))
     marked, _ = next(page.point(overlay, seen, *place))

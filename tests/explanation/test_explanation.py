@@ -113,15 +113,22 @@ def test_the_layers_of_a_deep_tower(picture):
 def test_the_small_clip_with_classes(last, protocol):
     """It has no distraction dimensions: nothing moves, and each method segments the picture as usual."""
     model, scene = load_model(), tiny_folder() / "scene.png"
-    found = explain(model, scene, classes="dog, cactus, grass, sky", method=last, protocol=protocol)
+    names = "tiger, mushroom, grass, sky"
+    found = explain(model, scene, classes=names, method=last, protocol=protocol)
     assert (found.moved == 0).all() and not found.distraction.any()
     np.testing.assert_array_equal(found.before.received, found.after.received)
     assert found.layers == (2, 3, 4, 6)
     assert set(found.before.attention) == set(found.layers)
     assert list(found.segmentations) == ["clip", "kk-mean", last]
+    for post in ("crf", "resclip"):
+        with pytest.raises(ValueError, match=f"post='{post}'"):
+            explain(model, scene, classes=names, post=post)
+    refined = explain(model, scene, classes=names, method=last, protocol=protocol, post="pamr")
     for method in found.segmentations:
         with rfclip.Segmenter(model, method=method, protocol=find_protocol(protocol, method)) as segmenter:
-            want = segmenter(scene, "dog, cactus, grass, sky")
+            want = segmenter(scene, names)
+            pamr = segmenter(scene, names, post="pamr")
+        np.testing.assert_array_equal(refined.segmentations[method].labels, pamr.labels)
         np.testing.assert_array_equal(found.segmentations[method].labels, want.labels)
 
 

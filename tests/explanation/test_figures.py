@@ -62,8 +62,12 @@ def test_columns_are_aligned_and_have_colour_bars(seen, model, picture):
             assert (np.isclose(places[:, 1], place[1], atol=1e-3)).sum() == len(set(places[:, 0].round(3)))
         assert len(figure.axes) - len(panels) == bars
     block = busiest(found.moved, found.distraction) - 1
-    bar = next(ax for ax in figures.draw_overview(found).axes if not ax.images)
+    axes = figures.draw_overview(found).axes
+    bar = next(ax for ax in axes if not ax.images)
     assert bar.get_xlim() == pytest.approx((0, np.quantile(found.before.received[block], 0.99)))
+    said = [float(ax.get_xlabel().split(" %")[0]) for ax in axes if "distraction" in ax.get_xlabel()]
+    tokens = found.distraction[block]
+    assert said == pytest.approx([100 * view.received[block][tokens].sum() for view in found.views], abs=0.051)
 
 
 @pytest.mark.parametrize("colours, low, high", [("magma", 0, 2), ("PiYG", -3, 3)])

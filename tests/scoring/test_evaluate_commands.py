@@ -245,6 +245,8 @@ def test_photographs_need_a_model_that_knows_them(folder):
         (["voc21", "--root", ".", "--limit", 0], "--limit"),
         (["scenes", "--root", "."], "--root does not apply to scenes"),
         (["voc21", "--seed", 0], "--seed does not apply to voc21"),
+        (["voc21", "--object-size", 20, 30], "--object-size does not apply to voc21"),
+        (["scenes", "--object-size", 20, 300], "object_size=(20, 300): expected 1 <= least <= most <= size"),
         (["scenes", "--share", 0.5], "--share goes with --names synonyms"),
         (["scenes", "--seeds", 2, "--names", "plain"], "--seeds goes with --names synonyms"),
         (["scenes", "--protocol", "own:voc"], "dataset 'voc'"),

@@ -4,15 +4,18 @@ import numpy as np
 import pytest
 import torch
 from miniatures import scores_of
+from PIL import Image
 
 import rfclip
 from rfclip import RefocusConfig, Segmenter, reference
 from rfclip.datasets.scenes import Scenes
+from rfclip.explanation.explanation import busiest, explain
 from rfclip.scoring.metrics import Scores, confusion_matrix
 from rfclip.scoring.run import Scorer
 from rfclip.segment.job import Job
 from rfclip.simulated_distraction import INJECTED_DIMS, inject_distraction
 from rfclip.tiny.scenes import CLASSES, GROUNDS, OBJECTS, make_scene, sprites
+from rfclip.towers.loading import tiny_folder
 
 
 def scored(folder, method, **options):
@@ -82,6 +85,18 @@ def test_the_small_clip_reaches_its_figures(tmp_path):
     assert (averaged.images, averaged.singles, len(averaged.iou)) == (24, 24, len(CLASSES))
 
 
+def test_scenes_with_objects_of_other_sizes():
+    usual, small = Scenes(), Scenes(object_size=(20, 21))
+    item = usual.items(1)[0]
+    labels = small.read(item)[1]
+    assert np.array_equal(usual.read(item)[1], make_scene((1, 0, 0)).labels)
+    assert np.array_equal(labels, make_scene((1, 0, 0), object_size=(20, 21)).labels)
+    for kind in np.unique(labels[labels < len(OBJECTS)]):
+        rows, columns = np.nonzero(labels == kind)
+        assert max(np.ptp(rows), np.ptp(columns)) < 21
+    assert usual.described() != small.described()
+
+
 def test_without_dimensions_rf_clip_is_the_averaged_kk(tmp_path):
     averaged, refocused = (scored(tmp_path, method, count=2) for method in ("kk-mean", "rf-clip"))
     assert np.array_equal(averaged.confusion, refocused.confusion)
@@ -90,14 +105,15 @@ def test_without_dimensions_rf_clip_is_the_averaged_kk(tmp_path):
 
 def test_injection_makes_distraction_tokens_and_leaves_no_trace():
     model = rfclip.load_model()
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     images = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
     plain = RefocusConfig(distraction_dims=())
     with torch.inference_mode(), rfclip.refocus(model, plain):
         before = rfclip.dense_features(model, images)
         seen = []
         block = model.visual.transformer.resblocks[3]
-        hook = block.ln_1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         with inject_distraction(model, 0.1):
+            hook = block.ln_1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
             during = rfclip.dense_features(model, images)
         hook.remove()
         after = rfclip.dense_features(model, images)
@@ -106,6 +122,24 @@ def test_injection_makes_distraction_tokens_and_leaves_no_trace():
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(before, after)
     assert not torch.allclose(before, during, atol=1e-2)
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+def test_injected_tokens_draw_more_attention_than_their_share_until_refocused():
+    """Relative to their share of the tokens: on the scene of the docs, and on average over a few more."""
+    model, config = rfclip.load_model(), RefocusConfig(distraction_dims=INJECTED_DIMS)
+    scenes = [Image.open(tiny_folder() / "scene.png"), *(make_scene((1, 0, number)).picture() for number in range(3))]
+    received = []
+    for options in ({"attraction": 0}, {}):
+        with inject_distraction(model, 0.1, **options):
+            found = [explain(model, scene, config=config) for scene in scenes]
+        block = busiest(found[0].moved, found[0].distraction) - 1
+        tokens = found[0].distraction[block]
+        received.append([[view.received[block][tokens].sum() / tokens.mean() for view in one.views] for one in found])
+    (unmoved, _), (before, after) = np.transpose(received, (0, 2, 1))
+    assert unmoved.max() < 0.5
+    assert before[0] > 1 > after[0]
+    assert after.mean() < 0.6 * before.mean()
 
 
 def test_refocusing_recovers_what_injection_costs():
@@ -117,7 +151,7 @@ def test_refocusing_recovers_what_injection_costs():
             return np.mean([segmenter(scene.picture(), CLASSES).labels == scene.labels for scene in scenes])
 
     averaged, refocused = RefocusConfig(distraction_dims=()), RefocusConfig(distraction_dims=INJECTED_DIMS)
-    clean, hurt, repaired = accuracy(averaged, 0), accuracy(averaged, 0.2), accuracy(refocused, 0.2)
+    clean, hurt, repaired = accuracy(averaged, 0), accuracy(averaged, 0.3), accuracy(refocused, 0.3)
     assert hurt < clean - 0.01
     assert repaired > (hurt + clean) / 2
 

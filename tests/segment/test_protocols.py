@@ -28,7 +28,7 @@ def test_pictures_of_any_size(method, dataset, model, picture):
         for number, each in enumerate(shapes):
             rgb = each if isinstance(each, Image.Image) else Image.new("RGB", each, (90, 120, 60))
             threshold = 0.3 if number == 2 else None
-            found = segmenter(rgb, "dog; grass; sky, cactus", probabilities=True, threshold=threshold)
+            found = segmenter(rgb, "tiger; grass; sky, mushroom", probabilities=True, threshold=threshold)
             assert found.labels.shape == rgb.size[::-1]
             assert set(np.unique(found.labels)) <= {0, 1, 2, found.nothing}
             assert found.probabilities.shape == (3, *found.labels.shape)

@@ -135,7 +135,7 @@ def test_texts_are_the_packages_own():
 
 
 def test_pictures_are_segmented_and_explained_as_with_open_clip():
-    plain, names = load_model(), ["dog", "cactus", "octopus", "grass", "sky"]
+    plain, names = load_model(), ["tiger", "mushroom", "pizza", "grass", "sky"]
     config, picture = RefocusConfig((3, 60), tau=2.0), tiny_folder() / "scene.png"
     labels, explained = [], []
     for model in (plain, to_openai(plain)):

@@ -40,6 +40,10 @@ Model = Annotated[
     typer.Option("--model", "-m", help=f"A model; `rfclip models` lists them. Scenes are scored on {TINY} by default."),
 ]
 Count = Annotated[int | None, typer.Option(min=1, help="scenes: how many, 300 by default.")]
+ObjectSize = Annotated[
+    tuple[int, int] | None,
+    typer.Option(metavar="MIN MAX", help="scenes: longer sides of the objects, in pixels of 168; 32 76 by default."),
+]
 Seed = Annotated[int | None, typer.Option(min=0, help="scenes: another seed gives other scenes; 0 by default.")]
 Names = Annotated[
     str,
@@ -90,6 +94,7 @@ def evaluate(
     limit: Limit = None,
     count: Count = None,
     seed: Seed = None,
+    object_size: ObjectSize = None,
     batch: Batch = None,
     post: common.Post = None,
     across_windows: common.AcrossWindows = False,
@@ -129,7 +134,7 @@ def evaluate(
         if "synonyms" not in wanted and not share is seeds is None:
             raise ValueError(f"--{'seeds' if share is None else 'share'} goes with --names synonyms")
         of_scenes = None if "synonyms" in wanted and dataset != "scenes" else seed
-        opened = _open(None if every else dataset, root=root, count=count, seed=of_scenes)
+        opened = _open(None if every else dataset, root=root, count=count, seed=of_scenes, object_size=object_size)
         lists = {data.name: _name_lists(data, wanted, share, seeds, seed or 0) for data in opened}
         methods = methods or list(opened[0].methods)
         items = {data.name: data.items(limit) for data in opened}
@@ -181,6 +186,7 @@ def ablate(
     limit: Limit = None,
     count: Count = None,
     seed: Seed = None,
+    object_size: ObjectSize = None,
     batch: Batch = None,
     post: common.Post = None,
     inject_distraction: common.Inject = 0.0,
@@ -202,7 +208,7 @@ def ablate(
         _check_installed("ablate")
         common.check_folder(out or RUNS)
         given = common.read_config(config)
-        (opened,) = _open(dataset, root=root, count=count, seed=seed)
+        (opened,) = _open(dataset, root=root, count=count, seed=seed, object_size=object_size)
         items = opened.items(limit)
         model, pretrained = _model(model, pretrained, [opened])
         from rfclip.app.engines import start

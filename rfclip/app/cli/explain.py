@@ -27,6 +27,7 @@ def explain(
     ] = None,
     method: Annotated[str, typer.Option(help="What segments: rf-clip, or released, the authors' own code.")] = RF_CLIP,
     protocol: common.ProtocolName = OWN,
+    post: common.Post = None,
     model: common.Model = TINY,
     pretrained: common.Pretrained = None,
     device: common.Device = "cpu",
@@ -88,6 +89,7 @@ def explain(
                             classes=names or clip.trained_on,
                             method=method,
                             protocol=protocol,
+                            post=post,
                             backend=backend,
                         )
                         drawn, beside = figures.draw(seen), None
@@ -100,6 +102,7 @@ def explain(
                         "weights": pretrained or "its own",
                         "method": method,
                         "protocol": protocol,
+                        "post": post or "as the protocol does",
                         "injected distraction": inject_distraction,
                     }
                     page = figures.report(seen, pictures, printable(file.name), facts)
