@@ -12,12 +12,33 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import DEVICE, GUARD
+from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 
 @pytest.fixture(autouse=True, scope="session")
 def somewhere_to_run():
     assert DEVICE == "cpu" or torch.cuda.is_available(), "no GPU: run as TRITON_INTERPRET=1 pytest tests/kernels"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patched_once():
+    """Spare the interpreter a third of its time: it patches the language anew at every call of a device function."""
+    patch_lang, launch, patched = interpreter._patch_lang, GridExecutor.__call__, set()
+
+    def patch_once(function):
+        if (place := id(function.__globals__)) not in patched:
+            patched.add(place)
+            return patch_lang(function)
+
+    def launch_anew(executor, *arguments, **keywords):
+        patched.clear()  # the end of a launch undoes it
+        return launch(executor, *arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        patch.setattr(GridExecutor, "__call__", launch_anew)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -69,8 +69,7 @@ def test_aligned_inputs(example, dtype):
 
 
 @pytest.mark.parametrize("example", HEADS, ids=lambda example: example.name)
-@pytest.mark.parametrize("D", [32, 80])
-@pytest.mark.parametrize("prefix", [0, 2, 5])
+@pytest.mark.parametrize(("prefix", "D"), [(0, 80), (2, 32), (5, 80)])
 def test_a_prefix(example, prefix, D):
     """Without a class token, and with registers."""
     compare(example, Sizes(D=D, prefix=prefix, dtype=torch.float32, **SIZES), torch.float32)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, check, dtypes, inside_nan, masks, randn, sizes
+from kernel_cases import DEVICE, check, dtypes, inside_nan, masks, one_dtype_each, randn, sizes
 
 import rfclip_kernels
 from rfclip import reference
@@ -21,10 +21,8 @@ def test_refocused_attention(size, dtype):
     check(rfclip_kernels.refocused_attention(*map(inside_nan, (q, k, v)), dis, target, 0.7), want, dtype)
 
 
-@dtypes
-@pytest.mark.parametrize(
-    "pattern",
-    [
+@one_dtype_each(
+    pattern=[
         "no distraction",
         "no target",
         "all distraction",
@@ -33,9 +31,9 @@ def test_refocused_attention(size, dtype):
         "the rest and one",
         "overlapping",
     ],
+    beta=[0.0, 0.7, 1.0],
 )
-@pytest.mark.parametrize("beta", [0.0, 0.7, 1.0])
-def test_masks(pattern, beta, dtype):
+def test_masks(dtype, pattern, beta):
     q, k, v = (randn(2, 2, 37, 32, seed=seed, dtype=dtype) for seed in range(3))
     dis, target = masks(2, 36, pattern)
     want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, target, beta)
@@ -98,7 +96,7 @@ def test_packed_projections_are_read_in_place_and_written_as_the_output_projecti
     assert rfclip_kernels.proxy_attention(k[None], v).transpose(1, 2).is_contiguous()
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), T=st.integers(2, 70), beta=st.floats(0, 1), spread=st.floats(0.1, 2))
 def test_invariants(seed, T, beta, spread):
     """Logits reach about 90 at the largest spread."""
@@ -146,9 +144,7 @@ def test_self_attention(grid, D, biased, dtype):
     check(rfclip_kernels.self_attention(u, u, v, inside_nan(table) if biased else None), want, dtype)
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 5])
-@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float16])
-@dtypes
+@one_dtype_each(bias_dtype=[torch.float32, torch.float16], prefix=[0, 1, 5])
 def test_self_attention_is_added(dtype, bias_dtype, prefix):
     """To memory of any strides, of which nothing else is written."""
     (B, H, N, D), T = (3, 2, 70, 48), 70 + prefix

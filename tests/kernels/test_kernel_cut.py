@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from helpers import assert_close
-from kernel_cases import DEVICE, dtypes, inside_nan, randn
+from kernel_cases import DEVICE, TOLERANCE, dtypes, inside_nan, randn
 
 import rfclip_kernels
 from rfclip import reference
@@ -51,7 +51,7 @@ def check_vectors(got, similarity, tolerance):
 GRIDS = [((1, 2), torch.bfloat16), ((3, 3), torch.float16), ((5, 7), torch.float16), ((1, 32), torch.bfloat16)]
 
 
-@pytest.mark.parametrize(("grid", "dtype"), [*GRIDS, ((10, 13), torch.float32), ((13, 20), torch.float32)], ids=str)
+@pytest.mark.parametrize(("grid", "dtype"), [*GRIDS, ((10, 13), torch.float32)], ids=str)
 def test_fiedler_vector(grid, dtype):
     S = clusters(2, grid, dtype)
     values = eigenvalues(S)
@@ -100,10 +100,11 @@ def test_separate_groups():
     check_vectors(rfclip_kernels.fiedler_vector(S), S, 1e-5)
 
 
-@dtypes
 @pytest.mark.parametrize("threshold", ["mean", "otsu"])
-@pytest.mark.parametrize("N", [1, 2, 17, 1030])
-def test_defocus_mask(N, threshold, dtype):
+@pytest.mark.parametrize(
+    ("N", "dtype"), [*((N, dtype) for N in (1, 2, 17) for dtype in TOLERANCE), (1030, torch.bfloat16)], ids=str
+)
+def test_defocus_mask(N, dtype, threshold):
     y = randn(2, N, seed=13, dtype=dtype)
     y[0] = torch.where(torch.arange(N, device=DEVICE) % 3 == 0, y[0] + 2, y[0] * 0.1)
     want = reference.defocus_mask(y.double(), threshold=threshold)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import DEVICE, check, dtypes, inside_nan, masks, randn
+from kernel_cases import DEVICE, check, dtypes, inside_nan, masks, one_dtype_each, randn
 
 import rfclip_kernels
 from rfclip import reference
@@ -61,10 +61,11 @@ def test_the_norm_of_equal_values_is_the_bias(d):
     assert torch.equal(out, bias.expand_as(x))
 
 
-@dtypes
-@pytest.mark.parametrize("grid", [(1, 1), (1, 9), (5, 7)], ids=str)
-@pytest.mark.parametrize("size", [3, 5, 7])
-@pytest.mark.parametrize("pattern", ["some", "no distraction", "all distraction", "one and the rest"])
+@one_dtype_each(
+    grid=[(1, 1), (1, 9), (5, 7)],
+    size=[3, 5, 7],
+    pattern=["some", "no distraction", "all distraction", "one and the rest"],
+)
 def test_redistribution(dtype, grid, size, pattern):
     N = math.prod(grid)
     x, mask = randn(2, N, 20, seed=3, dtype=dtype), masks(2, N, pattern)[0]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import DEVICE, check, dtypes, inside_nan, randn, sizes
+from kernel_cases import DEVICE, check, dtypes, inside_nan, one_dtype_each, randn, sizes
 
 import rfclip_kernels
 from rfclip import reference
@@ -44,9 +44,7 @@ def test_received_attention(size, dtype):
     check(rfclip_kernels.received_attention(inside_nan(q), inside_nan(k)), want, torch.float32)
 
 
-@dtypes
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("grid", [(1, 1), (1, 9), (5, 7), (9, 11)], ids=str)
+@one_dtype_each(pattern=PATTERNS, grid=[(1, 1), (1, 9), (5, 7), (9, 11)])
 def test_joint_repair(dtype, pattern, grid):
     N = math.prod(grid)
     candidates = marked(3, N, pattern)
@@ -130,10 +128,9 @@ def test_a_batch_equals_its_images(dtype):
         assert torch.equal(alone, projected[b : b + 1])
 
 
-@dtypes
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize(("N", "d", "e", "prefix"), [(1, 5, 3, 1), (40, 70, 130, 0), (150, 128, 64, 5)])
-def test_project_tokens(dtype, pattern, N, d, e, prefix):
+@one_dtype_each(pattern=PATTERNS, sizes=[(1, 5, 3, 1), (40, 70, 130, 0), (150, 128, 64, 5)])
+def test_project_tokens(dtype, pattern, sizes):
+    N, d, e, prefix = sizes
     y, out = randn(2, N + prefix, d, seed=1, dtype=dtype), randn(2, N + prefix, e, seed=2, dtype=dtype)
     weight, bias = randn(e, d, seed=3, dtype=dtype), randn(e, seed=4, dtype=dtype)
     mask = marked(2, N, pattern)

@@ -131,8 +131,7 @@ def test_an_image_keeps_its_result_beside_one_with_distraction(model):
 SEEDS = (26, *range(8))
 
 
-@pytest.mark.parametrize("tower", ["clip", "custom-block"])
-@pytest.mark.parametrize("size", [(32, 32), (24, 48)], ids=["native", "24x48"])
+@pytest.mark.parametrize(("tower", "size"), [("clip", (32, 32)), ("custom-block", (24, 48))], ids=["native", "24x48"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_precisions(precision, size, tower):
     """Errors against float64 on the same rounded weights and images, compared with those of the plain tower.

@@ -23,7 +23,7 @@ def dino(monkeypatch):
 
 @pytest.mark.parametrize("method, dataset", [("cliptrase", "voc20"), *((name, "voc21") for name in ON_TINY)])
 def test_pictures_of_any_size(method, dataset, model, picture):
-    shapes = [picture, picture.resize((1, 1)), picture.resize((40, 30)), picture.resize((120, 8)), (7, 90)]
+    shapes = [picture, picture.resize((1, 1)), picture.resize((40, 30)), picture.resize((40, 8)), (7, 35)]
     with rfclip.Segmenter(model, method=method, protocol=METHODS[method].protocol.on(dataset)) as segmenter:
         for number, each in enumerate(shapes):
             rgb = each if isinstance(each, Image.Image) else Image.new("RGB", each, (90, 120, 60))

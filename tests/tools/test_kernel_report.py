@@ -317,7 +317,7 @@ def test_faults_end_in_exit_code_1(monkeypatch, capsys):
         report.Line("uncounted", "-", 32, "sm_80"): [replace(job, products="unknown") for job in [*sound.values()][0]]
     }
     bad = line("stripped", "received_attention", torch.float32, 32, PRECISION="ieee", BM=16, BN=16)
-    bad |= line("spilling", "refocused_attention", torch.float16, 128, num_warps=1)
+    bad |= line("spilling", "refocused_attention", torch.float16, 128, num_warps=1, BM=32, BN=32)
     bad |= line("failing", "received_attention", torch.float16, 32, BM=48)
     monkeypatch.setattr(report, "OPS", [])
     monkeypatch.setattr(report, "FORWARDS", [])

@@ -30,10 +30,10 @@ from rfclip.towers.open_clip import OpenCLIPTower
 
 NAMES = open_clip.list_models()
 REFOCUSED = [name for name in NAMES if use_of(name)[0] == "refocus"]
-ALONE = {}  # one name for each kind of tower, whatever its depth and the size of its pictures
+ALONE = {}  # one name for each kind of tower, whatever its depth, its width and the size of its pictures
 for _name in REFOCUSED:
     _vision = open_clip.get_model_config(_name)["vision_cfg"]
-    ALONE.setdefault(str({**_vision, "layers": 1, "image_size": 0}), _name)
+    ALONE.setdefault(str({**_vision, "layers": 1, "width": 0, "image_size": 0}), _name)
 
 
 def image_tower(name, **changes):
@@ -421,17 +421,24 @@ def test_no_network(monkeypatch):
         Segmenter("ViT-B-16-quickgelu", "openai")
 
 
-@pytest.mark.parametrize("name", ["ViT-B-16", "ViT-B/16", "ViT-B-16-quickgelu"])
-def test_openai_weights_get_quickgelu_and_their_preset(monkeypatch, tmp_path, name):
-    """The real loading path but for the download, which is replaced by random weights of the right shapes."""
+@pytest.fixture(scope="module")
+def random_weights(tmp_path_factory):
+    """Of ViT-B-16: the file, and the patch convolution."""
     torch.manual_seed(0)
     real = open_clip.create_model("ViT-B-16", None)
-    weights = tmp_path / "open_clip_model.safetensors"
+    weights = tmp_path_factory.mktemp("random") / "open_clip_model.safetensors"
     save_model(real, weights)
+    return weights, real.visual.conv1.weight
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16", "ViT-B/16", "ViT-B-16-quickgelu"])
+def test_openai_weights_get_quickgelu_and_their_preset(monkeypatch, random_weights, name):
+    """The real loading path but for the download, which is replaced by random weights of the right shapes."""
+    weights, convolution = random_weights
     monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *arguments, **options: str(weights))
     model = rfclip.load_model(name, "openai")
     assert isinstance(model.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
-    assert torch.equal(model.visual.conv1.weight, real.visual.conv1.weight)
+    assert torch.equal(model.visual.conv1.weight, convolution)
     assert model.refocus_config == RefocusConfig.preset("ViT-B-16", "openai")
     with rfclip.refocus(model), torch.inference_mode():
         assert rfclip.dense_features(model, torch.zeros(1, 3, 224, 224)).shape == (1, 512, 14, 14)
