@@ -51,7 +51,7 @@ def check_vectors(got, similarity, tolerance):
 GRIDS = [((1, 2), torch.bfloat16), ((3, 3), torch.float16), ((5, 7), torch.float16), ((1, 32), torch.bfloat16)]
 
 
-@pytest.mark.parametrize(("grid", "dtype"), [*GRIDS, ((10, 13), torch.float32)], ids=str)
+@pytest.mark.parametrize(("grid", "dtype"), [*GRIDS, ((10, 13), torch.float32), ((13, 20), torch.float32)], ids=str)
 def test_fiedler_vector(grid, dtype):
     S = clusters(2, grid, dtype)
     values = eigenvalues(S)
