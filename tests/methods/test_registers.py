@@ -282,7 +282,7 @@ def test_the_register_takes_what_is_injected():
     model = rfclip.load_model()
     images = torch.stack([model.preprocess(make_scene((1, 0, number)).picture()) for number in range(2)])
     clean = rfclip.dense_features(model, images, method="kk-mean")
-    with inject_distraction(model, 0.1):
+    with inject_distraction(model, 0.1, attraction=0):
         hurt = rfclip.dense_features(model, images, method="kk-mean")
         mended = features(model, images, injected_registers(model))
     assert relative_error(mended, clean) < 0.5 * relative_error(hurt, clean)
