@@ -20,6 +20,7 @@ from rfclip.segment.result import Segmentation
 from rfclip.towers.loading import tiny_folder
 
 NAMES = {"overview", "attention", "matrices", "profile", "tokens", "maps"}
+BRIEF = ("--classes", "tiger, sky", "--layers", "4", "--points", "30,40")  # of few and small figures
 
 
 @pytest.mark.parametrize("layers", [[2], [1, 2, 3, 4]], ids=len)
@@ -171,7 +172,7 @@ def test_names_of_files(tmp_path):
     folder.mkdir()
     for name in ("b].png", "img[old].png", os.fsdecode(b"a\xff.png")):
         (folder / name).write_bytes((tiny_folder() / "scene.png").read_bytes())
-    done = CliRunner().invoke(app, ["explain", str(folder), "--classes", "dog, sky", "--out", str(out)])
+    done = CliRunner().invoke(app, ["explain", str(folder), *BRIEF, "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert str(out / "img[old]" / "report.html") in done.stderr
     assert len(list(out.glob("*/report.html"))) == 3
@@ -183,7 +184,7 @@ def test_earlier_outputs_are_skipped(tmp_path):
         (tmp_path / name).write_bytes((tiny_folder() / "scene.png").read_bytes())
 
     def explained(*given):
-        return CliRunner().invoke(app, ["explain", *map(str, given), "--classes", "dog, sky", "--out", str(tmp_path)])
+        return CliRunner().invoke(app, ["explain", *map(str, given), *BRIEF, "--out", str(tmp_path)])
 
     assert explained(tmp_path / "one.png", tmp_path / "two.png").exit_code == 0
     profile = (tmp_path / "profile.png").stat().st_mtime_ns
