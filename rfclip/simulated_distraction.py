@@ -132,6 +132,7 @@ def _lean_keys(tower: Tower, share: float, seed: int, attraction: float, before:
     preprocess, ops = Preprocess.of(tower), operations("reference")
     images = torch.stack([preprocess(scene) for scene in scenes]).to(tower.weight.device, tower.weight.dtype)
     x = tower.embed(tower.patches(images), ops)
+    patches = slice(tower.prefix, None)
     chosen = _chosen(x.shape[1] - tower.prefix, share, seed).to(x.device)
     for number, block in enumerate(tower.blocks):
         q, k, v = block.query_key_value(x)
@@ -142,13 +143,11 @@ def _lean_keys(tower: Tower, share: float, seed: int, attraction: float, before:
                     f"simulated distraction changes key weights, and the layers of block {number + 1} do more than "
                     "multiply and add: merge adapters into the weights, or pass attraction=0"
                 )
-            rows = [part for weight, _ in linears for part in weight.split(tower.width)]
-            weight, y = rows[1], block.ln_1(x)[:, tower.prefix :]
-            patches = slice(tower.prefix, None)
+            _, weight, _ = (rows for weight, _ in linears for rows in weight.split(tower.width))
             length = k[:, :, patches].norm(dim=-1).mean(dim=(0, 2))
             direction = F.normalize(q[:, :, patches].mean(dim=(0, 2)), dim=-1)
+            active = block.ln_1(x)[:, patches][:, chosen][..., INJECTED_DIMS].mean(dim=(0, 1))
             lean = attraction * (length[:, None] * direction).flatten()
-            active = y[:, chosen][..., INJECTED_DIMS].mean(dim=(0, 1))
             before.append((weight, weight[:, INJECTED_DIMS].clone()))
             weight[:, INJECTED_DIMS] += torch.outer(lean, active / active.square().sum())
             q, k, v = block.query_key_value(x)

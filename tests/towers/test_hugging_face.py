@@ -308,6 +308,19 @@ def test_scenes_and_injected_distraction(folder, tmp_path):
     assert relative_error(found, before) > 0.1
 
 
+def test_keys_that_are_no_product_cannot_lean(folder):
+    model = load_model(f"transformers:{folder}")
+    attention = model.vision_model.encoder.layers[4].self_attn
+    attention.k_proj.register_forward_hook(lambda module, inputs, output: output * 1.01)
+    weights = [layer.self_attn.k_proj.weight.clone() for layer in model.vision_model.encoder.layers]
+    with pytest.raises(ValueError, match="block 5 do more than multiply and add"), inject_distraction(model, 0.2):
+        pass
+    left = [layer.self_attn.k_proj.weight for layer in model.vision_model.encoder.layers]
+    assert all(map(torch.equal, weights, left))
+    with inject_distraction(model, 0.2, attraction=0):
+        rfclip.dense_features(model, torch.rand(1, 3, 112, 112), method="clip")
+
+
 def test_the_command(folder, tmp_path):
     """calibrate writes the config, segment reads it."""
     config, out = tmp_path / "config.json", tmp_path / "out"
