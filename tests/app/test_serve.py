@@ -205,6 +205,7 @@ def test_without_distraction(page):
     """One line says that there is none; where attention goes is shown in place of empty maps."""
     page.locator("#scenes .thumbnail-item").first.click()
     expect(page.get_by_label("Class names")).to_have_value(re.compile("tiger, mushroom"))
+    expect(page.locator("#preview img")).to_be_visible()  # a new picture clears the results, in its own time
     page.get_by_role("button", name="Segment").click()
     legend(page)
     expect(page.locator("#summary")).to_contain_text("This small model has none of its own; the settings can simulate")

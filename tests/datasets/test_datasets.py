@@ -272,6 +272,7 @@ def test_options_of_datasets():
         "dataset": "scenes",
         "count": 2,
         "seed": 0,
+        "object_size": [32, 76],
     }
     with pytest.raises(ValueError, match="--root does not apply to scenes"):
         find_dataset("scenes").open(root=Path())
