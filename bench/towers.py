@@ -146,6 +146,9 @@ def planted(name: str = MODEL) -> nn.Module:
         for block in visual.transformer.resblocks:
             for written in (block.attn.out_proj, block.mlp.c_proj):
                 written.weight[MARK] = written.bias[MARK] = 0
+            # As broad as attention begins: with the sharp heads of a trained model no cut of noise stands out.
+            nn.init.xavier_uniform_(block.attn.in_proj_weight)
+            nn.init.zeros_(block.attn.in_proj_bias)
             reads, writes = block.mlp.c_fc, block.mlp.c_proj
             reads.weight[0], reads.weight[0, MARK], reads.bias[0] = 0, 1, -3
             writes.weight[:, 0], writes.weight[dim, 0] = 0, 15
