@@ -6,8 +6,6 @@ READY := .venv/ready
 # The oldest versions that pyproject.toml allows, with any Python 3.10.
 OLDEST_PYTHON ?= 3.10
 OLDEST := build/oldest
-# Or every process would compile again what it imports.
-unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-oldest lint report docs dist hf-kernels bench gpu gpu-bundle clean
 

@@ -135,7 +135,8 @@ def _lean_keys(tower: Tower, share: float, seed: int, attraction: float, before:
     patches = slice(tower.prefix, None)
     chosen = _chosen(x.shape[1] - tower.prefix, share, seed).to(x.device)
     for number, block in enumerate(tower.blocks):
-        q, k, v = block.query_key_value(x)
+        y = block.ln_1(x)
+        q, k, v = block.heads_of(y)
         if number > _middle(tower) and len(chosen):
             linears = block.linears()
             if linears is None:
@@ -146,11 +147,11 @@ def _lean_keys(tower: Tower, share: float, seed: int, attraction: float, before:
             _, weight, _ = (rows for weight, _ in linears for rows in weight.split(tower.width))
             length = k[:, :, patches].norm(dim=-1).mean(dim=(0, 2))
             direction = F.normalize(q[:, :, patches].mean(dim=(0, 2)), dim=-1)
-            active = block.ln_1(x)[:, patches][:, chosen][..., INJECTED_DIMS].mean(dim=(0, 1))
+            active = y[:, tower.prefix + chosen][..., INJECTED_DIMS].mean(dim=(0, 1))
             lean = attraction * (length[:, None] * direction).flatten()
             before.append((weight, weight[:, INJECTED_DIMS].clone()))
             weight[:, INJECTED_DIMS] += torch.outer(lean, active / active.square().sum())
-            q, k, v = block.query_key_value(x)
+            q, k, v = block.heads_of(y)
         x = torch.add(*block.finish(x, F.scaled_dot_product_attention(q, k, v), ops))
 
 

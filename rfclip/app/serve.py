@@ -117,9 +117,15 @@ class Page:
                 card = find_method(method)
                 own = config if card.configured else None
                 neurons = injected_registers(model) if inject and card.registers else None
-                step = None if post == OWN else post
-                job = replace(offered, config=own, method=method, post=step, inject=inject, registers=neurons)
-                job = replace(job, across_windows=across)
+                job = replace(
+                    offered,
+                    config=own,
+                    method=method,
+                    post=None if post == OWN else post,
+                    inject=inject,
+                    registers=neurons,
+                    across_windows=across,
+                )
                 with job.segmenter(model, long_side=SHOWN_SIDE, cache=self.folder / "text") as segmenter:
                     named = segmenter.with_background(named, None)
                     with warnings.catch_warnings():
