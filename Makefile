@@ -23,7 +23,8 @@ test: lint
 test-oldest: export OMP_NUM_THREADS = 1
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest --numprocesses auto --dist worksteal -W ignore::DeprecationWarning \
-		tests/methods tests/ops tests/segment tests/towers tests/test_plugin.py tests/test_calibration.py
+		tests/methods/test_peers.py tests/methods/test_rf_clip.py tests/ops/test_every_operation.py tests/ops/test_compile.py \
+		tests/ops/test_dispatch.py tests/segment tests/towers tests/test_plugin.py tests/test_calibration.py
 	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist worksteal \
 		tests/kernels/test_every_kernel.py -k "not tiles_of_the_table"
 

@@ -13,6 +13,7 @@ from bench import end_to_end, methods, tables, towers
 from bench.kernels import time_kernels
 from bench.measure import DEVICE, machine, versions
 from bench.roofline import project
+from tools.kernel_report.launches import SHAPES
 
 SECTIONS = ("kernels", "towers", "methods", "memory", "end-to-end", "roofline")
 HOW = """\
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     sections: dict[str, Callable[[], object]] = {
         "kernels": lambda: report.kernels.extend(time_kernels(given.quick)),
-        "roofline": lambda: report.roofline.extend(project()),
+        "roofline": lambda: report.roofline.extend(project(SHAPES[:1] if given.quick else SHAPES)),
         "towers": towers_and_profile,
         "methods": lambda: [
             report.methods.extend(log_progress(timed(given.model, given.quick)))

@@ -7,13 +7,13 @@ launches count as nothing, so that every kernel will be slower than this.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from rfclip_kernels.registry import Example
 from tools.kernel_report import forward
 from tools.kernel_report.forward import GPU, GPUS
-from tools.kernel_report.launches import OPS, SHAPES, Shape, record
+from tools.kernel_report.launches import OPS, Shape, record
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ def count(op: Example, shape: Shape) -> Work:
     return Work(sum(step.operations for step in recording.steps), recording.moved)
 
 
-def project() -> Iterator[Projection]:
+def project(shapes: Iterable[Shape]) -> Iterator[Projection]:
     """Every operator and both towers at every shape."""
-    for shape in SHAPES:
+    for shape in shapes:
         counted = {op.name: count(op, shape) for op in OPS}
         rows = {name: [work] for name, work in counted.items()}
         for name, steps in zip(("plain tower", "RF-CLIP tower"), forward.count(shape, 1), strict=True):

@@ -92,7 +92,9 @@ def test_a_section_that_fails_is_reported_and_the_rest_is_written(tmp_path, monk
     def broken(quick):
         raise RuntimeError("no such kernel")
 
+    projected = roofline.Projection("defocus_mask", "ViT-B/16", "224x224", dict.fromkeys(roofline.GPUS, 1e-6))
     monkeypatch.setattr("bench.__main__.time_kernels", broken)
+    monkeypatch.setattr("bench.__main__.project", lambda shapes: [projected])
     assert main(["--quick", "--only", "kernels,roofline", "--out", str(tmp_path)]) == 1
     assert "kernels: RuntimeError: no such kernel" in capsys.readouterr().err
     written = (tmp_path / "bench.md").read_text("utf-8")
