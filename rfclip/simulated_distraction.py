@@ -36,7 +36,7 @@ def injected_registers(model: nn.Module, registers: RegisterConfig | None = None
 
 @contextlib.contextmanager
 def inject_distraction(
-    model: nn.Module, share: float, *, strength: float = 25.0, attraction: float = 0.65, seed: int = 0
+    model: nn.Module, share: float, *, strength: float = 25.0, attraction: float = 0.5, seed: int = 0
 ) -> Iterator[None]:
     """Simulate the paper's phenomenon: over-activate a share of the patch tokens in fixed dimensions in mid-network.
 
