@@ -175,7 +175,7 @@ def test_one_class_gets_a_background(folder):
     done = segment(path, classes="tiger")
     assert 'grass, sky, water, sand, snow, brick make up a class "background"; --no-background' in done.stderr
     labels, _ = check_result("rfclip-out/scene", Image.open(path), [["tiger"], ["background", *GROUNDS]])
-    assert 0.9 < labels.mean() < 0.95
+    assert 0.85 < labels.mean() < 0.95  # the tiger is a tenth, and the other objects are no ground
     done = segment(path, "--no-background", "--overwrite", classes="tiger")
     assert "background" not in done.stderr
     labels, _ = check_result("rfclip-out/scene", Image.open(path), [["tiger"]])

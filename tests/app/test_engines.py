@@ -65,10 +65,9 @@ def mortal(worker, marker, when):
     return Mortal
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_killed_worker_of_shards(tmp_path, pictures, segmenter, masks, ray, when):
+def test_a_killed_worker_of_shards(tmp_path, pictures, segmenter, masks, ray):
     record = described(JOB, segmenter, NAMES, None)
-    worker = partial(mortal(Writer, tmp_path / "died", when), JOB, NAMES, record)
+    worker = partial(mortal(Writer, tmp_path / "died", "before"), JOB, NAMES, record)
     tasks, skipped, stale = plan_shards(pictures, tmp_path, record, False)
     assert (len(tasks), skipped, stale) == (3, 0, [])
     with engines.start("ray", workers=1) as engine:
@@ -137,16 +136,15 @@ def test_commands_on_ray(tmp_path, monkeypatch, pictures, masks, ray):
     folder = pictures[0][0].parent
     ask = ("segment", folder, "bad.png", "--classes", "dog, cat; grass; sky; gnu", "--model", TINY)
     ask += ("--engine", "ray", "--workers", 2)
-    for extra in (("--out", "files"), ("--out", "shards", "--format", "parquet")):
-        result = run(*ask, *extra)
-        assert result.exit_code == 1, result.output
-        assert "failed: bad.png: cannot be read as an image" in result.stderr
-        assert "18 segmented" in result.stderr and "pictures per second" in result.stderr
-        assert result.stderr.count("never trained on 'gnu'") == 1
-        again = [word for word in ask if word != "bad.png"]
-        assert "0 segmented" in (result := run(*again, *extra)).stderr and "18 skipped" in result.stderr
-    shown = dict(read_masks("shards"))
-    same(((image, np.array(Image.open(f"files/{Path(image).stem}.mask.png"))) for image in map(str, masks)), shown)
+    ask += ("--out", "shards", "--format", "parquet")
+    result = run(*ask)
+    assert result.exit_code == 1, result.output
+    assert "failed: bad.png: cannot be read as an image" in result.stderr
+    assert "18 segmented" in result.stderr and "pictures per second" in result.stderr
+    assert result.stderr.count("never trained on 'gnu'") == 1
+    again = [word for word in ask if word != "bad.png"]
+    assert "0 segmented" in (result := run(*again)).stderr and "18 skipped" in result.stderr
+    assert sorted(image for image, _ in read_masks("shards")) == sorted(masks)
     root = make(Path("data"), "voc20")
     for engine in ("ray", "local"):
         result = run("evaluate", "voc20", "--model", TINY, "--root", root, "--engine", engine, "--out", engine)
