@@ -1,11 +1,11 @@
 """The names that README and docs use, as attributes of a bare `import rfclip` and by import statements."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 
 import pytest
-from helpers import linux_only
 
 import rfclip
 
@@ -49,7 +49,7 @@ def test_each_name_after_a_bare_import():
     assert done.stdout == "done\n", done.stderr
 
 
-@linux_only
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows cannot fork")
 def test_import_statements():
     """Each in a process that has imported nothing of this package, but open_clip, which takes seconds."""
     done = subprocess.run([sys.executable, "-c", FORKS, *STATEMENTS], capture_output=True, text=True)

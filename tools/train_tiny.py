@@ -100,7 +100,7 @@ THIRD = dataclasses.replace(SECOND, stream=10, steps=600, lr=5e-4, decay=600, sh
 FOURTH = dataclasses.replace(
     THIRD, stream=11, steps=1200, lr=8e-4, decay=1200, sharpen=1.4, objects=8, object_size=(16, 64)
 )
-FIFTH = dataclasses.replace(THIRD, stream=12, steps=600, lr=6e-4, sharpen=1.0, ground_weight=1.0, object_weight=4.0)
+FIFTH = dataclasses.replace(THIRD, stream=12, lr=6e-4, sharpen=1.0, ground_weight=1.0, object_weight=4.0)
 STAGES = {"first": FIRST, "second": SECOND, "third": THIRD, "fourth": FOURTH, "fifth": FIFTH}
 
 

@@ -231,7 +231,7 @@ def test_a_block_of_a_vit(name, width, patch, side):
 @pytest.mark.parametrize(("share", "width"), [(0.0, 213), (0.1, 320)], ids=["as it is", "injected distraction"])
 def test_the_shipped_scene(share, width):
     """Its right part in two windows, as `rfclip segment` does it; and all in one, with something to refocus."""
-    picture = Image.open(tiny_folder() / "scene.png").convert("RGB").crop((320 - width, 0, 320, 320))
+    picture = Image.open(tiny_folder() / "scene.png").crop((320 - width, 0, 320, 320))
     model = rfclip.load_model("rfclip-tiny", device=DEVICE)
     config = rfclip.RefocusConfig(distraction_dims=INJECTED_DIMS) if share else model.refocus_config
     classes, found = "tiger, mushroom, pizza, cake, grass, sky", {}
