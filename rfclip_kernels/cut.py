@@ -31,19 +31,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
+from . import cut_constants as constants
 from . import tiles as tables
 from .attention import fp16_unit, order_patches, ordered_patches
+from .cut_constants import FROM_START, NEW, ROUNDS, SQUARINGS, TOWER_FROM_START, TOWER_ROUNDS, WIDTH
 from .defocus import launch_defocus_mask
 from .launch import check_launch, on_device, strides, wrap_triton
 from .similarity import empty_affinity
 
-WIDTH = 7  # vectors that are multiplied at once; with 1, eight
-ROUNDS, FROM_START = 5, 3  # that resolve y, and those that a start leaves
-TOWER_ROUNDS, TOWER_FROM_START = 3, 1  # that resolve the mask of the defocused tokens
-SQUARINGS = 12  # of the projected matrix, which leave its leading eigenvector
-NEW = 1e-4  # the squared length of what a vector adds to the basis, over its own, is more than this
-SHARE = tl.constexpr(0.2)  # of the largest quotient, which b is at least
-LEAST, FIRST = tl.constexpr(0.02), tl.constexpr(0.1)  # b is at least this, and that in the first round without a start
+SHARE, LEAST, FIRST = map(tl.constexpr, (constants.SHARE, constants.LEAST, constants.FIRST))
 SUMS, GRAM = tl.constexpr(4 * 8), tl.constexpr(16 * 16)  # what the programs of the first and the last product sum up
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 128  # of W in fp16 that a program multiplies at a time; in fp32 a quarter
 BLOCK_VECTORS = 64  # patches whose start a program makes

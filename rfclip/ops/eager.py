@@ -5,7 +5,7 @@ What differs from the reference is the order of the work, not its result (relati
 - No matrix over all heads and tokens is kept: rows are processed in tiles that stay in the cache.
 - Refocused attention on a CPU is the attention to the keys of each group, merged by the groups' shares; with many
   tokens it is a flash attention whose log-sum-exp gives the shares.
-- The graph cut takes fifteen Lanczos steps from the last block's vector.
+- The graph cut filters the last block's vectors, as the kernels do.
 - The proxy attention of several layers on a CPU sums their matrices, tile by tile, and multiplies by the values once.
 - `KeyAverage` keeps the sum over layers of each head's attention, so that the softmax that the similarity needs anyway
   also feeds the proxy attention.
@@ -17,6 +17,7 @@ whole matrices and the graph cut of all images at once instead.
 Half-precision inputs are computed in float32, except in flash attention, which multiplies in their own dtype.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from functools import reduce
 from itertools import product
@@ -26,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfclip.ops import key_average, reference
+from rfclip.ops import cut, key_average, reference
 from rfclip.ops.numerics import computing_dtype, matmul, no_autocast
 from rfclip.ops.reference import attention_bias, attention_sets, move_attention, over_heads
 
@@ -43,12 +44,10 @@ __all__ = [
     "self_attention",
 ]
 
-TILE = 1 << 19  # numbers in a tile of attention over all heads: 2 MB in float32
+TILE = 1 << 19  # numbers in a tile of attention, 2 MB in float32: of several heads, or of rows of one
+LEAST_ROWS = 32
 FLASH_TOKENS = 256  # from this many on, a flash attention per group is faster than one matrix of attention
 SUMMED_LAYERS = 3  # from this many on, the proxy attention sums matrices; a flash attention each is slower
-STEPS = 15  # of Lanczos
-BREAKDOWN = 1e-6  # a vector with less than this that is new ends the basis
-SQUARINGS = 16  # of the projected matrix, where its leading eigenvector is found by squaring it
 HEADS_BUDGET = 128 << 20  # bytes that `KeyAverage` may take for sums over layers of each head's attention
 
 
@@ -87,8 +86,8 @@ def received_attention(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tenso
         return reference.received_attention(q, k, scale, prefix)
     B, H, T, _ = q.shape
     out = q.new_zeros((B, T - prefix), dtype=computing_dtype(q))
-    for b, _, A in _patch_tiles(q, k, scale, prefix):
-        out[b] += A.sum(dim=(0, 1))
+    for b, _, _, A in _tiles(q, k, scale, prefix):
+        out[b] += A[..., prefix:].sum(dim=(0, 1))
     return out / (H * (T - prefix))
 
 
@@ -96,8 +95,10 @@ def key_similarity(k: Tensor, running: Tensor, count: int, scale: float, prefix:
     """Tile by tile."""
     if torch.compiler.is_compiling():
         reference.key_similarity(k, running, count, scale, prefix)
-    else:
-        _add_layer(k, running, count, scale, prefix, None)
+        return
+    running.mul_(count / (count + 1)) if count else running.zero_()
+    for b, _, rows, A in _tiles(k, k, scale, prefix):
+        running[b, rows].add_(A[..., prefix:].sum(dim=0), alpha=1 / (k.shape[1] * (count + 1)))
 
 
 class KeyAverage(key_average.KeyAverage):
@@ -109,6 +110,7 @@ class KeyAverage(key_average.KeyAverage):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._heads: Tensor | None = None
+        self._vectors: Tensor | None = None
 
     def add(self, k: Tensor) -> None:
         B, H, T, D = k.shape
@@ -120,12 +122,22 @@ class KeyAverage(key_average.KeyAverage):
             return
         if self._heads is None:
             self._heads = k.new_zeros((B, H, N, N), dtype=computing_dtype(k))
-        if self.similarity is None:
-            self.similarity = k.new_empty((B, N, N), dtype=computing_dtype(k))
-        elif k.requires_grad:
-            self.similarity = self.similarity.clone()
-        _add_layer(k, self.similarity, self.count, D**-0.5, self.prefix, self._heads)
+        for b, heads, rows, A in _tiles(k, k, D**-0.5, self.prefix):
+            self._heads[b, heads, rows].add_(A[..., self.prefix :])
         self.count += 1
+
+    def cut(self, distraction: Tensor, threshold: str) -> key_average.Cut:
+        count = cut.TOWER_ROUNDS if self._vectors is None else cut.TOWER_FROM_START
+        self._vectors = cut.leading_vectors(_affinity(self.similarity), self._vectors, count)
+        y = self._vectors[:, 0]
+        return key_average.Cut(y, self.ops.defocus_mask(y, distraction, threshold=threshold), None)
+
+    @property
+    def similarity(self) -> Tensor:
+        if self._heads is not None:
+            return self._heads.mean(dim=1) / min(self.count, self.similar)
+        assert self._similarity is not None  # what super() has; a compiler does not know its properties
+        return self._similarity
 
     def gather(self, v: Tensor) -> Tensor:
         if self._heads is None:
@@ -136,96 +148,20 @@ class KeyAverage(key_average.KeyAverage):
         return (out / self.count).to(v.dtype)
 
 
-def _add_layer(k: Tensor, running: Tensor, count: int, scale: float, prefix: int, heads: Tensor | None) -> None:
-    """Add a layer to the running mean, and each head's attention to `heads`, in place."""
-    for b, rows, A in _patch_tiles(k, k, scale, prefix):
-        mean = A.mean(dim=0)
-        if count:
-            running[b, rows].lerp_(mean, 1 / (count + 1))
-        else:
-            running[b, rows] = mean
-        if heads is not None:
-            heads[b, :, rows].add_(A)
-
-
 def fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
-    """By fifteen Lanczos steps.
+    """By five rounds of the filter in `rfclip.ops.cut`, or three from a start.
 
     It has no gradient: its purpose, the mask of defocused tokens, has none either.
     """
+    first = None if start is None else start[:, None]
+    count = cut.ROUNDS if start is None else cut.FROM_START
+    return cut.leading_vectors(_affinity(similarity), first, count)[:, 0].contiguous()
+
+
+def _affinity(similarity: Tensor) -> Tensor:
+    """W, without a gradient."""
     S = similarity.detach().to(computing_dtype(similarity))
-    B, N = S.shape[:2]
-    W2, inv_sqrt, known, w = _start_of_cut(S, start)
-    M = W2.mul_(inv_sqrt[:, :, None] / 2).mul_(inv_sqrt[:, None])
-    with no_autocast(S.device):
-        u = _ritz_vectors_at_once(M, w, known) if torch.compiler.is_compiling() else _ritz_vectors(M, w, known)
-    y = inv_sqrt * u
-    largest = y.abs().argmax(dim=-1, keepdim=True)
-    return y * y.gather(-1, largest).sign()
-
-
-def _start_of_cut(S: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the steps need of S [B, N, N], in its dtype, and of a start [B, N] near y, if there is one.
-
-    Returns:
-        2 W [B, N, N], contiguous; Deg^-1/2 [B, N], 0 for a token without any similarity; the known eigenvector of M,
-        normalized, [B, N]; the vector to start from [B, N], contiguous.
-    """
-    W2 = (S + S.mT).contiguous()
-    degree = W2.sum(dim=-1) / 2
-    root = degree.sqrt()
-    # A vector that no eigenvector is orthogonal to: for the first block, and a little of it beside a given start.
-    w = (torch.arange(1, S.shape[1] + 1, device=S.device, dtype=S.dtype) * 0.6180339887) % 1 - 0.5  # about sqrt(N / 12)
-    if start is not None:
-        w = F.normalize(start.to(S.dtype) * root, dim=-1) + 1e-3 * (12 / S.shape[1]) ** 0.5 * w
-    return W2, torch.where(degree > 0, degree.rsqrt(), 0), F.normalize(root, dim=-1), w.expand_as(root).contiguous()
-
-
-def _ritz_vectors(M: Tensor, w: Tensor, known: Tensor) -> Tensor:
-    """The vector [B, N] of the Krylov space of M [B, N, N] and w, orthogonal to `known`, that is nearest the cut's."""
-    B, N = w.shape
-    basis = M.new_zeros((B, STEPS + 1, N))
-    basis[:, 0] = known
-    diagonal, beside = (M.new_empty((B, STEPS)) for _ in range(2))
-    for image in zip(M, w, basis, diagonal, beside, strict=True):
-        _lanczos(*image)  # a single matrix-vector product beats the batched one
-    # A remainder that is nothing but rounding ends the basis: what follows gets the eigenvalue -2, below all others.
-    sound = (beside > BREAKDOWN).cumprod(dim=-1)
-    projected = torch.diag_embed(torch.where(sound > 0, diagonal, -2)) + torch.diag_embed((sound * beside)[:, 1:], -1)
-    _, ritz = torch.linalg.eigh(projected)  # reads the lower triangle
-    return (ritz[:, None, :, -1] @ basis[:, 1:])[:, 0]
-
-
-def _lanczos(M: Tensor, w: Tensor, basis: Tensor, diagonal: Tensor, beside: Tensor) -> None:
-    """Fill `basis` [., N], which is zero after its first vector, and M in it: the diagonal and the one beside it."""
-    for fresh, alpha, length in zip(basis[1:], diagonal, beside, strict=True):
-        for _ in range(2):  # twice is enough
-            w = w.addmv(basis.T, basis.mv(w), alpha=-1)
-        torch.linalg.vector_norm(w, out=length)
-        torch.div(w, length.clamp(min=BREAKDOWN), out=fresh)
-        w = M.mv(fresh)
-        torch.dot(w, fresh, out=alpha)
-
-
-def _ritz_vectors_at_once(M: Tensor, w: Tensor, known: Tensor) -> Tensor:
-    """The same for all images at once, by operations that every exporter knows; ONNX has no `eigh`."""
-    basis, w = known[:, None], w[..., None]
-    for _ in range(STEPS):
-        for _ in range(2):
-            w = torch.baddbmm(w, basis.mT, torch.bmm(basis, w), alpha=-1)
-        length = torch.linalg.vector_norm(w, dim=1, keepdim=True)
-        fresh = torch.where(length > BREAKDOWN, w / length, 0)  # once it is 0, so are all that follow
-        basis = torch.cat([basis, fresh.mT], dim=1)
-        w = torch.bmm(M, fresh)
-    basis = basis[:, 1:]
-    # M + 2 has no negative eigenvalue: squaring it in the basis leaves the eigenvector of its largest.
-    power = torch.bmm(basis, torch.bmm(M, basis.mT) + 2 * basis.mT)
-    for _ in range(SQUARINGS):
-        power = power / power.abs().amax(dim=(1, 2), keepdim=True).clamp(min=1e-30)
-        power = torch.bmm(power, power)
-    largest = power.diagonal(dim1=1, dim2=2).argmax(dim=-1)
-    ritz = power.gather(1, largest[:, None, None].expand(-1, 1, STEPS))
-    return torch.bmm(F.normalize(ritz, dim=-1), basis)[:, 0]
+    return (S + S.mT).div_(2)
 
 
 def refocused_attention(
@@ -246,13 +182,15 @@ def refocused_attention(
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)  # a log-sum-exp has no gradient
     out = torch.empty_like(v.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     if q.device.type == "cpu" and not differentiated:
-        for b in range(len(q)):
+        B, H, T, _ = q.shape
+        memory = q.new_empty(H * T * T, dtype=computing_dtype(q)) if T < FLASH_TOKENS else None
+        for b in range(B):
             image = slice(b, b + 1)
-            out[image] = _by_groups(q[image], k[image], v[image], dis[b], tgt[b], beta, scale, prefix)
+            out[image] = _by_groups(q[image], k[image], v[image], dis[b], tgt[b], beta, scale, prefix, memory)
         return out
-    for b, rows, A in _tiles(q, k, scale):
+    for b, heads, rows, A in _tiles(q, k, scale):
         moved = move_attention(A[None], dis[b : b + 1], tgt[b : b + 1], beta, prefix, rows.start)[0]
-        out[b, :, rows] = matmul(moved, v[b]).to(v.dtype)
+        out[b, heads, rows] = matmul(moved, v[b, heads]).to(v.dtype)
     return out
 
 
@@ -287,21 +225,20 @@ def proxy_attention(keys: Tensor, v: Tensor, scale: float, prefix: int, normaliz
 
 
 def _proxy_at_once(keys: Tensor, v: Tensor, scale: float, prefix: int) -> Tensor:
-    """Sum the layers' matrices in tiles of a few heads, or of a few rows of one head, always in the same memory."""
+    """Sum the layers' matrices tile by tile."""
     L, B, H, T, D = keys.shape
-    group = min(H, max(1, TILE // 2 // T**2))
-    size = min(T - prefix, max(32, TILE // 2 // (group * T)))
-    tiles = v.new_empty((2, group, size, T), dtype=computing_dtype(v))
     out = v.new_empty((B, T - prefix, H, D)).transpose(1, 2)
-    for b, h, start in product(range(B), range(0, H, group), range(prefix, T, size)):
-        heads, rows = slice(h, h + group), slice(start, start + size)
-        total, A = tiles[:, : H - h, : T - start]
-        total.zero_()
-        with no_autocast(v.device):
-            for k in keys[:, b, heads].to(total.dtype):
-                torch.matmul(k[:, rows], k.mT * scale, out=A)
-                total += torch.softmax(A, dim=-1, out=A)
-        out[b, heads, start - prefix : start - prefix + size] = matmul(total[..., prefix:], v[b, heads, prefix:]) / L
+    total, memory = (_tile_memory(v, T) for _ in range(2))
+    for b in range(B):
+        k = keys[:, b].to(computing_dtype(v))  # [L, H, T, D]
+        transposed = k.mT * scale
+        for heads, rows in _parts(H, T, prefix):
+            layers = zip(k[:, heads, rows], transposed[:, heads], strict=True)
+            summed = _attention(*next(layers), total)
+            for layer in layers:
+                summed += _attention(*layer, memory)
+            place = slice(rows.start - prefix, rows.stop - prefix)
+            out[b, heads, place] = matmul(summed[..., prefix:], v[b, heads, prefix:]) / L
     return out
 
 
@@ -346,18 +283,29 @@ def _neighbours(x: Tensor, dilations: list[int]) -> list[Tensor]:
 
 
 def _by_groups(
-    q: Tensor, k: Tensor, v: Tensor, dis: Tensor, tgt: Tensor, beta: float, scale: float, prefix: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dis: Tensor,
+    tgt: Tensor,
+    beta: float,
+    scale: float,
+    prefix: int,
+    memory: Tensor | None,
 ) -> Tensor:
-    """Refocused attention of one image, its keys in the order S, T, R of the groups; sets [T]."""
+    """Refocused attention of one image, its keys in the order S, T, R of the groups; sets [T].
+
+    One matrix of attention in given memory, or a flash attention for each group if there is none.
+    """
     groups = [mask.nonzero()[:, 0] for mask in (dis, tgt, ~(dis | tgt))]
     sizes = [len(group) for group in groups]
     if not sizes[0] or not sizes[1]:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     sizes = [size for size in sizes if size]
-    order = torch.cat(groups)
-    k, v = (tensor.index_select(2, order) for tensor in (k, v))
-    if len(order) < FLASH_TOKENS:
-        A = torch.softmax(matmul(q, k.mT.to(computing_dtype(k)) * scale), dim=-1)
+    k, v = (tensor.index_select(2, torch.cat(groups)) for tensor in (k, v))
+    if memory is not None:
+        queries, keys = (tensor[0].to(memory.dtype) for tensor in (q, k))
+        A = _attention(queries, keys.mT * scale, memory)
         groups = A.split(sizes, dim=-1)[:2]
         mass = groups[0].sum(dim=-1, keepdim=True), groups[1].sum(dim=-1, keepdim=True)
         for group, before, after in zip(groups, mass, _after_giving(*mass, beta, prefix), strict=True):
@@ -379,7 +327,7 @@ def _by_groups(
 def _after_giving(taken: Tensor, given: Tensor, beta: float, prefix: int) -> tuple[Tensor, Tensor]:
     """The masses of S and T, [1, H, T, 1], after S has given to T: equations 9 to 12."""
     omega = (beta * taken).where(given > 0, 0)
-    omega[:, :, :prefix] = 0
+    omega[..., :prefix, :] = 0
     return taken - omega, given + omega
 
 
@@ -403,18 +351,36 @@ def cosine_aggregation(guide: Tensor, x: Tensor, cut: float | Tensor, gain: floa
     return out
 
 
-def _tiles(q: Tensor, k: Tensor, scale: float, first: int = 0) -> Iterator[tuple[int, slice, Tensor]]:
-    """Image, rows from `first` on, and their A = softmax(q k^T * scale), [H, rows, T] in the computing dtype."""
+def _tiles(q: Tensor, k: Tensor, scale: float, first: int = 0) -> Iterator[tuple[int, slice, slice, Tensor]]:
+    """Image, heads, rows from `first` on, counted from there, and their A = softmax(q k^T * scale), [heads, rows, T].
+
+    A is in the computing dtype, and good until the next, which takes its memory unless a gradient is recorded.
+    """
     B, H, T, _ = q.shape
-    size = max(32, TILE // (H * T))
+    dtype, recorded = computing_dtype(k), torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    memory = None if recorded else _tile_memory(q, T)
     for b in range(B):
-        key = k[b].mT.to(computing_dtype(k)) * scale  # [H, D, T]
-        for start in range(first, T, size):
-            rows = slice(start, min(start + size, T))
-            yield b, rows, torch.softmax(matmul(q[b, :, rows], key), dim=-1)
+        queries, keys = q[b].to(dtype), k[b].mT.to(dtype) * scale  # [H, T, D], [H, D, T]
+        for heads, rows in _parts(H, T, first):
+            A = _attention(queries[heads, rows], keys[heads], memory)
+            yield b, heads, slice(rows.start - first, rows.stop - first), A
 
 
-def _patch_tiles(q: Tensor, k: Tensor, scale: float, prefix: int) -> Iterator[tuple[int, slice, Tensor]]:
-    """`_tiles` without the rows and columns of the prefix; rows count patches."""
-    for b, rows, A in _tiles(q, k, scale, first=prefix):
-        yield b, slice(rows.start - prefix, rows.stop - prefix), A[:, :, prefix:]
+def _parts(H: int, T: int, first: int) -> Iterator[tuple[slice, slice]]:
+    """Heads and rows of [H, T], from row `first` on, that share a tile."""
+    group = min(H, max(1, TILE // T**2))
+    size = max(LEAST_ROWS, TILE // (group * T))
+    for h, start in product(range(0, H, group), range(first, T, size)):
+        yield slice(h, min(h + group, H)), slice(start, min(start + size, T))
+
+
+def _tile_memory(like: Tensor, T: int) -> Tensor:
+    return like.new_empty(max(TILE, LEAST_ROWS * T), dtype=computing_dtype(like))
+
+
+def _attention(q: Tensor, k: Tensor, memory: Tensor | None) -> Tensor:
+    """softmax(q k) of q [heads, rows, D] and k [heads, D, T], in given memory if there is any."""
+    sizes = *q.shape[:2], k.shape[2]
+    out = None if memory is None else memory[: math.prod(sizes)].view(sizes)
+    with no_autocast(q.device):
+        return torch.softmax(torch.bmm(q, k, out=out), dim=-1, out=out)

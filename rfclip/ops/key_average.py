@@ -30,18 +30,22 @@ class KeyAverage:
         prefix: tokens in front of the patches.
 
     Attributes:
-        similarity: S of equation 7 over the layers added so far, at most `similar` of them: [B, N, N], float32 or
-            float64; None before the first.
         count: the number of layers added.
         keys: those kept for `gather`, each [B, H, T, D].
     """
 
     def __init__(self, ops: Backend, *, layers: int, similar: int, gathers: bool, prefix: int) -> None:
         self.ops, self.layers, self.similar, self.gathers, self.prefix = ops, layers, similar, gathers, prefix
-        self.similarity: Tensor | None = None
+        self._similarity: Tensor | None = None
         self.count = 0
         self._keys: Tensor | None = None
         self._fiedler: Tensor | None = None
+
+    @property
+    def similarity(self) -> Tensor:
+        """S of equation 7 over the layers added so far, at most `similar` of them: [B, N, N], float32 or float64."""
+        assert self._similarity is not None
+        return self._similarity
 
     @property
     def keys(self) -> Tensor:
@@ -51,8 +55,8 @@ class KeyAverage:
     def add(self, k: Tensor) -> None:
         """Add the keys of the next layer, [B, H, T, D]."""
         if self.count < self.similar:
-            self.similarity = self.ops.key_similarity(
-                k, self.similarity, self.count, prefix=self.prefix, inplace=not k.requires_grad
+            self._similarity = self.ops.key_similarity(
+                k, self._similarity, self.count, prefix=self.prefix, inplace=not k.requires_grad
             )
         if self.gathers:
             self._place(k).copy_(k)
@@ -69,7 +73,6 @@ class KeyAverage:
 
         What is returned for an image without distraction is not specified.
         """
-        assert self.similarity is not None
         self._fiedler = self.ops.fiedler_vector(self.similarity, self._fiedler)
         target = self.ops.defocus_mask(self._fiedler, distraction, threshold=threshold)
         return Cut(self._fiedler, target, None)

@@ -35,7 +35,10 @@ def test_importing_loads_no_kernel():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == {
         "rfclip_kernels",
-        *(f"rfclip_kernels.{name}" for name in ("checks", "launch", "operations", "registry", "tiles")),
+        *(
+            f"rfclip_kernels.{name}"
+            for name in ("checks", "cut_constants", "launch", "operations", "registry", "tiles")
+        ),
     }
 
 
