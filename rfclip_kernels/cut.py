@@ -11,7 +11,7 @@ of eigenvalues from -b to b the least, and makes y of what it leaves:
 b is the smallest of Y's Rayleigh quotients, but not less than a fifth of the largest. Cholesky's factor of the inner
 products of K makes K orthonormal, T K, without what is next to nothing new. In it M is a matrix [8, 8]. Squaring that
 leaves its leading eigenvector, t, and y = t T M K, which is one product nearer than t T K. The next round starts from y
-and the other six rows of T M K. There are five rounds, or three from a vector near y. In a tower three are enough for
+and the other six rows of T M K. There are five rounds, or three from a vector near y. In a tower there are five in
 the first block, and one for every other, from the seven vectors that the block before ended with.
 
 W in fp16 is multiplied by tensor cores: a vector is the sum of two in fp16, the second 2^11 times too large, so that
@@ -652,7 +652,7 @@ def launch_fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
 def launch_defocused_tokens(
     affinity: Tensor, distraction: Tensor, start: Tensor | None, threshold: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Three rounds, or one from the vectors that the block before ended with; "otsu" takes two launches more.
+    """Five rounds, or one from the vectors that the block before ended with; "otsu" takes two launches more.
 
     Up to 256 patches, an image without distraction has no target, and vectors of zeros: the next block begins anew.
     """

@@ -14,6 +14,8 @@ from rfclip.methods.cosines import cosines
 from rfclip.ops import eager as implementation
 from rfclip.ops import operations
 from rfclip.ops.dispatch import REFERENCE
+from rfclip.simulated_distraction import inject_distraction, injected
+from rfclip.tiny.scenes import make_scene
 
 eager = operations("eager")
 
@@ -140,6 +142,26 @@ def test_fiedler_vector(monkeypatch, N, compiling):
         got = eager.fiedler_vector(S, start)
         check(got, want, 2e-5)
         assert torch.equal(reference.defocus_mask(got), reference.defocus_mask(want))
+
+
+def test_masks_of_scenes(monkeypatch):
+    """Next to each other lie the first eigenvalues of scenes with several objects, and only exact vectors tell."""
+    differ, cut = [], implementation.KeyAverage.cut
+
+    def compared(self, distraction, threshold):
+        found = cut(self, distraction, threshold)
+        want = reference.fiedler_vector(self.similarity.double())
+        differ.append(found.target ^ reference.defocus_mask(want, distraction, threshold=threshold))
+        return found
+
+    monkeypatch.setattr(implementation.KeyAverage, "cut", compared)
+    model = rfclip.load_model()
+    segmenter = rfclip.Segmenter(model, config=injected(model.refocus_config), backend="eager")
+    with segmenter, inject_distraction(model, 0.1):
+        for seed in range(16):
+            segmenter.segment(make_scene(seed).picture(), [("dog",), ("grass",)])
+    assert sum(map(len, differ)) == 64  # four windows of each
+    assert torch.cat(differ).float().mean() < 0.001
 
 
 @pytest.mark.parametrize("budget", [0, 1 << 30])
