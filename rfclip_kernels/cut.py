@@ -12,7 +12,7 @@ b is the smallest of Y's Rayleigh quotients, but not less than a fifth of the la
 products of K makes K orthonormal, T K, without what is next to nothing new. In it M is a matrix [8, 8]. Squaring that
 leaves its leading eigenvector, t, and y = t T M K, which is one product nearer than t T K. The next round starts from y
 and the other six rows of T M K. There are five rounds, or three from a vector near y. In a tower there are five in
-the first block, and one for every other, from the seven vectors that the block before ended with.
+the first block, or three above 256 patches, and one in every other, from the seven vectors of the block before.
 
 W in fp16 is multiplied by tensor cores: a vector is the sum of two in fp16, the second 2^11 times too large, so that
 their products add up to those of fp32.
@@ -34,11 +34,15 @@ from torch.library import triton_op
 from . import cut_constants as constants
 from . import tiles as tables
 from .attention import fp16_unit, order_patches, ordered_patches
-from .cut_constants import FROM_START, NEW, ROUNDS, SQUARINGS, TOWER_FROM_START, TOWER_ROUNDS, WIDTH
+from .cut_constants import NEW, SQUARINGS
 from .defocus import launch_defocus_mask
 from .launch import check_launch, on_device, strides, wrap_triton
 from .similarity import empty_affinity
 
+WIDTH = 7  # vectors that are multiplied at once; with 1, eight
+ROUNDS, FROM_START = 5, 3  # that resolve y, and those that a start leaves
+TOWER_ROUNDS, TOWER_FROM_START = 5, 1  # that resolve the mask of the defocused tokens
+FEW, TOWER_ROUNDS_OF_MANY = 256, 3  # above so many patches, as each round passes over W twice
 SHARE, LEAST, FIRST = map(tl.constexpr, (constants.SHARE, constants.LEAST, constants.FIRST))
 SUMS, GRAM = tl.constexpr(4 * 8), tl.constexpr(16 * 16)  # what the programs of the first and the last product sum up
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 128  # of W in fp16 that a program multiplies at a time; in fp32 a quarter
@@ -637,7 +641,8 @@ def _defocused_tokens(affinity: Tensor, distraction: Tensor, start: Tensor | Non
     if affinity.dtype not in (torch.float16, torch.float32):
         affinity = affinity.float()  # vectors are split into halves for fp16 only
     with on_device(affinity):
-        return _cut(affinity, start, distraction, TOWER_ROUNDS, TOWER_FROM_START)
+        rounds = TOWER_ROUNDS if N <= FEW else TOWER_ROUNDS_OF_MANY
+        return _cut(affinity, start, distraction, rounds, TOWER_FROM_START)
 
 
 def launch_fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
@@ -652,7 +657,7 @@ def launch_fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
 def launch_defocused_tokens(
     affinity: Tensor, distraction: Tensor, start: Tensor | None, threshold: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Five rounds, or one from the vectors that the block before ended with; "otsu" takes two launches more.
+    """Five rounds, or three above 256 patches; one from the last vectors. "otsu" takes two launches more.
 
     Up to 256 patches, an image without distraction has no target, and vectors of zeros: the next block begins anew.
     """

@@ -1,8 +1,5 @@
 """Constants of the filter that cuts the graph, in the kernels and in PyTorch; `rfclip_kernels.cut` has the formula."""
 
-WIDTH = 7  # vectors that are multiplied at once; with 1, eight
-ROUNDS, FROM_START = 5, 3  # that resolve y, and those that a start leaves
-TOWER_ROUNDS, TOWER_FROM_START = 5, 1  # that resolve the mask of the defocused tokens
 SQUARINGS = 12  # of the projected matrix, which leave its leading eigenvector
 NEW = 1e-4  # the squared length of what a vector adds to the basis, over its own, is more than this
 SHARE = 0.2  # of the largest quotient, which b is at least
