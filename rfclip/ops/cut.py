@@ -48,7 +48,7 @@ def _beginning(W: Tensor, start: Tensor | None) -> Tensor:
     """What is given, and vectors that no eigenvector is orthogonal to, with entries of about 1."""
     N = W.shape[1]
     roots = torch.tensor(PRIMES, dtype=W.dtype, device=W.device).sqrt()
-    Y = (roots[:, None] * torch.arange(1, N + 1, device=W.device) % 1 - 0.5).expand(len(W), -1, -1)
+    Y = (roots[:, None] * torch.arange(1, N + 1, device=W.device) % 1 - 0.5).expand(W.shape[0], -1, -1)
     if start is None:
         return Y
     R = start.shape[1]
