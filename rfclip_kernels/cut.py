@@ -34,7 +34,6 @@ from torch.library import triton_op
 from . import cut_constants as constants
 from . import tiles as tables
 from .attention import fp16_unit, order_patches, ordered_patches
-from .cut_constants import NEW, SQUARINGS
 from .defocus import launch_defocus_mask
 from .launch import check_launch, on_device, strides, wrap_triton
 from .similarity import empty_affinity
@@ -563,7 +562,8 @@ def _cut(
     rounds = cold if start is None else warm
     taken = target if distraction is None else distraction
     ended = {"distraction_ptr": taken, **strides("d", taken, "bn"), "WIDTH": WIDTH}
-    ended |= {"out_ptr": out, "target_ptr": target, "order_ptr": order, "SQUARINGS": SQUARINGS, "NEW": NEW}
+    ended |= {"out_ptr": out, "target_ptr": target, "order_ptr": order}
+    ended |= {"SQUARINGS": constants.SQUARINGS, "NEW": constants.NEW}
     if distraction is not None and whole(affinity) >= N:
         wrap_triton(cut_kernel)[(B,)](
             affinity_ptr=affinity,

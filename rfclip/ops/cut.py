@@ -16,7 +16,7 @@ from torch import Tensor
 from rfclip.ops.numerics import no_autocast
 from rfclip_kernels.cut_constants import FIRST, LEAST, NEW, SHARE, SQUARINGS
 
-ROUNDS, FROM_START = (7, 7, 7, 7, 7), (7, 7, 7)  # that resolve y, and those that a start leaves
+ROUNDS, FROM_START = 12 * (7,), (7, 7, 7)  # that resolve y, and those that a start leaves
 TOWER_ROUNDS, TOWER_FROM_START = (7, 7, 7), (5,)  # that resolve the mask of the defocused tokens
 PRIMES = (2, 3, 5, 7, 11, 13, 17)
 
@@ -45,7 +45,7 @@ def leading_vectors(W: Tensor, start: Tensor | None, rounds: Sequence[int]) -> T
 
 
 def _beginning(W: Tensor, start: Tensor | None) -> Tensor:
-    """What is given, and vectors that no eigenvector is orthogonal to, with entries of about 1."""
+    """What is given, and vectors that no eigenvector is orthogonal to, of any length."""
     N = W.shape[1]
     roots = torch.tensor(PRIMES, dtype=W.dtype, device=W.device).sqrt()
     Y = (roots[:, None] * torch.arange(1, N + 1, device=W.device) % 1 - 0.5).expand(W.shape[0], -1, -1)
@@ -67,9 +67,9 @@ def _round(W: Tensor, degree: Tensor, inverse: Tensor, Y: Tensor, least: float, 
     for _ in range(order - 1):
         before, P = P, torch.bmm(P, W) * over - before
     P = _centred(P, degree)
-    Q, weighted = torch.bmm(P, W) * inverse, P * (degree / W.shape[1])
+    Q, weighted = torch.bmm(P, W) * inverse, P * degree
     C = _ritz_coefficients(torch.bmm(P, weighted.mT), torch.bmm(Q, weighted.mT))
-    return torch.bmm(W.shape[1] ** 0.5 * C, Q)
+    return torch.bmm(C, Q)
 
 
 def _centred(Y: Tensor, degree: Tensor) -> Tensor:

@@ -127,8 +127,8 @@ class KeyAverage(key_average.KeyAverage):
         self.count += 1
 
     def cut(self, distraction: Tensor, threshold: str) -> key_average.Cut:
-        count = cut.TOWER_ROUNDS if self._vectors is None else cut.TOWER_FROM_START
-        self._vectors = cut.leading_vectors(_affinity(self.similarity), self._vectors, count)
+        rounds = cut.TOWER_ROUNDS if self._vectors is None else cut.TOWER_FROM_START
+        self._vectors = cut.leading_vectors(_affinity(self.similarity), self._vectors, rounds)
         y = self._vectors[:, 0]
         return key_average.Cut(y, self.ops.defocus_mask(y, distraction, threshold=threshold), None)
 
@@ -149,13 +149,13 @@ class KeyAverage(key_average.KeyAverage):
 
 
 def fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
-    """By five rounds of the filter in `rfclip.ops.cut`, or three from a start.
+    """By twelve rounds of the filter in `rfclip.ops.cut`, or three from a start.
 
     It has no gradient: its purpose, the mask of defocused tokens, has none either.
     """
     first = None if start is None else start[:, None]
-    count = cut.ROUNDS if start is None else cut.FROM_START
-    return cut.leading_vectors(_affinity(similarity), first, count)[:, 0].contiguous()
+    rounds = cut.ROUNDS if start is None else cut.FROM_START
+    return cut.leading_vectors(_affinity(similarity), first, rounds)[:, 0].contiguous()
 
 
 def _affinity(similarity: Tensor) -> Tensor:
