@@ -29,7 +29,7 @@ from bench.measure import (
     peak_bytes,
     relative_error,
 )
-from rfclip.ops import operations
+from rfclip.ops import cut, operations
 from rfclip.ops.eager import KeyAverage
 from rfclip.plugin import installed
 from rfclip.towers import Tower, read_tower
@@ -37,8 +37,8 @@ from rfclip.towers import Tower, read_tower
 MODEL = "ViT-B-16-quickgelu"  # with OpenAI's activation, as its weights need it
 CONFIG = rfclip.RefocusConfig.preset("ViT-B-16", "openai")
 OWN_LAYERS = "the tower's own layers"
-PURE = ("distraction_mask", "fiedler_vector", "defocus_mask", "refocused_attention", "KeyAverage.gather")
-OPERATIONS = ("distraction_mask", "fiedler_vector", "defocus_mask", "refocused_attention", "redistribute_embeddings")
+PURE = ("distraction_mask", "leading_vectors", "defocus_mask", "refocused_attention", "KeyAverage.gather")
+OPERATIONS = ("distraction_mask", "defocus_mask", "refocused_attention", "redistribute_embeddings")
 MARK = 11  # a dimension of the residual stream that only the planting below uses
 
 
@@ -363,6 +363,7 @@ def profile(name: str, case: Case) -> list[Part]:
             watch(stack, method.ops, function, function)
         for function in ("add", "gather"):
             watch(stack, KeyAverage, function, f"KeyAverage.{function}")
+        watch(stack, cut, "leading_vectors", "leading_vectors")
 
     rounds = []
 

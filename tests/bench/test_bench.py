@@ -187,7 +187,7 @@ def test_profile():
     parts = towers.profile(SMALL, towers.Case((224, 224), rounds=2))
     calls = {part.function: part.calls for part in parts}
     assert calls["distraction_mask"] == calls["KeyAverage.add"] == 12 and calls["KeyAverage.gather"] == 1
-    assert calls["refocused_attention"] == calls["fiedler_vector"] == 10  # nothing distracts in the first block
+    assert calls["refocused_attention"] == calls["leading_vectors"] == 10  # nothing distracts in the first block
     assert len({round(part.share / part.seconds, 6) for part in parts}) == 1  # one plain pass is the measure of all
     assert all(part.seconds > 0 and (part.warm is None or part.warm > 0) for part in parts)
 
