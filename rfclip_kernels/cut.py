@@ -3,23 +3,25 @@
 (Deg - W) y = lambda Deg y,  W = (S + S^T) / 2,  Deg = diag(W 1);  so y is the second eigenvector of M = Deg^-1 W, the
 first being 1, and M is symmetric in the inner product <a, b> = a^T Deg b.
 
-A round takes seven vectors Y, orthogonal to 1, and filters them by a Chebyshev polynomial of degree three, which leaves
-of eigenvalues from -b to b the least, and makes y of what it leaves:
+A round takes seven vectors Y, orthogonal to 1, and filters them by a Chebyshev polynomial, which leaves the least of
+eigenvalues from -b/3 to b (hardly any is less, as softmax has exponentials of inner products), and makes y of the rest:
 
-    Z = M Y,  P = (4 M^3 - 3 b^2 M) Y = 2 M (2 M Z - b^2 Y) - b^2 Z,  Q = M P;  K = (1, P),  M K = (1, Q)
+    Y_0 = Y,  Y_1 = (a M Y_0 - Y_0) / 2,  Y_i+1 = a M Y_i - Y_i - Y_i-1,  a = 3 / b
+    P = Y_d,  Q = M P;  K = (1, P),  M K = (1, Q)
 
-b is the smallest of Y's Rayleigh quotients, but not less than a fifth of the largest. Cholesky's factor of the inner
-products of K makes K orthonormal, T K, without what is next to nothing new. In it M is a matrix [8, 8]. Squaring that
-leaves its leading eigenvector, t, and y = t T M K, which is one product nearer than t T K. The next round starts from y
-and the other six rows of T M K. There are five rounds, or three from a vector near y. In a tower there are five in
-the first block, or three above 256 patches, and one in every other, from the seven vectors of the block before.
+b is the smallest of Y's Rayleigh quotients, but not less than a fifth of the largest, and Y_i is multiplied by c^i,
+1 / c = a max(b, largest) - 1, so that what is left keeps its size. Cholesky's factor of the inner products of K makes K
+orthonormal, T K, without what is next to nothing new. In it M is a matrix [8, 8]. Squaring that leaves its leading
+eigenvector, t, and y = t T M K, which is one product nearer than t T K. The next round starts from y and the other six
+rows of T M K. Rounds are given by their degrees, d. In a tower the first block takes three, every other one, from the
+seven vectors of the block before.
 
 W in fp16 is multiplied by tensor cores: a vector is the sum of two in fp16, the second 2^11 times too large, so that
 their products add up to those of fp32.
 
 Up to 256 patches (or 128, see `whole`) one launch does it all, one program an image, which reads W once, and an image
 without distraction ends at once. Above, every product is a launch, whose programs take some rows of W each, and so are
-the start and the end of a round. Degrees come out of a round's first product, which multiplies 1 as well. Nothing waits
+the start and the end of a round. Deg comes out of a round's first product, which multiplies 1 as well. Nothing waits
 for the host.
 """
 
@@ -39,9 +41,9 @@ from .launch import check_launch, on_device, strides, wrap_triton
 from .similarity import empty_affinity
 
 WIDTH = 7  # vectors that are multiplied at once; with 1, eight
-ROUNDS, FROM_START = 5, 3  # that resolve y, and those that a start leaves
-TOWER_ROUNDS, TOWER_FROM_START = 5, 1  # that resolve the mask of the defocused tokens
-FEW, TOWER_ROUNDS_OF_MANY = 256, 3  # above so many patches, as each round passes over W twice
+ROUNDS, FROM_START = (3, 7, 7), (3, 3, 3)  # that resolve y, and those that a start leaves
+TOWER_ROUNDS, TOWER_FROM_START = (3, 7, 7), (3,)  # that resolve the mask of the defocused tokens
+FEW, TOWER_ROUNDS_OF_MANY = 256, (2, 5, 5)  # above so many patches, where each product reads W again
 SHARE, LEAST, FIRST = map(tl.constexpr, (constants.SHARE, constants.LEAST, constants.FIRST))
 SUMS, GRAM = tl.constexpr(4 * 8), tl.constexpr(16 * 16)  # what the programs of the first and the last product sum up
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 128  # of W in fp16 that a program multiplies at a time; in fp32 a quarter
@@ -200,26 +202,35 @@ def moments(b_y, b_z, b_degree):
 
 
 @triton.jit
-def bounds(b_products, b_lengths, b_sums, least):
-    """The means of Y [8], and b squared."""
+def bounds(b_products, b_lengths, b_sums, unknown):
+    """The means of Y [8], a, and c. Where nothing is known of M yet, its second eigenvalue is at most 1."""
     o_p = tl.arange(0, 8)
     total = tl.sum(tl.where(o_p == 0, b_sums, 0.0), axis=0)
     b_mean = quotient(b_sums, total)
-    b_quotient = quotient(b_products - b_sums * b_mean, b_lengths - b_sums * b_mean)
-    smallest = tl.min(tl.where(o_p > 0, b_quotient, 1.0), axis=0)
+    b_products, b_lengths = b_products - b_sums * b_mean, b_lengths - b_sums * b_mean
+    b_quotient = quotient(b_products, b_lengths)
+    smallest = tl.min(tl.where((o_p > 0) & (b_lengths > 0), b_quotient, 1.0), axis=0)
     largest = tl.max(tl.where(o_p > 0, b_quotient, 0.0), axis=0)
-    bound = tl.maximum(tl.maximum(smallest, SHARE * largest), least)
-    return b_mean, bound * bound
+    bound = tl.maximum(tl.maximum(smallest, SHARE * largest), tl.where(unknown, FIRST, LEAST))
+    over = 3.0 / bound
+    return b_mean, over, 1.0 / (over * tl.maximum(tl.where(unknown, 1.0, largest), bound) - 1.0)
+
+
+@triton.jit
+def next_term(b_product, b_x, b_before, over, unit):
+    """c^(i+1) Y_i+1 of M c^i Y_i, c^i Y_i and c^(i-1) Y_i-1."""
+    return unit * (over * b_product - b_x - unit * b_before)
 
 
 @triton.jit
 def inner_products(b_lanes, b_degree, dtype: tl.constexpr):
     """Those of all lanes with all lanes, over the rows of a tile: [16, 16]."""
-    b_weighted = b_lanes * b_degree[:, None]
+    b_lanes *= tl.sqrt(b_degree)[:, None]
     if dtype == tl.float32:
-        b_gram = multiply(tl.trans(b_weighted), b_lanes)
+        b_gram = multiply(tl.trans(b_lanes), b_lanes)
     else:
-        b_gram = sum_halves(tl.dot(tl.trans(halves(b_weighted, dtype)), halves(b_lanes, dtype)))
+        b_halves = halves(b_lanes, dtype)
+        b_gram = sum_halves(tl.dot(tl.trans(b_halves), b_halves))
         b_gram = tl.trans(sum_halves(tl.trans(b_gram)))
     return b_gram
 
@@ -280,8 +291,10 @@ def cut_kernel(
     stride_dn,
     PADDED: tl.constexpr,  # whether W's rows go on to a multiple of 16
     GIVEN: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    COLD: tl.constexpr,  # rounds of an image whose start is zero
+    WARM: tl.constexpr,  # the degree of the only round of an image with a start
+    ROUNDS: tl.constexpr,  # those of an image whose start is zero,
+    FIRST_DEGREE: tl.constexpr,  # the degree of the first of them,
+    DEGREE: tl.constexpr,  # and of the others
     WIDTH: tl.constexpr,
     SQUARINGS: tl.constexpr,
     NEW: tl.constexpr,
@@ -297,34 +310,36 @@ def cut_kernel(
     cold = GIVEN == 0
     if GIVEN > 0:
         cold = tl.max(tl.max(tl.where((o_p > 0)[None, :], tl.abs(b_x), 0.0), axis=1), axis=0) <= 1e-5
-    rounds = tl.where(tl.max(m_taken.to(tl.int32), axis=0) > 0, tl.where(cold, COLD, ROUNDS), 0)
-    rows = tl.where(rounds > 0, N, 0)
+    products = tl.where(cold, FIRST_DEGREE + 1 + (ROUNDS - 1) * (DEGREE + 1), WARM + 1)
+    products = tl.where(tl.max(m_taken.to(tl.int32), axis=0) > 0, products, 0)
+    rows = tl.where(products > 0, N, 0)
     o_read = o_n // 16 * 16 if PADDED else o_n  # 16 at once
     p_affinity = affinity_ptr + i_b * stride_ab + o_n[:, None] * SW + o_n[None, :]
     b_affinity = tl.load(p_affinity, mask=(o_n < rows)[:, None] & (o_read < rows)[None, :], other=0.0)
     b_affinity = tl.where(m_n[None, :], b_affinity, 0.0).to(dtype)
-    b_first, b_second, b_degree, square = b_x, b_x, tl.zeros([WHOLE], tl.float32), 0.0
-    for i in range(4 * rounds):
+    b_before, b_degree, over, unit = b_x, tl.zeros([WHOLE], tl.float32), 0.0, 0.0
+    step, last, unknown = 0, tl.where(cold, FIRST_DEGREE, WARM), cold
+    for _product in range(products):
         b_z = sum_halves(tl.dot(b_affinity, halves(b_x, dtype)))
-        if i % 4 == 0:
+        if step == 0:
             b_degree = column_of(b_z, 0)
         b_z = quotient(b_z, b_degree[:, None])
-        if i % 4 == 0:
+        if step == 0:
             b_products, b_lengths, b_sums = moments(b_x, b_z, b_degree)
-            b_mean, square = bounds(b_products, b_lengths, b_sums, tl.where(cold & (i == 0), FIRST, LEAST))
-            b_first, b_second = b_x - b_mean[None, :], b_z - b_mean[None, :]
-            b_x = b_second
-        elif i % 4 == 1:
-            b_x = 2.0 * b_z - square * b_first
-        elif i % 4 == 2:
-            b_first = with_one(2.0 * b_z - square * b_second, m_n)
-            b_x = b_first
+            b_mean, over, unit = bounds(b_products, b_lengths, b_sums, unknown)
+            b_before = b_x - b_mean[None, :]
+            b_x = with_one(next_term(b_z - b_mean[None, :], b_before, 0.0, over, unit) / 2, m_n)
+            step += 1
+        elif step < last:
+            b_next = with_one(next_term(b_z, b_x, b_before, over, unit), m_n)
+            b_before, b_x = b_x, b_next
+            step += 1
         else:
-            b_lanes = both_groups(b_first, b_z)
+            b_lanes = both_groups(b_x, b_z)
             b_gram = inner_products(b_lanes, b_degree / N, dtype)
-            b_first = next_group(b_lanes, ritz_coefficients(b_gram, SQUARINGS, NEW), N)
-            b_x = with_one(b_first, m_n)
-    b_y = tl.where((o_p > 0)[None, :] & (b_degree > 0)[:, None], b_first, 0.0)
+            b_x = with_one(next_group(b_lanes, ritz_coefficients(b_gram, SQUARINGS, NEW), N), m_n)
+            step, last, unknown = 0, DEGREE, False
+    b_y = tl.where((o_p > 0)[None, :] & (b_degree > 0)[:, None], b_x, 0.0)
     b_first_y = column_of(b_y, 1)
     scale = scale_of(b_first_y, b_first_y, tl.sum(b_degree * b_first_y * b_first_y, axis=0), N)
     b_y *= scale
@@ -423,7 +438,7 @@ def cut_first_kernel(
     tl.store(p_sums + 3, tl.zeros([8], tl.float32))
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "step", "unknown"])
 def cut_next_kernel(
     affinity_ptr,
     vectors_ptr,
@@ -434,40 +449,45 @@ def cut_next_kernel(
     N,
     SW,
     stride_ab,
-    STEP: tl.constexpr,
-    COLD: tl.constexpr,  # whether Y is no start that was given
+    step,
+    unknown,  # whether Y is no start that was given
+    SECOND: tl.constexpr,  # whether this is step 1
+    LAST: tl.constexpr,  # whether it is step d
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Some rows of 2 M Z - b^2 Y in step 1, of P in step 2, and of Q in step 3, and the inner products over them."""
+    """Some rows of Y_i+1 in step i, in the place of Y_i-1; in the last one of Q, and the inner products over them."""
     tiles, o_lane = tl.cdiv(N, BM), tl.arange(0, 16)
     i_b, i_m = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     p_vectors, p_halves = vectors_ptr + i_b * 2 * N * 8, halves_ptr + i_b * 2 * N * 16
+    here, there = step % 2, (step + 1) % 2
     o_m = i_m * BM + tl.arange(0, BM)
     b_degree = tl.load(degree_ptr + i_b * N + o_m, mask=o_m < N, other=0.0)
-    b_x = row_products(affinity_ptr + i_b * stride_ab, p_halves + STEP % 2 * N * 16, o_m, N, SW, BN)
-    b_x = quotient(b_x, b_degree[:, None])
-    if STEP < 3:
+    b_z = row_products(affinity_ptr + i_b * stride_ab, p_halves + here * N * 16, o_m, N, SW, BN)
+    b_z = quotient(b_z, b_degree[:, None])
+    b_x = load_group(p_vectors, here, o_m, N)
+    if not LAST:
         b_sums = tl.reshape(sum_tiles(sums_ptr + i_b * tiles * SUMS, tiles, 64, SUMS), [8, 2, 2])
         b_even, b_odd = tl.split(b_sums)  # products and sums, lengths and zeros
         b_products, b_means = tl.split(b_even)
         b_lengths, _empty = tl.split(b_odd)
-        b_mean, square = bounds(b_products, b_lengths, b_means, FIRST if COLD else LEAST)
-        b_before = load_group(p_vectors, STEP - 1, o_m, N) - b_mean[None, :]
-        if STEP == 1:
-            b_x = 2.0 * (b_x - b_mean[None, :]) - square * b_before
-        else:
-            b_x = with_one(2.0 * b_x - square * b_before, o_m < N)
-            store_group(p_vectors, 0, b_x, o_m, N)
-        store_halves(p_halves + (STEP + 1) % 2 * N * 16, b_x, o_m, N)
+        b_mean, over, unit = bounds(b_products, b_lengths, b_means, unknown != 0)
+        b_before = load_group(p_vectors, there, o_m, N)
+        if SECOND:  # what is here is Z, and what was multiplied
+            b_x, b_before = b_x - b_mean[None, :], b_before - b_mean[None, :]
+            b_z = next_term(b_z - b_mean[None, :], b_x, 0.0, over, unit) / 2
+            b_x = next_term(b_x, b_before, 0.0, over, unit) / 2
+            store_group(p_vectors, here, b_x, o_m, N)
+        b_next = with_one(next_term(b_z, b_x, b_before, over, unit), o_m < N)
+        store_group(p_vectors, there, b_next, o_m, N)
+        store_halves(p_halves + there * N * 16, b_next, o_m, N)
     else:
-        store_group(p_vectors, 1, b_x, o_m, N)
-        b_lanes = both_groups(load_group(p_vectors, 0, o_m, N), b_x)
+        store_group(p_vectors, there, b_z, o_m, N)
         p_gram = gram_ptr + (i_b * tiles + i_m) * GRAM + o_lane[:, None] * 16 + o_lane[None, :]
-        tl.store(p_gram, inner_products(b_lanes, b_degree / N, tl.float32))
+        tl.store(p_gram, inner_products(both_groups(b_x, b_z), b_degree / N, tl.float32))
 
 
-@triton.jit(do_not_specialize=["N", "stride_db"])
+@triton.jit(do_not_specialize=["N", "last", "stride_db"])
 def cut_round_kernel(
     distraction_ptr,  # [B, N] bool, read where TARGET
     vectors_ptr,
@@ -478,6 +498,7 @@ def cut_round_kernel(
     target_ptr,  # [B, N] bool
     order_ptr,  # [B, N + 1] int32
     N,
+    last,  # d
     stride_db,
     stride_dn,
     LAST: tl.constexpr,
@@ -499,7 +520,7 @@ def cut_round_kernel(
     b_sum, b_length = tl.zeros([BV], tl.float32), tl.zeros([BV], tl.float32)
     for start in range(0, N, BV):
         o_n = start + tl.arange(0, BV)
-        b_lanes = both_groups(load_group(p_vectors, 0, o_n, N), load_group(p_vectors, 1, o_n, N))
+        b_lanes = both_groups(load_group(p_vectors, last % 2, o_n, N), load_group(p_vectors, (last + 1) % 2, o_n, N))
         b_next = next_group(b_lanes, b_ritz, N)
         if LAST:
             b_degree = tl.load(p_degree + o_n, mask=o_n < N, other=0.0)
@@ -549,7 +570,11 @@ def _padded(affinity: Tensor) -> bool:
 
 
 def _cut(
-    affinity: Tensor, start: Tensor | None, distraction: Tensor | None, cold: int, warm: int
+    affinity: Tensor,
+    start: Tensor | None,
+    distraction: Tensor | None,
+    cold: tuple[int, ...],  # after the first, degrees are equal
+    warm: tuple[int, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y and six other vectors [B, 7, N]; the defocused tokens [B, N] and the patches in order, if there are masks."""
     B, N, _ = affinity.shape
@@ -573,8 +598,10 @@ def _cut(
             **beginning,
             **ended,
             PADDED=_padded(affinity),
-            ROUNDS=rounds,
-            COLD=cold,
+            WARM=warm[0],
+            ROUNDS=len(cold),
+            FIRST_DEGREE=cold[0],
+            DEGREE=cold[-1],
             WHOLE=max(64, triton.next_power_of_2(N)),
             num_warps=8,
         )
@@ -593,17 +620,24 @@ def _cut(
         "num_warps": 4,
     }
     wrap_triton(cut_start_kernel)[blocks](**beginning, **vectors, BV=BLOCK_VECTORS, num_warps=4)
-    for i in range(rounds):
+    for i, last in enumerate(rounds):
         wrap_triton(cut_first_kernel)[(B * tiles,)](**products)
-        for step in (1, 2, 3):
-            first = i == 0 and start is None
-            wrap_triton(cut_next_kernel)[(B * tiles,)](**products, gram_ptr=gram, STEP=step, COLD=first and step < 3)
+        for step in range(1, last + 1):
+            wrap_triton(cut_next_kernel)[(B * tiles,)](
+                **products,
+                gram_ptr=gram,
+                step=step,
+                unknown=int(i == 0 and start is None),
+                SECOND=step == 1,
+                LAST=step == last,
+            )
         wrap_triton(cut_round_kernel)[(B,)](
             **vectors,
             **ended,
+            last=last,
             degree_ptr=degree,
             gram_ptr=gram,
-            LAST=i == rounds - 1,
+            LAST=i == len(rounds) - 1,
             TARGET=distraction is not None,
             BM=BLOCK_ROWS,
             BV=256,
@@ -646,7 +680,7 @@ def _defocused_tokens(affinity: Tensor, distraction: Tensor, start: Tensor | Non
 
 
 def launch_fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
-    """Five rounds, or three from a start.
+    """Rounds of degrees 3, 7 and 7, or three of 3 from a start.
 
     Where they cannot tell the second eigenvalue from the third, y is some vector of their eigenspaces.
     """
@@ -657,7 +691,9 @@ def launch_fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
 def launch_defocused_tokens(
     affinity: Tensor, distraction: Tensor, start: Tensor | None, threshold: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Five rounds, or three above 256 patches; one from the last vectors. "otsu" takes two launches more.
+    """Rounds of degrees 3, 7 and 7 (2, 5 and 5 above 256 patches); one of 3 from the last vectors.
+
+    "otsu" takes two launches more.
 
     Up to 256 patches, an image without distraction has no target, and vectors of zeros: the next block begins anew.
     """

@@ -16,8 +16,8 @@ from torch import Tensor
 from rfclip.ops.numerics import no_autocast
 from rfclip_kernels.cut_constants import FIRST, LEAST, NEW, SHARE, SQUARINGS
 
-ROUNDS, FROM_START = 12 * (7,), (7, 7, 7)  # that resolve y, and those that a start leaves
-TOWER_ROUNDS, TOWER_FROM_START = (7, 7, 7), (5,)  # that resolve the mask of the defocused tokens
+ROUNDS, FROM_START = 24 * (7,), (7, 7, 7)  # that resolve y, and those that a start leaves
+TOWER_ROUNDS, TOWER_FROM_START = (3, 7, 7), (4,)  # that resolve the mask of the defocused tokens
 PRIMES = (2, 3, 5, 7, 11, 13, 17)
 
 
@@ -56,16 +56,17 @@ def _beginning(W: Tensor, start: Tensor | None) -> Tensor:
 
 
 def _round(W: Tensor, degree: Tensor, inverse: Tensor, Y: Tensor, least: float, order: int) -> Tensor:
-    """The next Y, y first: P is the Chebyshev polynomial of that degree, T(M / b) Y."""
+    """The next Y, y first: P is the Chebyshev polynomial of that degree, for eigenvalues from -b/3 to b."""
     Y = _centred(Y, degree)
     Z, weighted = torch.bmm(Y, W) * inverse, Y * degree
-    quotients = _over((weighted * Z).sum(dim=2, keepdim=True), (weighted * Y).sum(dim=2, keepdim=True))
-    bound = torch.maximum(quotients.amin(dim=1, keepdim=True), SHARE * quotients.amax(dim=1, keepdim=True))
-    bound = bound.clamp(min=least)
-    over = 2 / bound * inverse
-    before, P = Y, Z / bound
+    lengths = (weighted * Y).sum(dim=2, keepdim=True)
+    quotients = _over((weighted * Z).sum(dim=2, keepdim=True), lengths)
+    smallest = torch.where(lengths > 0, quotients, 1).amin(dim=1, keepdim=True)
+    bound = torch.maximum(smallest, SHARE * quotients.amax(dim=1, keepdim=True)).clamp(min=least)
+    over = 3 / bound * inverse
+    before, P = Y, (3 / bound * Z - Y) / 2
     for _ in range(order - 1):
-        before, P = P, torch.bmm(P, W) * over - before
+        before, P = P, torch.bmm(P, W) * over - P - before
     P = _centred(P, degree)
     Q, weighted = torch.bmm(P, W) * inverse, P * degree
     C = _ritz_coefficients(torch.bmm(P, weighted.mT), torch.bmm(Q, weighted.mT))

@@ -149,7 +149,7 @@ class KeyAverage(key_average.KeyAverage):
 
 
 def fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
-    """By twelve rounds of the filter in `rfclip.ops.cut`, or three from a start.
+    """By 24 rounds of the filter in `rfclip.ops.cut`, or three from a start.
 
     It has no gradient: its purpose, the mask of defocused tokens, has none either.
     """

@@ -51,6 +51,7 @@ def guarded(monkeypatch):
         if options:  # the interpreter's own, not a kernel's output
             return original(tensor, shape, dtype=dtype, **options)
         dtype = dtype or tensor.dtype
+        shape = (shape,) if isinstance(shape, int) else shape
         count = math.prod(shape) * dtype.itemsize
         # 0xFF is NaN in every float dtype.
         buffer = torch.full((count + 2 * GUARD,), 0xFF, dtype=torch.uint8, device=tensor.device)

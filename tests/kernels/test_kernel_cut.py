@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import assert_close
 from kernel_cases import DEVICE, TOLERANCE, dtypes, inside_nan, randn
+from scene_cuts import cuts_of_scenes
 
 import rfclip_kernels
 from rfclip import reference
@@ -160,6 +161,18 @@ def test_the_cuts_of_a_tower(grid):
             assert torch.equal(order[present], ordered)
         check_vectors(vectors[present, 0], average[present].double() / N, 0.02)
     assert present.all()
+
+
+@pytest.mark.parametrize("whole", [256, 0], ids=["one launch", "a launch a product"])
+def test_masks_of_scenes(monkeypatch, whole):
+    """One in seven vectors is next to nothing in some of these, and entries differ by a factor of 10^5."""
+    seeds = [10, 13] if whole else [10]
+    similarity, distraction, _, want = (each.to(DEVICE) for each in cuts_of_scenes(monkeypatch, seeds))
+    N = similarity.shape[1]
+    affinity = ((similarity + similarity.mT) * (N / 2)).half()
+    monkeypatch.setattr(cut, "whole", lambda affinity: whole)
+    target = rfclip_kernels.defocused_tokens(affinity, distraction)[1]
+    assert ((target != want).sum(dim=1) <= 1).all()
 
 
 def test_an_image_without_distraction_ends_at_once():
