@@ -74,7 +74,7 @@ def test_passes_over_the_similarity(forward):
     assert [step.similarity for step in forward.refocused if step.name == "cut_kernel"] == [W] * (L - 1)
     assert forward.passes == 1.5
     (large,) = (goal for goal in FORWARDS if goal.shape.size == (672, 896))
-    assert compare(large, []).passes == 0.5 + 12 / 2  # the first block, which takes twelve products; the others, four
+    assert compare(large, []).passes == 0.5 + 15 / 2  # the first block, which takes 15 products; the others, four
 
 
 def test_torch_compile_keeps_the_libraries(forward):
