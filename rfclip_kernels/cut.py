@@ -225,7 +225,7 @@ def next_term(b_product, b_x, b_before, over, unit):
 @triton.jit
 def inner_products(b_lanes, b_degree, dtype: tl.constexpr):
     """Those of all lanes with all lanes, over the rows of a tile: [16, 16]."""
-    b_lanes *= tl.sqrt(b_degree)[:, None]
+    b_lanes *= tl.sqrt(tl.maximum(b_degree, 0.0))[:, None]  # what `quotient` leaves out, too
     if dtype == tl.float32:
         b_gram = multiply(tl.trans(b_lanes), b_lanes)
     else:

@@ -93,6 +93,8 @@ def test_fiedler_vector_of_a_single_patch_and_of_tokens_like_no_other():
     degree = ((S + S.mT) / 2).sum(dim=-1)
     torch.testing.assert_close((degree * got**2).sum(dim=-1), torch.ones(2, device=DEVICE))
     assert (got.gather(1, got.abs().argmax(dim=1, keepdim=True)) > 0).all()
+    S[:, 5], S[:, :, 5] = -0.01, -0.01  # no similarity, but nothing to give NaN for
+    assert rfclip_kernels.fiedler_vector(S).isfinite().all()
 
 
 def test_separate_groups():
