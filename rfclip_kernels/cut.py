@@ -41,9 +41,8 @@ from .launch import check_launch, on_device, strides, wrap_triton
 from .similarity import empty_affinity
 
 WIDTH = 7  # vectors that are multiplied at once; with 1, eight
-ROUNDS, FROM_START = (3, 7, 7), (3, 3, 3)  # that resolve y, and those that a start leaves
-TOWER_ROUNDS, TOWER_FROM_START = (3, 7, 7), (3,)  # that resolve the mask of the defocused tokens
-FEW, TOWER_ROUNDS_OF_MANY = 256, (2, 5, 5)  # above so many patches, where each product reads W again
+FROM_START, TOWER_FROM_START = (3, 3, 3), (3,)  # rounds that resolve y, and the mask of the defocused tokens
+FEW, DEGREES_OF_MANY = 256, (2, 5, 5)  # above so many patches, where each product reads W again
 SHARE, LEAST, FIRST = map(tl.constexpr, (constants.SHARE, constants.LEAST, constants.FIRST))
 SUMS, GRAM = tl.constexpr(4 * 8), tl.constexpr(16 * 16)  # what the programs of the first and the last product sum up
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 128  # of W in fp16 that a program multiplies at a time; in fp32 a quarter
@@ -663,7 +662,7 @@ def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
             BN=SQUARE,
             num_warps=8,
         )
-        return _cut(affinity, None if start is None else start[:, None], None, ROUNDS, FROM_START)[0][:, 0]
+        return _cut(affinity, None if start is None else start[:, None], None, constants.DEGREES, FROM_START)[0][:, 0]
 
 
 @triton_op(f"{__package__}::defocused_tokens", mutates_args={})
@@ -675,7 +674,7 @@ def _defocused_tokens(affinity: Tensor, distraction: Tensor, start: Tensor | Non
     if affinity.dtype not in (torch.float16, torch.float32):
         affinity = affinity.float()  # vectors are split into halves for fp16 only
     with on_device(affinity):
-        rounds = TOWER_ROUNDS if N <= FEW else TOWER_ROUNDS_OF_MANY
+        rounds = constants.DEGREES if N <= FEW else DEGREES_OF_MANY
         return _cut(affinity, start, distraction, rounds, TOWER_FROM_START)
 
 

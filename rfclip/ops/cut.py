@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from rfclip.ops.numerics import no_autocast
-from rfclip_kernels.cut_constants import FIRST, LEAST, NEW, SHARE, SQUARINGS
+from rfclip_kernels.cut_constants import DEGREES, FIRST, LEAST, NEW, SHARE, SQUARINGS
 
 ROUNDS, FROM_START = 24 * (7,), (7, 7, 7)  # that resolve y, and those that a start leaves
-TOWER_ROUNDS, TOWER_FROM_START = (3, 7, 7), (4,)  # that resolve the mask of the defocused tokens
+TOWER_ROUNDS, TOWER_FROM_START = DEGREES, (4,)  # that resolve the mask of the defocused tokens
 PRIMES = (2, 3, 5, 7, 11, 13, 17)
 
 
