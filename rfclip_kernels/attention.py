@@ -24,10 +24,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from . import tiles
-from .launch import check_launch, interpreted, on_device, strides, wrap_triton
+from .launch import check_launch, interpreted, on_device, operator, strides, wrap_triton
 
 BLOCK_PATCHES = 512
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -410,7 +409,7 @@ def constants(kernel: str, x: Tensor, prefix: int) -> dict[str, Any]:
     return chosen.options | {"D": D, "BD": max(16, triton.next_power_of_2(D)), "PRECISION": precision(x)}
 
 
-@triton_op(f"{__package__}::order_patches", mutates_args={})
+@operator("order_patches")
 def ordered_patches(distraction: Tensor, target: Tensor) -> Tensor:
     """The patches of each image in the order of `order_patches`, int32 [B, N + 1], from masks [B, N]."""
     B, N = distraction.shape
@@ -429,7 +428,7 @@ def ordered_patches(distraction: Tensor, target: Tensor) -> Tensor:
     return order
 
 
-@triton_op(f"{__package__}::refocused_attention", mutates_args={})
+@operator("refocused_attention")
 def _refocused_attention(
     q: Tensor, k: Tensor, v: Tensor, target: Tensor, order: Tensor, beta: float, scale: float, prefix: int
 ) -> Tensor:
@@ -460,7 +459,7 @@ def _refocused_attention(
     return out
 
 
-@triton_op(f"{__package__}::self_attention_", mutates_args={"out"})
+@operator("self_attention_", "out")
 def _self_attention_(
     q: Tensor,
     k: Tensor,
@@ -514,7 +513,7 @@ def _self_attention_(
             )
 
 
-@triton_op(f"{__package__}::proxy_attention", mutates_args={})
+@operator("proxy_attention")
 def _proxy_attention(keys: Tensor, v: Tensor, normalizers: Tensor, scale: float, prefix: int) -> Tensor:
     L, B, H, T, D = keys.shape
     out = v.new_empty((B, T - prefix, H, D))

@@ -31,13 +31,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from . import cut_constants as constants
 from . import tiles as tables
 from .attention import fp16_unit, order_patches, ordered_patches
 from .defocus import launch_defocus_mask
-from .launch import check_launch, on_device, strides, wrap_triton
+from .launch import check_launch, on_device, operator, strides, wrap_triton
 from .similarity import empty_affinity
 
 WIDTH = 7  # vectors that are multiplied at once; with 1, eight
@@ -646,7 +645,7 @@ def _cut(
     return out, target, order
 
 
-@triton_op(f"{__package__}::fiedler_vector", mutates_args={})
+@operator("fiedler_vector")
 def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
     B, N, _ = similarity.shape
     affinity = empty_affinity(similarity, N, torch.float32)
@@ -665,7 +664,7 @@ def _fiedler_vector(similarity: Tensor, start: Tensor | None) -> Tensor:
         return _cut(affinity, None if start is None else start[:, None], None, constants.DEGREES, FROM_START)[0][:, 0]
 
 
-@triton_op(f"{__package__}::defocused_tokens", mutates_args={})
+@operator("defocused_tokens")
 def _defocused_tokens(affinity: Tensor, distraction: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     B, N, _ = affinity.shape
     if not B:

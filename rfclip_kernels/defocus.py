@@ -13,9 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
-from .launch import check_launch, on_device, strides, wrap_triton
+from .launch import check_launch, on_device, operator, strides, wrap_triton
 
 OTSU_ROWS = 16  # values of c in a program
 OTSU_COLUMNS = 256
@@ -96,7 +95,7 @@ def defocus_kernel(
         tl.store(out_ptr + i_b * N + o_n, m_above, mask=o_n < N)
 
 
-@triton_op(f"{__package__}::defocus_mask", mutates_args={})
+@operator("defocus_mask")
 def _defocus_mask(fiedler: Tensor, distraction: Tensor | None, threshold: str) -> Tensor:
     B, N = fiedler.shape
     otsu, out = threshold == "otsu", fiedler.new_empty((B, N), dtype=torch.bool)

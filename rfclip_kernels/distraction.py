@@ -8,9 +8,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
-from .launch import check_launch, on_device, wrap_triton
+from .launch import check_launch, on_device, operator, wrap_triton
 
 
 @triton.jit
@@ -121,7 +120,7 @@ def redistribute_kernel(
         tl.store(p_x, b_mean.to(x_ptr.dtype.element_ty), mask=b_exists)
 
 
-@triton_op(f"{__package__}::distraction_scores", mutates_args={})
+@operator("distraction_scores")
 def _distraction_scores(x: Tensor, dims: list[int], threshold: float | None, shifted: bool) -> Tensor:
     B, N, d = x.shape
     out = x.new_empty((B, N), dtype=torch.float32 if threshold is None else torch.bool)
@@ -145,7 +144,7 @@ def _distraction_scores(x: Tensor, dims: list[int], threshold: float | None, shi
     return out
 
 
-@triton_op(f"{__package__}::redistribute_embeddings_", mutates_args={"x"})
+@operator("redistribute_embeddings_", "x")
 def _redistribute_embeddings_(x: Tensor, mask: Tensor, dims: list[int], gh: int, gw: int, size: int) -> None:
     B, N, _ = x.shape
     if B:

@@ -15,12 +15,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from . import tiles
 from .attention import BLOCK_PATCHES, LOG2E, constants, dot, image_head_rows, precision
 from .distraction import dimensions, list_marked, mean_of_neighbours, neighbours
-from .launch import check_launch, interpreted, on_device, strides, wrap_triton
+from .launch import check_launch, interpreted, on_device, operator, strides, wrap_triton
 from .similarity import row_logsumexp
 from .stream import rounded, store_norm
 
@@ -196,7 +195,7 @@ def project_tokens_kernel(
     tl.store(p_out, rounded(b_out, dtype, INTERPRETED), mask=m_m[:, None] & m_e[None, :])
 
 
-@triton_op(f"{__package__}::received_attention", mutates_args={})
+@operator("received_attention")
 def _received_attention(q: Tensor, k: Tensor, candidates: Tensor | None, scale: float, prefix: int) -> Tensor:
     """Sums over blocks of rows, [B, heads and blocks, N]; all of them together are H N a."""
     B, H, T, D = q.shape
@@ -225,7 +224,7 @@ def _received_attention(q: Tensor, k: Tensor, candidates: Tensor | None, scale: 
     return sums
 
 
-@triton_op(f"{__package__}::joint_repair_", mutates_args={"x", "y"})
+@operator("joint_repair_", "x", "y")
 def _joint_repair_(
     x: Tensor,
     y: Tensor,
@@ -285,7 +284,7 @@ def projection_options(out: Tensor) -> dict[str, int]:
     return {"BM": rows, "BN": 64, "BD": depth, "num_warps": 4, "num_stages": stages}
 
 
-@triton_op(f"{__package__}::project_tokens_", mutates_args={"out"})
+@operator("project_tokens_", "out")
 def _project_tokens_(y: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, prefix: int) -> None:
     B, T, e = out.shape
     options = projection_options(out)

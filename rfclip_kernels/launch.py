@@ -1,11 +1,18 @@
 """What every launcher shares: the check of what kernels demand, the current device, and Triton's interpreter."""
 
+import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._library.triton import set_wrap_triton_enabled
 from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def check_launch(D: int | None = None, **tensors: Tensor | None) -> None:
@@ -38,6 +45,44 @@ def check_launch(D: int | None = None, **tensors: Tensor | None) -> None:
             )
     if D is not None and D > 128:
         raise ValueError(f"the Triton kernels take heads of at most 128 dimensions, got {D}; use another backend")
+
+
+def operator(name: str, *mutated: str) -> Callable[[Function], Function]:
+    """Make a function one of PyTorch's operators, `<package>::<name>`, called as such only where that shows.
+
+    A compiler, an exporter and a mode see operators. PyTorch's dispatcher, in front of a function in Python, costs
+    the host as much as half a launch.
+
+    Args:
+        mutated: the arguments that it writes to.
+    """
+
+    def made(function: Function) -> Function:
+        registered = torch.library.triton_op(f"{__package__}::{name}", mutates_args=mutated)(function)
+        places = [i for i, argument in enumerate(inspect.signature(function).parameters) if argument in mutated]
+
+        @wraps(function)
+        def call(*given: Any) -> Any:
+            if _watched(given):
+                return registered(*given)
+            written = [given[place] for place in places if given[place] is not None]
+            torch.autograd.graph.increment_version(written)  # so that a backward pass refuses what has changed
+            with set_wrap_triton_enabled(False):
+                return function(*given)
+
+        return cast(Function, call)
+
+    return made
+
+
+def _watched(given: tuple[Any, ...]) -> bool:
+    """Whether something sees the operators that are called, or takes other tensors than PyTorch's own."""
+    return (
+        torch.compiler.is_compiling()
+        or _get_current_dispatch_mode() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter) for value in given)
+    )
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:

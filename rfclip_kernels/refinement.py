@@ -11,9 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
-from .launch import check_launch, on_device, strides, wrap_triton
+from .launch import check_launch, on_device, operator, strides, wrap_triton
 
 BLOCK = 2048  # places of a tile [BP, BX]: 16 a thread
 NUM_WARPS = 4
@@ -82,7 +81,7 @@ def pamr_kernel(
         p_out += H * W
 
 
-@triton_op(f"{__package__}::pamr", mutates_args={})
+@operator("pamr")
 def _pamr(image: Tensor, mask: Tensor, iterations: int, dilations: list[int]) -> Tensor:
     B, C, H, W = mask.shape
     buffers = [mask.new_empty((B, C, H, W), dtype=torch.float32) for _ in range(min(iterations, 2))]

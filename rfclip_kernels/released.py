@@ -14,11 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from . import tiles
 from .attention import LOG2E, dot, precision
-from .launch import check_launch, on_device, strides, wrap_triton
+from .launch import check_launch, on_device, operator, strides, wrap_triton
 
 BLOCK_WIDTH = 256
 
@@ -122,7 +121,7 @@ def cosine_aggregation_kernel(
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
 
 
-@triton_op(f"{__package__}::blend_embeddings_", mutates_args={"x"})
+@operator("blend_embeddings_", "x")
 def _blend_embeddings_(x: Tensor, mask: Tensor, gh: int, gw: int) -> None:
     B, N, d = x.shape
     if B:
@@ -140,7 +139,7 @@ def _blend_embeddings_(x: Tensor, mask: Tensor, gh: int, gw: int) -> None:
             )
 
 
-@triton_op(f"{__package__}::cosine_aggregation", mutates_args={})
+@operator("cosine_aggregation")
 def _cosine_aggregation(guide: Tensor, x: Tensor, cut: float, cuts: Tensor | None, gain: float | None) -> Tensor:
     B, N, d = guide.shape
     e = x.shape[2]

@@ -13,10 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from .attention import LOG2E, constants, dot, fp16_unit, image_head_rows, key_logits, softmax_step
-from .launch import check_launch, on_device, strides, wrap_triton
+from .launch import check_launch, on_device, operator, strides, wrap_triton
 from .operations import affinity_dtype
 
 
@@ -161,7 +160,7 @@ def empty_affinity(like: Tensor, N: int, dtype: torch.dtype) -> Tensor:
     return like.new_empty((like.shape[0], N, triton.cdiv(N, 16) * 16), dtype=dtype)[:, :, :N]
 
 
-@triton_op(f"{__package__}::key_normalizers", mutates_args={"kept"})
+@operator("key_normalizers", "kept")
 def _key_normalizers(k: Tensor, kept: Tensor | None, scale: float, prefix: int) -> Tensor:
     B, H, T, D = k.shape
     out = k.new_empty((B, H, T), dtype=torch.float32)
@@ -185,7 +184,7 @@ def _key_normalizers(k: Tensor, kept: Tensor | None, scale: float, prefix: int) 
     return out
 
 
-@triton_op(f"{__package__}::key_similarity_", mutates_args={"running"})
+@operator("key_similarity_", "running")
 def _key_similarity_(
     k: Tensor, normalizers: Tensor, running: Tensor, count: int, scale: float, prefix: int, symmetric: bool
 ) -> None:

@@ -13,11 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from .attention import LOG2E
 from .distraction import dimensions, mean_of_neighbours, neighbours, token_score
-from .launch import check_launch, interpreted, on_device, strides, wrap_triton
+from .launch import check_launch, interpreted, on_device, operator, strides, wrap_triton
 
 BLOCK_NUMBERS = 1024
 
@@ -134,7 +133,7 @@ def quick_gelu_kernel(
     tl.store(out_ptr + o_n, b_out.to(out_ptr.dtype.element_ty), mask=o_n < n)
 
 
-@triton_op(f"{__package__}::layer_norm", mutates_args={})
+@operator("layer_norm")
 def _layer_norm(
     x: Tensor,
     branch: Tensor | None,
@@ -191,7 +190,7 @@ def _layer_norm(
     return total, out, mask, before
 
 
-@triton_op(f"{__package__}::quick_gelu", mutates_args={})
+@operator("quick_gelu")
 def _quick_gelu(x: Tensor) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():

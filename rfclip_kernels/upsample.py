@@ -17,10 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.library import triton_op
 
 from .attention import LOG2E
-from .launch import check_launch, on_device, strides, wrap_triton
+from .launch import check_launch, on_device, operator, strides, wrap_triton
 
 BLOCK_NAMES = 4
 BLOCK_COLUMNS = 128
@@ -164,7 +163,7 @@ def upsample_argmax_kernel(
     tl.store(out_ptr + y.to(tl.int64) * W + o_x, b_label, mask=m_x)
 
 
-@triton_op(f"{__package__}::average_windows", mutates_args={})
+@operator("average_windows")
 def _average_windows(logits: Tensor, corners: Tensor, height: int, width: int, h: int, w: int) -> Tensor:
     W, K, gh, gw = logits.shape
     out = logits.new_empty((K, h, w), dtype=torch.float32)
@@ -191,7 +190,7 @@ def _average_windows(logits: Tensor, corners: Tensor, height: int, width: int, h
     return out
 
 
-@triton_op(f"{__package__}::upsample_argmax", mutates_args={})
+@operator("upsample_argmax")
 def _upsample_argmax(
     logits: Tensor, H: int, W: int, logit_scale: float, class_of_name: Tensor, threshold: float
 ) -> Tensor:

@@ -1,13 +1,17 @@
 """What the kernels refuse, empty batches, and the guards under which every kernel test runs."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 from kernel_cases import DEVICE, GUARD, randn
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.errors import InterpreterError
 
 import rfclip_kernels
+from rfclip_kernels.launch import operator
 
 
 @triton.jit
@@ -43,6 +47,44 @@ def test_buffers_of_a_graph_are_poisoned_when_it_is_replayed(guarded):
     assert not guarded
     graph.replay()
     assert kept[0].isnan().all()
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@operator("add_one_", "out")
+def add_one_(x: torch.Tensor, out: torch.Tensor | None) -> None:
+    if out is not None:
+        out.data.copy_(x.data + 1)
+
+
+def test_a_mode_sees_an_operator():
+    x = randn(2, 3, seed=0)
+    with Seen() as seen:
+        rfclip_kernels.quick_gelu(x)
+    assert "rfclip_kernels::quick_gelu" in seen.operators
+    with pytest.warns(UserWarning, match="batching rule for rfclip_kernels::quick_gelu"):  # it calls one after another
+        each = torch.vmap(rfclip_kernels.quick_gelu)(x)
+    assert torch.equal(each, rfclip_kernels.quick_gelu(x))
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_autograd_knows_what_an_operator_writes(seen):
+    x, out, weight = torch.ones(2), torch.zeros(2), torch.ones(2, requires_grad=True)
+    product = (weight * out).sum()
+    with Seen() if seen else nullcontext():
+        add_one_(x, None)
+        add_one_(x, out)
+    assert out.tolist() == [2, 2]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
 
 
 def joint_repair(x, y, before, candidates, q):
