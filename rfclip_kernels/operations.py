@@ -219,18 +219,19 @@ class Operations:
             tensor_sizes(name, value, "d", sizes)
         return sizes
 
-    def quick_gelu(self, x: Tensor) -> Tensor:
+    def quick_gelu(self, x: Tensor, *, inplace: bool = False) -> Tensor:
         """OpenAI's approximation of GELU, x * sigmoid(1.702 x), elementwise.
 
         Args:
             x: of any shape and floating-point dtype.
+            inplace: write into x and return it.
 
         Returns:
-            A new tensor of x's shape and dtype.
+            Of x's shape and dtype, a new tensor unless `inplace`.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise ValueError(f"x must be a floating-point tensor, got {checks.given(x)}")
-        return self._run["quick_gelu"](x)
+        return self._run["quick_gelu"](x, inplace)
 
     # Step 2: the joint criterion
 

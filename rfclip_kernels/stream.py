@@ -190,15 +190,13 @@ def _layer_norm(
     return total, out, mask, before
 
 
-@operator("quick_gelu")
-def _quick_gelu(x: Tensor) -> Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+@operator("quick_gelu_", "out")
+def _quick_gelu_(x: Tensor, out: Tensor) -> None:
     if x.numel():
         with on_device(x):
             wrap_triton(quick_gelu_kernel)[(triton.cdiv(x.numel(), BLOCK_NUMBERS),)](
-                x_ptr=x.contiguous(), out_ptr=out, n=x.numel(), BN=BLOCK_NUMBERS
+                x_ptr=x, out_ptr=out, n=x.numel(), BN=BLOCK_NUMBERS
             )
-    return out
 
 
 def launch_add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -242,7 +240,10 @@ def launch_candidate_layer_norm(
     return _layer_norm(x, branch, weight, bias, eps, True, False, dims, threshold, 1, shifted, 1, prefix)
 
 
-def launch_quick_gelu(x: Tensor) -> Tensor:
-    """One launch."""
+def launch_quick_gelu(x: Tensor, inplace: bool) -> Tensor:
+    """One launch, and a copy or two of what is not contiguous."""
     check_launch(x=x)
-    return _quick_gelu(x)
+    within = inplace and x.is_contiguous()
+    out = x if within else torch.empty_like(x, memory_format=torch.contiguous_format)
+    _quick_gelu_(x.contiguous(), out)
+    return x.copy_(out) if inplace and not within else out

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 import rfclip_kernels
 from rfclip.config import BACKENDS
@@ -60,19 +61,27 @@ class Backend(Operations):
         x = x + branch
         return x, norm(x)
 
-    def activate(self, module: nn.Module, x: Tensor) -> Tensor:
-        """A layer of an MLP: OpenAI's activation as a kernel where there is one, everything else as it is."""
-        return self.quick_gelu(x) if self._replaces(module, QUICK_GELUS) else module(x)
+    def mlp(self, modules: list[nn.Module], x: Tensor) -> Tensor:
+        """What the layers of an MLP make of x: OpenAI's activation as one operation, and in place where nobody sees."""
+        for module, before in zip(modules, [None, *modules], strict=False):
+            unseen = type(before) is nn.Linear and not (hooked(before) or _has_any_global_hook() or x.requires_grad)
+            if self._replaces(module, QUICK_GELUS):
+                x = self.quick_gelu(x, inplace=unseen)
+            elif self.name != "reference" and unseen and type(module) is nn.GELU and not hooked(module):
+                x = torch.ops.aten.gelu_(x, approximate=module.approximate)
+            else:
+                x = module(x)
+        return x
 
     def fuses(self, norm: Any) -> bool:
         """Whether kernels replace a norm: a layer norm with weight and bias, and without hooks."""
-        return self._replaces(norm, LAYER_NORMS) and norm.weight is not None and norm.bias is not None
+        known = self.name == "triton" and self._replaces(norm, LAYER_NORMS)
+        return known and norm.weight is not None and norm.bias is not None
 
     def _replaces(self, module: nn.Module, classes: set[str]) -> bool:
-        if self.name != "triton":
-            return False
         kind = type(module)
-        return f"{kind.__module__}.{kind.__qualname__}" in classes and not hooked(module)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        return self.name != "reference" and name in classes and not hooked(module)
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return backend, (self.name,)

@@ -9,6 +9,7 @@ What differs from the reference is the order of the work, not its result (relati
 - The proxy attention of several layers on a CPU sums their matrices, tile by tile, and multiplies by the values once.
 - `KeyAverage` keeps the sum over layers of each head's attention, so that the softmax that the similarity needs anyway
   also feeds the proxy attention.
+- QuickGELU is PyTorch's SiLU of 1.702 x, and no further temporaries are made: SiLU is one pass over the numbers.
 - PAMR's neighbours are views of a padded picture, processed class by class, so that a class stays in the cache.
 
 A compiler or exporter would unroll the tiles and the loops over images, for one size only. It is given the reference's
@@ -39,6 +40,7 @@ __all__ = [
     "key_similarity",
     "pamr",
     "proxy_attention",
+    "quick_gelu",
     "received_attention",
     "refocused_attention",
     "self_attention",
@@ -60,6 +62,17 @@ def distraction_mask(x: Tensor, dims: list[int], threshold: float, shifted: bool
     total = x.sum(dim=-1) - x.shape[-1] * least
     most = torch.stack([x[..., j] for j in dims]).amax(dim=0) - least
     return torch.where(total == 0, 0, most / total) > threshold
+
+
+def quick_gelu(x: Tensor, inplace: bool) -> Tensor:
+    """silu(1.702 x) / 1.702."""
+    if torch.compiler.is_compiling():
+        return reference.quick_gelu(x, inplace)
+    if x.dtype != computing_dtype(x):
+        values = quick_gelu(x.to(computing_dtype(x)), True)
+        return x.copy_(values) if inplace else values.to(x.dtype)
+    values = x.mul_(1.702) if inplace else x.mul(1.702).contiguous()
+    return F.silu(values, inplace=not values.requires_grad).mul_(1 / 1.702)
 
 
 def blend_embeddings(x: Tensor, mask: Tensor, gh: int, gw: int) -> None:
@@ -231,12 +244,11 @@ def _proxy_at_once(keys: Tensor, v: Tensor, scale: float, prefix: int) -> Tensor
     total, memory = (_tile_memory(v, T) for _ in range(2))
     for b in range(B):
         k = keys[:, b].to(computing_dtype(v))  # [L, H, T, D]
-        transposed = k.mT * scale
         for heads, rows in _parts(H, T, prefix):
-            layers = zip(k[:, heads, rows], transposed[:, heads], strict=True)
-            summed = _attention(*next(layers), total)
+            layers = zip(k[:, heads, rows], k[:, heads].mT, strict=True)
+            summed = _attention(*next(layers), scale, total)
             for layer in layers:
-                summed += _attention(*layer, memory)
+                summed += _attention(*layer, scale, memory)
             place = slice(rows.start - prefix, rows.stop - prefix)
             out[b, heads, place] = matmul(summed[..., prefix:], v[b, heads, prefix:]) / L
     return out
@@ -305,7 +317,7 @@ def _by_groups(
     k, v = (tensor.index_select(2, torch.cat(groups)) for tensor in (k, v))
     if memory is not None:
         queries, keys = (tensor[0].to(memory.dtype) for tensor in (q, k))
-        A = _attention(queries, keys.mT * scale, memory)
+        A = _attention(queries, keys.mT, scale, memory)
         groups = A.split(sizes, dim=-1)[:2]
         mass = groups[0].sum(dim=-1, keepdim=True), groups[1].sum(dim=-1, keepdim=True)
         for group, before, after in zip(groups, mass, _after_giving(*mass, beta, prefix), strict=True):
@@ -360,9 +372,9 @@ def _tiles(q: Tensor, k: Tensor, scale: float, first: int = 0) -> Iterator[tuple
     dtype, recorded = computing_dtype(k), torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     memory = None if recorded else _tile_memory(q, T)
     for b in range(B):
-        queries, keys = q[b].to(dtype), k[b].mT.to(dtype) * scale  # [H, T, D], [H, D, T]
+        queries, keys = q[b].to(dtype), k[b].mT.to(dtype)  # [H, T, D], [H, D, T]
         for heads, rows in _parts(H, T, first):
-            A = _attention(queries[heads, rows], keys[heads], memory)
+            A = _attention(queries[heads, rows], keys[heads], scale, memory)
             yield b, heads, slice(rows.start - first, rows.stop - first), A
 
 
@@ -378,9 +390,10 @@ def _tile_memory(like: Tensor, T: int) -> Tensor:
     return like.new_empty(max(TILE, LEAST_ROWS * T), dtype=computing_dtype(like))
 
 
-def _attention(q: Tensor, k: Tensor, memory: Tensor | None) -> Tensor:
-    """softmax(q k) of q [heads, rows, D] and k [heads, D, T], in given memory if there is any."""
+def _attention(q: Tensor, k: Tensor, scale: float, memory: Tensor | None) -> Tensor:
+    """softmax(scale * q k) of q [heads, rows, D] and k [heads, D, T], in given memory if there is any."""
     sizes = *q.shape[:2], k.shape[2]
     out = None if memory is None else memory[: math.prod(sizes)].view(sizes)
     with no_autocast(q.device):
-        return torch.softmax(torch.bmm(q, k, out=out), dim=-1, out=out)
+        logits = torch.baddbmm(q.new_empty((1, 1, 1)), q, k, beta=0, alpha=scale, out=out)
+        return torch.softmax(logits, dim=-1, out=out)

@@ -127,9 +127,10 @@ def project_tokens(y: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None,
     out.copy_(torch.where(F.pad(mask, (prefix, 0))[..., None], projected.to(out.dtype), out))
 
 
-def quick_gelu(x: Tensor) -> Tensor:
+def quick_gelu(x: Tensor, inplace: bool) -> Tensor:
     values = x.to(computing_dtype(x))
-    return (values * torch.sigmoid(1.702 * values)).to(x.dtype).contiguous()
+    values = values * torch.sigmoid(1.702 * values)
+    return x.copy_(values) if inplace else values.to(x.dtype).contiguous()
 
 
 def clamp_embeddings(x: Tensor, mask: Tensor, dims: list[int], threshold: float, shifted: bool) -> Tensor:

@@ -85,9 +85,7 @@ class Block:
     def finish(self, x: Tensor, heads: Tensor, ops: Backend) -> tuple[Tensor, Tensor]:
         """The block's output as x + branch [B, T, d], from its input x and what its heads gathered [B, H, T, D]."""
         x, y = ops.add_norm(self.ln_2, x, self.project(heads))
-        for module in self.mlp:
-            y = ops.activate(module, y)
-        return x, y
+        return x, ops.mlp(self.mlp, y)
 
 
 class Tower:

@@ -1,6 +1,7 @@
 """What the kernels refuse, empty batches, and the guards under which every kernel test runs."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -66,13 +67,14 @@ def add_one_(x: torch.Tensor, out: torch.Tensor | None) -> None:
 
 
 def test_a_mode_sees_an_operator():
-    x = randn(2, 3, seed=0)
+    x = randn(2, 1, 3, 8, seed=0)
+    scores = partial(rfclip_kernels.distraction_scores, dims=[1, 5])
     with Seen() as seen:
-        rfclip_kernels.quick_gelu(x)
-    assert "rfclip_kernels::quick_gelu" in seen.operators
-    with pytest.warns(UserWarning, match="batching rule for rfclip_kernels::quick_gelu"):  # it calls one after another
-        each = torch.vmap(rfclip_kernels.quick_gelu)(x)
-    assert torch.equal(each, rfclip_kernels.quick_gelu(x))
+        scores(x[0])
+    assert "rfclip_kernels::distraction_scores" in seen.operators
+    with pytest.warns(UserWarning, match="batching rule for rfclip_kernels::distraction_scores"):  # one after another
+        each = torch.vmap(scores)(x)
+    assert torch.equal(each[:, 0], scores(x[:, 0]))
 
 
 @pytest.mark.parametrize("seen", [False, True])

@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 from helpers import needs_triton
+from open_clip.transformer import QuickGELU
+from torch import nn
 
 import rfclip_kernels
 from rfclip import reference
@@ -92,3 +94,34 @@ def test_the_kernels_refuse_the_cpu():
         rfclip_kernels.distraction_mask(torch.ones(1, 4, 8), [1], 0.5)
     with pytest.raises(ValueError, match="x is on cpu"):
         rfclip_kernels.distraction_mask(torch.nn.Parameter(torch.ones(1, 4, 8), requires_grad=False), [1], 0.5)
+
+
+@pytest.mark.parametrize("activation", [nn.GELU("tanh"), QuickGELU()], ids=["gelu", "quick gelu"])
+@pytest.mark.parametrize("seen", ["nothing", "hook", "global hook", "gradient", "no linear layer"])
+def test_an_activation_writes_over_nothing_that_is_seen(activation, seen):
+    first, last = nn.Linear(4, 8), nn.Linear(8, 4)
+    x, kept = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)), []
+
+    def keep(module, inputs, output):
+        if module is first:
+            kept.append((output, output.clone()))
+
+    layers = [first, activation, last]
+    want = nn.Sequential(*layers)(x)
+    if seen == "no linear layer":
+        x = first(x).detach()
+        kept, layers = [(x, x.clone())], [nn.Identity(), activation, last]
+    hooks = {"hook": first.register_forward_hook, "global hook": nn.modules.module.register_module_forward_hook}
+    removed = hooks[seen](keep) if seen in hooks else None
+    with torch.set_grad_enabled(seen == "gradient"):
+        got = backend("eager").mlp(layers, x)
+    if removed is not None:
+        removed.remove()
+    assert len(kept) == (seen not in ("nothing", "gradient"))
+    assert all(torch.equal(output, before) for output, before in kept)
+    torch.testing.assert_close(got, want)
+    if seen == "gradient":
+        got.sum().backward()
+        expected, first.weight.grad = first.weight.grad, None
+        want.sum().backward()
+        torch.testing.assert_close(first.weight.grad, expected)

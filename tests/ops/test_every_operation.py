@@ -76,6 +76,11 @@ def test_in_place(impl, dtype):
     want, view = call(impl, blend, inputs), F.pad(inputs["x"], (0, 0, 1, 0))[:, 1:]
     assert impl.blend_embeddings(**inputs | {"x": view}, inplace=True) is view
     assert_same_bits(view, want)
+    x = inputs["x"]
+    for values in (x, x.transpose(1, 2)):
+        view, want = values.clone(memory_format=torch.preserve_format), impl.quick_gelu(values)
+        assert impl.quick_gelu(view, inplace=True) is view
+        torch.testing.assert_close(view, want)  # PyTorch takes other instructions where values are not side by side
     (later,) = (example for example in EXAMPLES if example.name == "key_similarity, later block")
     inputs = inputs_of(later, dtype) | {"inplace": True}
     want = call(impl, later, inputs)
