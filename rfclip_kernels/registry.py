@@ -424,7 +424,12 @@ EXAMPLES = (
     Example("repaired_layer_norm", _repaired, module="stream"),
     Example("repaired_layer_norm", lambda s: _repaired(s) | {"branch": None, "size": 5}, "no branch", module="stream"),
     Example("candidate_layer_norm", _candidates, module="stream"),
-    Example("quick_gelu", lambda s: {"x": s.tensor(s.B, s.T, 4 * s.d)}, module="stream"),
+    Example(
+        "quick_gelu",
+        lambda s: {"x": s.tensor(s.B, s.T, 4 * s.d)},
+        module="stream",
+        kernels={"quick_gelu_kernel": Products(updated=lambda a: ("out_ptr",) if a["out_ptr"] is a["x_ptr"] else ())},
+    ),
     Example("clamp_embeddings", lambda s: _masked(s) | {"threshold": 5 / s.d}),
     Example("filter_embeddings", _filtered),
     Example("filter_embeddings", lambda s: _filtered(s) | {"statistic": "median"}, "median"),

@@ -143,8 +143,9 @@ def recording(architecture: str = "sm_90") -> Iterator[Recording]:
         products = PRODUCTS.get(kernel.__name__, Products())
         launch = Launch(kernel, grid, arguments | mocks, products)
         once = {id(value): value for name, value in tensors.items() if name not in products.sparse}
-        twice = [tensors[name] for name in products.updated(arguments)]
-        square = [tensor for name, tensor in tensors.items() if name in SIMILARITY] + twice
+        updated = products.updated(arguments)
+        twice = [tensors[name] for name in updated]
+        square = [tensors[name] for name in (*tensors, *updated) if name in SIMILARITY]
         operations = float(launch.operations.mean()) if products.tiles else 0.0
         moved = tensor_bytes([*once.values(), *twice])
         found.steps.append(Step(kernel.__name__, True, operations, moved, tensor_bytes(square)))
