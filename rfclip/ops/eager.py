@@ -100,7 +100,7 @@ def received_attention(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tenso
     B, H, T, _ = q.shape
     out = q.new_zeros((B, T - prefix), dtype=computing_dtype(q))
     for b, _, _, A in _tiles(q, k, scale, prefix):
-        out[b] += A[..., prefix:].sum(dim=(0, 1))
+        out[b] += A.sum(dim=(0, 1))
     return out / (H * (T - prefix))
 
 
@@ -111,7 +111,7 @@ def key_similarity(k: Tensor, running: Tensor, count: int, scale: float, prefix:
         return
     running.mul_(count / (count + 1)) if count else running.zero_()
     for b, _, rows, A in _tiles(k, k, scale, prefix):
-        running[b, rows].add_(A[..., prefix:].sum(dim=0), alpha=1 / (k.shape[1] * (count + 1)))
+        running[b, rows].add_(A.sum(dim=0), alpha=1 / (k.shape[1] * (count + 1)))
 
 
 class KeyAverage(key_average.KeyAverage):
@@ -133,10 +133,12 @@ class KeyAverage(key_average.KeyAverage):
         if unneeded or torch.compiler.is_compiling() or size > HEADS_BUDGET:
             super().add(k)
             return
+        first = self._heads is None
         if self._heads is None:
-            self._heads = k.new_zeros((B, H, N, N), dtype=computing_dtype(k))
+            self._heads = k.new_empty((B, H, N, N), dtype=computing_dtype(k))
         for b, heads, rows, A in _tiles(k, k, D**-0.5, self.prefix):
-            self._heads[b, heads, rows].add_(A[..., self.prefix :])
+            place = self._heads[b, heads, rows]
+            place.copy_(A) if first else place.add_(A)
         self.count += 1
 
     def cut(self, distraction: Tensor, threshold: str) -> key_average.Cut:
@@ -148,7 +150,7 @@ class KeyAverage(key_average.KeyAverage):
     @property
     def similarity(self) -> Tensor:
         if self._heads is not None:
-            return self._heads.mean(dim=1) / min(self.count, self.similar)
+            return self._heads.mean(dim=1).div_(min(self.count, self.similar))
         assert self._similarity is not None  # what super() has; a compiler does not know its properties
         return self._similarity
 
@@ -245,12 +247,13 @@ def _proxy_at_once(keys: Tensor, v: Tensor, scale: float, prefix: int) -> Tensor
     for b in range(B):
         k = keys[:, b].to(computing_dtype(v))  # [L, H, T, D]
         for heads, rows in _parts(H, T, prefix):
-            layers = zip(k[:, heads, rows], k[:, heads].mT, strict=True)
-            summed = _attention(*next(layers), scale, total)
-            for layer in layers:
-                summed += _attention(*layer, scale, memory)
-            place = slice(rows.start - prefix, rows.stop - prefix)
-            out[b, heads, place] = matmul(summed[..., prefix:], v[b, heads, prefix:]) / L
+            queries, others = k[:, heads, rows], k[:, heads].mT
+            summed, place = (_part(each, *queries.shape[1:3], T) for each in (total, memory))
+            _attention(queries[0], others[0], scale, summed)
+            for layer in zip(queries[1:], others[1:], strict=True):
+                summed += _attention(*layer, scale, place)
+            after = slice(rows.start - prefix, rows.stop - prefix)
+            out[b, heads, after] = matmul(summed[..., prefix:], v[b, heads, prefix:]) / L
     return out
 
 
@@ -317,7 +320,7 @@ def _by_groups(
     k, v = (tensor.index_select(2, torch.cat(groups)) for tensor in (k, v))
     if memory is not None:
         queries, keys = (tensor[0].to(memory.dtype) for tensor in (q, k))
-        A = _attention(queries, keys.mT, scale, memory)
+        A = _attention(queries, keys.mT, scale, memory.view(*queries.shape[:2], -1))
         groups = A.split(sizes, dim=-1)[:2]
         mass = groups[0].sum(dim=-1, keepdim=True), groups[1].sum(dim=-1, keepdim=True)
         for group, before, after in zip(groups, mass, _after_giving(*mass, beta, prefix), strict=True):
@@ -330,7 +333,7 @@ def _by_groups(
     outs, log_sum_exp = zip(*(flash(q, key, value, scale=scale) for key, value in keys_values), strict=True)
     taken, given, *rest = torch.softmax(torch.stack(log_sum_exp), dim=0)[..., None]
     shares = [*_after_giving(taken, given, beta, prefix), *rest]
-    merged = outs[0] * shares[0]  # in this order, so that the product has the layout of its first factor
+    merged = outs[0].mul_(shares[0])
     for out, share in zip(outs[1:], shares[1:], strict=True):
         merged.addcmul_(out, share)
     return merged
@@ -364,36 +367,56 @@ def cosine_aggregation(guide: Tensor, x: Tensor, cut: float | Tensor, gain: floa
 
 
 def _tiles(q: Tensor, k: Tensor, scale: float, first: int = 0) -> Iterator[tuple[int, slice, slice, Tensor]]:
-    """Image, heads, rows from `first` on, counted from there, and their A = softmax(q k^T * scale), [heads, rows, T].
+    """Image, heads, rows, and their A = softmax(q k^T * scale), [heads, rows, columns]; both counted from `first` on.
 
     A is in the computing dtype, and good until the next, which takes its memory unless a gradient is recorded.
     """
     B, H, T, _ = q.shape
     dtype, recorded = computing_dtype(k), torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    memory = None if recorded else _tile_memory(q, T)
-    for b in range(B):
-        queries, keys = q[b].to(dtype), k[b].mT.to(dtype)  # [H, T, D], [H, D, T]
-        for heads, rows in _parts(H, T, first):
-            A = _attention(queries[heads, rows], keys[heads], scale, memory)
-            yield b, heads, slice(rows.start - first, rows.stop - first), A
+    memory, out = None if recorded else _tile_memory(q, T), None
+    queries, keys = _split(q[:, :, first:].to(dtype), T), k.mT.to(dtype)  # [B, H, D, T]
+    for b, (heads, rows) in product(range(B), _parts(H, T, first)):
+        part = next(queries)
+        if memory is not None and (out is None or out.shape[:2] != part.shape[:2]):
+            out = _part(memory, *part.shape[:2], T)
+        if rows.start == first:
+            others = keys[b, heads]
+        A = _attention(part, others, scale, out)[..., first:]
+        yield b, heads, slice(rows.start - first, rows.stop - first), A
 
 
-def _parts(H: int, T: int, first: int) -> Iterator[tuple[slice, slice]]:
+def _split(x: Tensor, T: int) -> Iterator[Tensor]:
+    """The tiles of x [B, H, rows, ..] in the order of `_parts`, image by image; to slice each would take longer."""
+    group, size = _tile_sides(x.shape[1], T)
+    for image in x:
+        for heads in image.split(group):
+            yield from heads.split(size, dim=1)
+
+
+def _parts(H: int, T: int, first: int) -> list[tuple[slice, slice]]:
     """Heads and rows of [H, T], from row `first` on, that share a tile."""
+    group, size = _tile_sides(H, T)
+    starts = product(range(0, H, group), range(first, T, size))
+    return [(slice(h, min(h + group, H)), slice(start, min(start + size, T))) for h, start in starts]
+
+
+def _tile_sides(H: int, T: int) -> tuple[int, int]:
+    """How many heads and how many rows share a tile."""
     group = min(H, max(1, TILE // T**2))
-    size = max(LEAST_ROWS, TILE // (group * T))
-    for h, start in product(range(0, H, group), range(first, T, size)):
-        yield slice(h, min(h + group, H)), slice(start, min(start + size, T))
+    return group, max(LEAST_ROWS, TILE // (group * T))
 
 
 def _tile_memory(like: Tensor, T: int) -> Tensor:
     return like.new_empty(max(TILE, LEAST_ROWS * T), dtype=computing_dtype(like))
 
 
-def _attention(q: Tensor, k: Tensor, scale: float, memory: Tensor | None) -> Tensor:
-    """softmax(scale * q k) of q [heads, rows, D] and k [heads, D, T], in given memory if there is any."""
-    sizes = *q.shape[:2], k.shape[2]
-    out = None if memory is None else memory[: math.prod(sizes)].view(sizes)
+def _part(memory: Tensor, *sizes: int) -> Tensor:
+    return memory[: math.prod(sizes)].view(sizes)
+
+
+def _attention(q: Tensor, k: Tensor, scale: float, out: Tensor | None) -> Tensor:
+    """softmax(scale * q k) of q [heads, rows, D] and k [heads, D, T], in a given place if there is one."""
+    unused = q.new_empty((1, 1, 1)) if out is None else out
     with no_autocast(q.device):
-        logits = torch.baddbmm(q.new_empty((1, 1, 1)), q, k, beta=0, alpha=scale, out=out)
+        logits = torch.baddbmm(unused, q, k, beta=0, alpha=scale, out=out)
         return torch.softmax(logits, dim=-1, out=out)
