@@ -50,8 +50,7 @@ def check_launch(D: int | None = None, **tensors: Tensor | None) -> None:
 def operator(name: str, *mutated: str) -> Callable[[Function], Function]:
     """Make a function one of PyTorch's operators, `<package>::<name>`, called as such only where that shows.
 
-    A compiler, an exporter and a mode see operators. PyTorch's dispatcher, in front of a function in Python, costs
-    the host as much as half a launch.
+    PyTorch's dispatcher, in front of a function in Python, costs the host as much as half a launch.
 
     Args:
         mutated: the arguments that it writes to.
@@ -63,7 +62,7 @@ def operator(name: str, *mutated: str) -> Callable[[Function], Function]:
 
         @wraps(function)
         def call(*given: Any) -> Any:
-            if _watched(given):
+            if watched() or not all(map(_is_plain, given)):
                 return registered(*given)
             written = [given[place] for place in places if given[place] is not None]
             torch.autograd.graph.increment_version(written)  # so that a backward pass refuses what has changed
@@ -75,14 +74,24 @@ def operator(name: str, *mutated: str) -> Callable[[Function], Function]:
     return made
 
 
-def _watched(given: tuple[Any, ...]) -> bool:
-    """Whether something sees the operators that are called, or takes other tensors than PyTorch's own."""
+def watched() -> bool:
+    """Whether something sees the operators that are called: a compiler, an exporter, a tracer, a profiler or a mode."""
     return (
         torch.compiler.is_compiling()
         or _get_current_dispatch_mode() is not None
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter) for value in given)
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._autograd._profiler_enabled()
     )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is no tensor, or one whose memory a kernel may read: no subclass, and without a lazy minus."""
+    if not isinstance(value, Tensor):
+        return True
+    return type(value) in (Tensor, nn.Parameter) and not value.is_neg() and not value._is_zerotensor()
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:

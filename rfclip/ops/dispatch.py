@@ -15,7 +15,7 @@ import rfclip_kernels
 from rfclip.config import BACKENDS
 from rfclip.ops import eager, reference
 from rfclip.ops.key_average import KernelKeyAverage, KeyAverage
-from rfclip_kernels.launch import interpreted
+from rfclip_kernels.launch import interpreted, watched
 from rfclip_kernels.operations import OPERATIONS, Operations
 
 LAYER_NORMS = {
@@ -63,9 +63,10 @@ class Backend(Operations):
 
     def mlp(self, modules: list[nn.Module], x: Tensor) -> Tensor:
         """What the layers of an MLP make of x: OpenAI's activation as one operation, and in place where nobody sees."""
-        for module, before in zip(modules, [None, *modules], strict=False):
-            unseen = type(before) is nn.Linear and not (hooked(before) or _has_any_global_hook() or x.requires_grad)
-            if self._replaces(module, QUICK_GELUS):
+        for module, before in zip(modules, [None, *modules[:-1]], strict=True):
+            plain = type(x) is Tensor
+            unseen = plain and type(before) is nn.Linear and not (x.requires_grad or hooked(before) or watched())
+            if self._replaces(module, QUICK_GELUS) and (plain or self.name == "triton"):
                 x = self.quick_gelu(x, inplace=unseen)
             elif self.name != "reference" and unseen and type(module) is nn.GELU and not hooked(module):
                 x = torch.ops.aten.gelu_(x, approximate=module.approximate)
@@ -91,7 +92,7 @@ def hooked(module: nn.Module) -> bool:
     """Whether a module does more than its class's `forward`."""
     before, after = module._forward_pre_hooks, module._forward_hooks
     backwards = module._backward_pre_hooks or module._backward_hooks
-    return bool(before or after or backwards or "forward" in module.__dict__)
+    return bool(before or after or backwards or "forward" in module.__dict__ or _has_any_global_hook())
 
 
 @cache

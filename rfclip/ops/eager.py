@@ -66,13 +66,13 @@ def distraction_mask(x: Tensor, dims: list[int], threshold: float, shifted: bool
 
 def quick_gelu(x: Tensor, inplace: bool) -> Tensor:
     """silu(1.702 x) / 1.702."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.requires_grad:
         return reference.quick_gelu(x, inplace)
     if x.dtype != computing_dtype(x):
         values = quick_gelu(x.to(computing_dtype(x)), True)
-        return x.copy_(values) if inplace else values.to(x.dtype)
+        return x.copy_(values) if inplace else values.to(x.dtype).contiguous()
     values = x.mul_(1.702) if inplace else x.mul(1.702).contiguous()
-    return F.silu(values, inplace=not values.requires_grad).mul_(1 / 1.702)
+    return F.silu(values, inplace=True).mul_(1 / 1.702)
 
 
 def blend_embeddings(x: Tensor, mask: Tensor, gh: int, gw: int) -> None:
@@ -333,7 +333,7 @@ def _by_groups(
     outs, log_sum_exp = zip(*(flash(q, key, value, scale=scale) for key, value in keys_values), strict=True)
     taken, given, *rest = torch.softmax(torch.stack(log_sum_exp), dim=0)[..., None]
     shares = [*_after_giving(taken, given, beta, prefix), *rest]
-    merged = outs[0].mul_(shares[0])
+    merged = outs[0] * shares[0]  # in this order, so that the product has the layout of its first factor
     for out, share in zip(outs[1:], shares[1:], strict=True):
         merged.addcmul_(out, share)
     return merged
@@ -374,23 +374,17 @@ def _tiles(q: Tensor, k: Tensor, scale: float, first: int = 0) -> Iterator[tuple
     B, H, T, _ = q.shape
     dtype, recorded = computing_dtype(k), torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     memory, out = None if recorded else _tile_memory(q, T), None
-    queries, keys = _split(q[:, :, first:].to(dtype), T), k.mT.to(dtype)  # [B, H, D, T]
-    for b, (heads, rows) in product(range(B), _parts(H, T, first)):
-        part = next(queries)
-        if memory is not None and (out is None or out.shape[:2] != part.shape[:2]):
-            out = _part(memory, *part.shape[:2], T)
-        if rows.start == first:
-            others = keys[b, heads]
-        A = _attention(part, others, scale, out)[..., first:]
-        yield b, heads, slice(rows.start - first, rows.stop - first), A
-
-
-def _split(x: Tensor, T: int) -> Iterator[Tensor]:
-    """The tiles of x [B, H, rows, ..] in the order of `_parts`, image by image; to slice each would take longer."""
-    group, size = _tile_sides(x.shape[1], T)
-    for image in x:
-        for heads in image.split(group):
-            yield from heads.split(size, dim=1)
+    group, size = _tile_sides(H, T)
+    for b in range(B):
+        queries, keys = q[b, :, first:].to(dtype), k[b].mT.to(dtype)  # [H, rows, D], [H, D, T]
+        parts = [part for heads in queries.split(group) for part in heads.split(size, dim=1)]  # quicker than slices
+        for part, (heads, rows) in zip(parts, _parts(H, T, first), strict=True):
+            if memory is not None and (out is None or out.shape[:2] != part.shape[:2]):
+                out = _part(memory, *part.shape[:2], T)
+            if rows.start == first:
+                others = keys[heads]
+            A = _attention(part, others, scale, out)[..., first:]
+            yield b, heads, slice(rows.start - first, rows.stop - first), A
 
 
 def _parts(H: int, T: int, first: int) -> list[tuple[slice, slice]]:

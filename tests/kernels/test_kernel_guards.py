@@ -1,13 +1,14 @@
 """What the kernels refuse, empty batches, and the guards under which every kernel test runs."""
 
+import inspect
 from contextlib import nullcontext
-from functools import partial
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from kernel_cases import DEVICE, GUARD, randn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.errors import InterpreterError
 
@@ -60,21 +61,46 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+DISPATCHED = []
+
+
 @operator("add_one_", "out")
 def add_one_(x: torch.Tensor, out: torch.Tensor | None) -> None:
+    DISPATCHED.append(any("custom_ops" in frame.filename for frame in inspect.stack()))
     if out is not None:
         out.data.copy_(x.data + 1)
 
 
+@pytest.mark.filterwarnings("ignore")  # what is traced is deprecated, and what vmap calls one after another is slow
 def test_a_mode_sees_an_operator():
     x = randn(2, 1, 3, 8, seed=0)
-    scores = partial(rfclip_kernels.distraction_scores, dims=[1, 5])
+
+    def scores(x):
+        return rfclip_kernels.distraction_scores(x, [1, 5])
+
     with Seen() as seen:
         scores(x[0])
     assert "rfclip_kernels::distraction_scores" in seen.operators
-    with pytest.warns(UserWarning, match="batching rule for rfclip_kernels::distraction_scores"):  # one after another
-        each = torch.vmap(scores)(x)
-    assert torch.equal(each[:, 0], scores(x[:, 0]))
+    assert torch.equal(torch.vmap(scores)(x)[:, 0], scores(x[:, 0]))
+    assert torch.jit.trace(scores, x[0], check_trace=False).graph.findNode("rfclip_kernels::distraction_scores")
+    graph = make_fx(scores, pre_dispatch=True)(x[0]).graph
+    assert any("distraction_scores" in f"{node.target}" for node in graph.nodes)
+    with torch.profiler.profile() as profile:
+        scores(x[0])
+    assert any(event.name == "rfclip_kernels::distraction_scores" for event in profile.events())
+    minus = torch.complex(x, x).conj().imag  # whose memory holds x
+    assert torch.equal(scores(minus[0]), scores(minus[0].resolve_neg()))
+
+
+def test_the_dispatcher_is_left_out_where_nothing_sees_it():
+    x, out = torch.ones(2), torch.zeros(2)
+    DISPATCHED.clear()
+    add_one_(x, out)
+    with Seen():
+        add_one_(x, out)
+    with torch.overrides.BaseTorchFunctionMode():
+        add_one_(x, out)
+    assert DISPATCHED == [False, True, True]
 
 
 @pytest.mark.parametrize("seen", [False, True])

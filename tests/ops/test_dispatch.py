@@ -5,12 +5,14 @@ import inspect
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers import needs_triton
 from open_clip.transformer import QuickGELU
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rfclip_kernels
 from rfclip import reference
@@ -96,32 +98,73 @@ def test_the_kernels_refuse_the_cpu():
         rfclip_kernels.distraction_mask(torch.nn.Parameter(torch.ones(1, 4, 8), requires_grad=False), [1], 0.5)
 
 
+class Keeping(TorchDispatchMode):
+    """Keeps what the products of linear layers were."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.addmm.default, torch.ops.aten.linear.default):
+            self.kept.append((out, out.clone()))
+        return out
+
+
 @pytest.mark.parametrize("activation", [nn.GELU("tanh"), QuickGELU()], ids=["gelu", "quick gelu"])
-@pytest.mark.parametrize("seen", ["nothing", "hook", "global hook", "gradient", "no linear layer"])
-def test_an_activation_writes_over_nothing_that_is_seen(activation, seen):
+@pytest.mark.parametrize("seen", ["nothing", "hook", "global hook", "mode", "gradient", "no linear layer"])
+def test_an_activation_writes_over_nothing_that_is_seen(activation, seen, monkeypatch):
     first, last = nn.Linear(4, 8), nn.Linear(8, 4)
-    x, kept = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)), []
+    x, kept, mode, outputs, entered = (
+        torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)),
+        [],
+        Keeping(),
+        [],
+        [],
+    )
+    layers, linear = [first, activation, last], nn.functional.linear
 
     def keep(module, inputs, output):
         if module is first:
             kept.append((output, output.clone()))
 
-    layers = [first, activation, last]
+    def recorded(given, *arguments):
+        entered.append(given.data_ptr())
+        outputs.append(linear(given, *arguments))
+        return outputs[-1]
+
     want = nn.Sequential(*layers)(x)
+    monkeypatch.setattr(nn.functional, "linear", recorded)
     if seen == "no linear layer":
         x = first(x).detach()
         kept, layers = [(x, x.clone())], [nn.Identity(), activation, last]
     hooks = {"hook": first.register_forward_hook, "global hook": nn.modules.module.register_module_forward_hook}
     removed = hooks[seen](keep) if seen in hooks else None
-    with torch.set_grad_enabled(seen == "gradient"):
+    with torch.set_grad_enabled(seen == "gradient"), mode if seen == "mode" else nullcontext():
         got = backend("eager").mlp(layers, x)
     if removed is not None:
         removed.remove()
-    assert len(kept) == (seen not in ("nothing", "gradient"))
+    kept += mode.kept
+    assert len(kept) == {"nothing": 0, "gradient": 0, "mode": 2}.get(seen, 1)
     assert all(torch.equal(output, before) for output, before in kept)
+    assert (entered[-1] == outputs[0].data_ptr()) is (seen == "nothing")  # what enters the last layer
     torch.testing.assert_close(got, want)
     if seen == "gradient":
         got.sum().backward()
         expected, first.weight.grad = first.weight.grad, None
         want.sum().backward()
         torch.testing.assert_close(first.weight.grad, expected)
+
+
+@pytest.mark.parametrize("activation", [nn.GELU, QuickGELU])
+@pytest.mark.parametrize("everywhere", [False, True], ids=["its own hook", "global hook"])
+def test_hooks_of_an_activation_run(activation, everywhere):
+    module = activation()
+    layers, x = [nn.Linear(4, 8), module, nn.Linear(8, 4)], torch.ones(1, 2, 4)
+    register = nn.modules.module.register_module_forward_hook if everywhere else module.register_forward_hook
+    removed = register(lambda hooked, inputs, output: 2 * output if hooked is module else output)
+    with torch.no_grad():
+        got, want = backend("eager").mlp(layers, x), nn.Sequential(*layers)(x)
+    removed.remove()
+    assert torch.equal(got, want)
