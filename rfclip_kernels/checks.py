@@ -25,15 +25,11 @@ def tensor_sizes(
     if isinstance(value, Tensor) and (value.is_floating_point() if dtype is None else value.dtype == dtype):
         for axes in map(str.split, layouts.split("|")):
             sizes = dict(known)
-            if len(axes) != value.dim():
-                continue
-            for axis, size in zip(axes, value.shape, strict=True):
-                if not size == sizes.setdefault(axis, size) >= least.get(axis, 1):
-                    break
-            else:
-                if "T" in sizes:
-                    sizes["N"] = sizes["T"] - prefix
-                return sizes
+            if len(axes) == value.dim() and all(
+                size == sizes.setdefault(axis, size) >= least.get(axis, 1)
+                for axis, size in zip(axes, value.shape, strict=True)
+            ):
+                return sizes | ({"N": sizes["T"] - prefix} if "T" in sizes else {})
     kind = "floating-point" if dtype is None else _dtype_name(dtype)
     named = layouts.replace("|", " ").split()
     sides = {axis: f"{axis}={known[axis]}" if axis in known else f"{axis}>={least.get(axis, 1)}" for axis in named}
