@@ -15,6 +15,7 @@ import rfclip_kernels
 from rfclip.config import BACKENDS
 from rfclip.ops import eager, reference
 from rfclip.ops.key_average import KernelKeyAverage, KeyAverage
+from rfclip.ops.numerics import autocasting, computing_dtype
 from rfclip_kernels.launch import interpreted, watched
 from rfclip_kernels.operations import OPERATIONS, Operations
 
@@ -63,6 +64,8 @@ class Backend(Operations):
 
     def mlp(self, modules: list[nn.Module], x: Tensor) -> Tensor:
         """What the layers of an MLP make of x: OpenAI's activation as one operation, and in place where nobody sees."""
+        if linears := self._around_quick_gelu(modules, x):
+            return eager.quick_gelu_mlp(x, *linears)
         for module, before in zip(modules, [None, *modules[:-1]], strict=True):
             plain = type(x) is Tensor
             unseen = plain and type(before) is nn.Linear and not (x.requires_grad or hooked(before) or watched())
@@ -73,6 +76,17 @@ class Backend(Operations):
             else:
                 x = module(x)
         return x
+
+    def _around_quick_gelu(self, modules: list[nn.Module], x: Tensor) -> tuple[nn.Linear, nn.Linear] | None:
+        """The two linear layers of an MLP whose activation is QuickGELU, if nobody sees what is between them."""
+        if self.name != "eager" or watched() or torch.is_grad_enabled() or autocasting(x.device):
+            return None
+        if len(modules) != 3 or x.dtype != computing_dtype(x) or not self._replaces(modules[1], QUICK_GELUS):
+            return None
+        linears = [linear for linear in modules[::2] if type(linear) is nn.Linear and not hooked(linear)]
+        values = [x, *(parameter for linear in linears for parameter in (linear.weight, linear.bias))]
+        plain = (type(value) in (Tensor, nn.Parameter) and value.dtype == x.dtype for value in values)
+        return (linears[0], linears[1]) if len(linears) == 2 and all(plain) else None
 
     def fuses(self, norm: Any) -> bool:
         """Whether kernels replace a norm: a layer norm with weight and bias, and without hooks."""

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rfclip.ops import cut, key_average, reference
 from rfclip.ops.numerics import computing_dtype, matmul, no_autocast
@@ -46,8 +46,9 @@ __all__ = [
     "self_attention",
 ]
 
-TILE = 1 << 19  # numbers in a tile of attention, 2 MB in float32: of several heads, or of rows of one
-LEAST_ROWS = 32
+TILE = 1 << 19  # numbers in a tile of attention, 2 MB in float32, of as many heads as fit
+LEAST_ROWS = 320  # of a tile, if there are so many: products of fewer rows are slower, even in the cache
+VECTOR = 16  # float32 in 64 bytes
 FLASH_TOKENS = 256  # from this many on, a flash attention per group is faster than one matrix of attention
 SUMMED_LAYERS = 3  # from this many on, the proxy attention sums matrices; a flash attention each is slower
 HEADS_BUDGET = 128 << 20  # bytes that `KeyAverage` may take for sums over layers of each head's attention
@@ -73,6 +74,13 @@ def quick_gelu(x: Tensor, inplace: bool) -> Tensor:
         return x.copy_(values) if inplace else values.to(x.dtype).contiguous()
     values = x.mul_(1.702) if inplace else x.mul(1.702).contiguous()
     return F.silu(values, inplace=True).mul_(1 / 1.702)
+
+
+def quick_gelu_mlp(x: Tensor, first: nn.Linear, last: nn.Linear) -> Tensor:
+    """last(QuickGELU(first(x))) of x [..., d], with the factors of silu(1.702 x) / 1.702 in the products."""
+    hidden = torch.addmm(first.bias, x.flatten(0, -2), first.weight.T, beta=1.702, alpha=1.702)
+    out = torch.addmm(last.bias, F.silu(hidden, inplace=True), last.weight.T, alpha=1 / 1.702)
+    return out.unflatten(0, x.shape[:-1])
 
 
 def blend_embeddings(x: Tensor, mask: Tensor, gh: int, gw: int) -> None:
@@ -111,7 +119,8 @@ def key_similarity(k: Tensor, running: Tensor, count: int, scale: float, prefix:
         return
     running.mul_(count / (count + 1)) if count else running.zero_()
     for b, _, rows, A in _tiles(k, k, scale, prefix):
-        running[b, rows].add_(A.sum(dim=0), alpha=1 / (k.shape[1] * (count + 1)))
+        for head in A:
+            running[b, rows].add_(head, alpha=1 / (k.shape[1] * (count + 1)))
 
 
 class KeyAverage(key_average.KeyAverage):
@@ -243,7 +252,7 @@ def _proxy_at_once(keys: Tensor, v: Tensor, scale: float, prefix: int) -> Tensor
     """Sum the layers' matrices tile by tile."""
     L, B, H, T, D = keys.shape
     out = v.new_empty((B, T - prefix, H, D)).transpose(1, 2)
-    total, memory = (_tile_memory(v, T) for _ in range(2))
+    total, memory = (_tile_memory(v) for _ in range(2))
     for b in range(B):
         k = keys[:, b].to(computing_dtype(v))  # [L, H, T, D]
         for heads, rows in _parts(H, T, prefix):
@@ -316,27 +325,40 @@ def _by_groups(
     sizes = [len(group) for group in groups]
     if not sizes[0] or not sizes[1]:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    sizes = [size for size in sizes if size]
-    k, v = (tensor.index_select(2, torch.cat(groups)) for tensor in (k, v))
     if memory is not None:
+        k, v = (tensor.index_select(2, torch.cat(groups)) for tensor in (k, v))
         queries, keys = (tensor[0].to(memory.dtype) for tensor in (q, k))
         A = _attention(queries, keys.mT, scale, memory.view(*queries.shape[:2], -1))
-        groups = A.split(sizes, dim=-1)[:2]
-        mass = groups[0].sum(dim=-1, keepdim=True), groups[1].sum(dim=-1, keepdim=True)
-        for group, before, after in zip(groups, mass, _after_giving(*mass, beta, prefix), strict=True):
+        parts = A.split(sizes, dim=-1)[:2]
+        mass = parts[0].sum(dim=-1, keepdim=True), parts[1].sum(dim=-1, keepdim=True)
+        for part, before, after in zip(parts, mass, _after_giving(*mass, beta, prefix), strict=True):
             # The quotient by the mass comes first: it is at most 1.
-            group.div_(before.where(before > 0, 1)).mul_(after)
+            part.div_(before.where(before > 0, 1)).mul_(after)
         return matmul(A, v)
     q = q if q.stride(-1) == 1 else q.contiguous()  # the operator below reads anything else wrongly
-    keys_values = zip(k.split(sizes, dim=2), v.split(sizes, dim=2), strict=True)
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    outs, log_sum_exp = zip(*(flash(q, key, value, scale=scale) for key, value in keys_values), strict=True)
+    outs, log_sum_exp = zip(*(_attend_to(group, q, k, v, scale) for group in groups if len(group)), strict=True)
     taken, given, *rest = torch.softmax(torch.stack(log_sum_exp), dim=0)[..., None]
     shares = [*_after_giving(taken, given, beta, prefix), *rest]
     merged = outs[0] * shares[0]  # in this order, so that the product has the layout of its first factor
     for out, share in zip(outs[1:], shares[1:], strict=True):
         merged.addcmul_(out, share)
     return merged
+
+
+def _attend_to(group: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Flash attention to some keys [B, H, T, D], and its log-sum-exp [B, H, T].
+
+    Their number is rounded up to whole vectors, which it is faster with; the mask keeps out what is added.
+    """
+    more = (0, -len(group) % VECTOR)
+    places, mask = F.pad(group, more), F.pad(q.new_zeros(len(group)), more, value=-torch.inf)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q,
+        k.index_select(2, places),
+        v.index_select(2, places),
+        scale=scale,
+        attn_mask=mask.expand(1, 1, q.shape[2], -1),
+    )
 
 
 def _after_giving(taken: Tensor, given: Tensor, beta: float, prefix: int) -> tuple[Tensor, Tensor]:
@@ -373,7 +395,7 @@ def _tiles(q: Tensor, k: Tensor, scale: float, first: int = 0) -> Iterator[tuple
     """
     B, H, T, _ = q.shape
     dtype, recorded = computing_dtype(k), torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    memory, out = None if recorded else _tile_memory(q, T), None
+    memory, out = None if recorded else _tile_memory(q), None
     group, size = _tile_sides(H, T)
     for b in range(B):
         queries, keys = q[b, :, first:].to(dtype), k[b].mT.to(dtype)  # [H, rows, D], [H, D, T]
@@ -395,13 +417,19 @@ def _parts(H: int, T: int, first: int) -> list[tuple[slice, slice]]:
 
 
 def _tile_sides(H: int, T: int) -> tuple[int, int]:
-    """How many heads and how many rows share a tile."""
-    group = min(H, max(1, TILE // T**2))
-    return group, max(LEAST_ROWS, TILE // (group * T))
+    """How many heads and how many rows share a tile.
+
+    Each thread has a head or more, so that what it has multiplied is in its cache when it takes the softmax.
+    """
+    heads = min(H, max(torch.get_num_threads(), TILE // T**2))
+    most = max(LEAST_ROWS, TILE // (heads * T))
+    return heads, math.ceil(T / math.ceil(T / most))
 
 
-def _tile_memory(like: Tensor, T: int) -> Tensor:
-    return like.new_empty(max(TILE, LEAST_ROWS * T), dtype=computing_dtype(like))
+def _tile_memory(like: Tensor) -> Tensor:
+    """For a tile of attention of what `like` [B, H, T, D] has."""
+    heads, rows = _tile_sides(*like.shape[1:3])
+    return like.new_empty(heads * rows * like.shape[2], dtype=computing_dtype(like))
 
 
 def _part(memory: Tensor, *sizes: int) -> Tensor:

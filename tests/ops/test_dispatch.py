@@ -148,13 +148,43 @@ def test_an_activation_writes_over_nothing_that_is_seen(activation, seen, monkey
     kept += mode.kept
     assert len(kept) == {"nothing": 0, "gradient": 0, "mode": 2}.get(seen, 1)
     assert all(torch.equal(output, before) for output, before in kept)
-    assert (entered[-1] == outputs[0].data_ptr()) is (seen == "nothing")  # what enters the last layer
+    if seen == "nothing" and isinstance(activation, QuickGELU):
+        assert not entered  # its factors are those of other products
+    else:
+        assert (entered[-1] == outputs[0].data_ptr()) is (seen == "nothing")  # what enters the last layer
     torch.testing.assert_close(got, want)
     if seen == "gradient":
         got.sum().backward()
         expected, first.weight.grad = first.weight.grad, None
         want.sum().backward()
         torch.testing.assert_close(first.weight.grad, expected)
+
+
+@pytest.mark.parametrize(
+    "case", ["float32", "float64", "bfloat16", "autocast", "no bias", "another layer", "four layers"]
+)
+def test_products_that_take_the_factors_of_quick_gelu(case, monkeypatch):
+    torch.manual_seed(0)
+    layers, dtype = [nn.Linear(4, 8), QuickGELU(), nn.Linear(8, 4)], torch.float32
+    if case in ("float64", "bfloat16"):
+        dtype = getattr(torch, case)
+    if case == "no bias":
+        layers[2] = nn.Linear(8, 4, bias=False)
+    elif case == "another layer":
+        layers[0] = type("Adapter", (nn.Linear,), {"forward": lambda self, x: -super(type(self), self).forward(x)})(
+            4, 8
+        )
+    elif case == "four layers":
+        layers.append(nn.Identity())
+    model, x, called = nn.Sequential(*layers).to(dtype), torch.randn(2, 3, 4).mT.contiguous().mT.to(dtype), []
+    linear = nn.functional.linear
+    with torch.no_grad(), torch.autocast("cpu", enabled=case == "autocast"):
+        want = model(x)
+        monkeypatch.setattr(nn.functional, "linear", lambda *given: called.append(given) or linear(*given))
+        got = backend("eager").mlp(layers, x)
+    assert (len(called) == 0) is case.startswith("float")
+    rounding = 8 * torch.finfo(want.dtype).eps
+    torch.testing.assert_close(got, want, rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("activation", [nn.GELU, QuickGELU])

@@ -75,12 +75,15 @@ def test_attention_of_keys(size):
     check(eager.key_similarity(k, got, 1), second)
 
 
-@pytest.fixture(params=[1, 1 << 15, 1 << 19, "compiled"])
+@pytest.fixture(params=[(1, 32, 1), (1, 32, 2), (1 << 15, 50, 3), (1 << 19, 320, 1), "compiled"], ids=str)
 def tile(request, monkeypatch):
-    """Tiles of a few rows, of one head and of several; and the path for compilers."""
+    """Tiles of a few rows, of one head, of several for as many threads, and of all; and the path for compilers."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param == "compiled")
     if request.param != "compiled":
-        monkeypatch.setattr(implementation, "TILE", request.param)
+        size, rows, threads = request.param
+        monkeypatch.setattr(implementation, "TILE", size)
+        monkeypatch.setattr(implementation, "LEAST_ROWS", rows)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
 
 
 @pytest.mark.parametrize("size", [(2, 5, 130, 32), (1, 2, 197, 64), (1, 1, 700, 16)], ids=str)
