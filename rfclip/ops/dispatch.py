@@ -64,9 +64,10 @@ class Backend(Operations):
 
     def mlp(self, modules: list[nn.Module], x: Tensor) -> Tensor:
         """What the layers of an MLP make of x: OpenAI's activation as one operation, and in place where nobody sees."""
+        steps = list(zip(modules, [None, *modules[:-1]], strict=True))
         if linears := self._around_quick_gelu(modules, x):
-            return eager.quick_gelu_mlp(x, *linears)
-        for module, before in zip(modules, [None, *modules[:-1]], strict=True):
+            x, steps = eager.quick_gelu_mlp(x, *linears), steps[3:]
+        for module, before in steps:
             plain = type(x) is Tensor
             unseen = plain and type(before) is nn.Linear and not (x.requires_grad or hooked(before) or watched())
             if self._replaces(module, QUICK_GELUS) and (plain or self.name == "triton"):
@@ -78,12 +79,12 @@ class Backend(Operations):
         return x
 
     def _around_quick_gelu(self, modules: list[nn.Module], x: Tensor) -> tuple[nn.Linear, nn.Linear] | None:
-        """The two linear layers of an MLP whose activation is QuickGELU, if nobody sees what is between them."""
+        """The two linear layers that an MLP begins with, if QuickGELU is between them and nobody sees what it takes."""
         if self.name != "eager" or watched() or torch.is_grad_enabled() or autocasting(x.device):
             return None
-        if len(modules) != 3 or x.dtype != computing_dtype(x) or not self._replaces(modules[1], QUICK_GELUS):
+        if len(modules) < 3 or x.dtype != computing_dtype(x) or not self._replaces(modules[1], QUICK_GELUS):
             return None
-        linears = [linear for linear in modules[::2] if type(linear) is nn.Linear and not hooked(linear)]
+        linears = [linear for linear in (modules[0], modules[2]) if type(linear) is nn.Linear and not hooked(linear)]
         values = [x, *(parameter for linear in linears for parameter in (linear.weight, linear.bias))]
         plain = (type(value) in (Tensor, nn.Parameter) and value.dtype == x.dtype for value in values)
         return (linears[0], linears[1]) if len(linears) == 2 and all(plain) else None
