@@ -49,7 +49,7 @@ __all__ = [
 TILE = 1 << 19  # numbers in a tile of attention, 2 MB in float32, of as many heads as fit
 LEAST_ROWS = 320  # of a tile, if there are so many: products of fewer rows are slower, even in the cache
 VECTOR = 16  # float32 in 64 bytes
-FLASH_TOKENS = 256  # from this many on, a flash attention per group is faster than one matrix of attention
+FLASH_TOKENS = 400  # from this many on, a flash attention per group is faster than one matrix of attention
 SUMMED_LAYERS = 3  # from this many on, the proxy attention sums matrices; a flash attention each is slower
 HEADS_BUDGET = 128 << 20  # bytes that `KeyAverage` may take for sums over layers of each head's attention
 
