@@ -86,6 +86,15 @@ def add_key(b_l, b_v, taken, b_max, b_sum, b_acc):
 
 
 @triton.jit
+def store_order(p_order, m_taken, m_target, n_before, n_others, o_n, N):
+    """Number some patches: where the next of T goes, and the next of the others. It returns how many are of T."""
+    b_target = (m_target & (o_n < N)).to(tl.int32)
+    i_place = tl.where(b_target == 1, n_before + tl.cumsum(b_target, 0), n_others + tl.cumsum(1 - b_target, 0)) - 1
+    tl.store(p_order + i_place, tl.where(m_taken, -1 - o_n, o_n), mask=o_n < N)
+    return tl.sum(b_target.to(tl.float32), axis=0).to(tl.int32)
+
+
+@triton.jit
 def order_patches(p_distraction, stride_dn, p_target, stride_tn, p_order, N, BN: tl.constexpr):
     """Number the patches of an image, those of T first: [N + 1], the count of T and then the patches, S as -1 - n."""
     b_count = tl.zeros([BN], tl.float32)  # counts are exact in fp32
@@ -101,12 +110,9 @@ def order_patches(p_distraction, stride_dn, p_target, stride_tn, p_order, N, BN:
         o_n = start + tl.arange(0, BN)
         m_taken = tl.load(p_distraction + o_n * stride_dn, mask=o_n < N, other=0) != 0
         m_target = tl.load(p_target + o_n * stride_tn, mask=o_n < N, other=0) != 0
-        b_target = tl.where(m_taken, 0, m_target.to(tl.int32))
-        b_other = tl.where(o_n < N, 1 - b_target, 0)
-        i_place = tl.where(b_target == 1, n_before + tl.cumsum(b_target, 0), n_others + tl.cumsum(b_other, 0)) - 1
-        tl.store(p_order + i_place, tl.where(m_taken, -1 - o_n, o_n), mask=o_n < N)
-        n_before += tl.sum(b_target.to(tl.float32), axis=0).to(tl.int32)
-        n_others += tl.sum(b_other.to(tl.float32), axis=0).to(tl.int32)
+        n_new = store_order(p_order, m_taken, m_target & (m_taken == 0), n_before, n_others, o_n, N)
+        n_before += n_new
+        n_others += BN - n_new
 
 
 @triton.jit(do_not_specialize=["N"])

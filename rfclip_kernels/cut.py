@@ -34,7 +34,7 @@ from torch import Tensor
 
 from . import cut_constants as constants
 from . import tiles as tables
-from .attention import fp16_unit, order_patches, ordered_patches
+from .attention import fp16_unit, order_patches, ordered_patches, store_order
 from .defocus import launch_defocus_mask
 from .launch import check_launch, on_device, operator, strides, wrap_triton
 from .similarity import empty_affinity
@@ -45,7 +45,8 @@ FEW, DEGREES_OF_MANY = 256, (2, 5, 5)  # above so many patches, where each produ
 SHARE, LEAST, FIRST = map(tl.constexpr, (constants.SHARE, constants.LEAST, constants.FIRST))
 SUMS, GRAM = tl.constexpr(4 * 8), tl.constexpr(16 * 16)  # what the programs of the first and the last product sum up
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 128  # of W in fp16 that a program multiplies at a time; in fp32 a quarter
-BLOCK_VECTORS = 64  # patches whose start a program makes
+BLOCK_VECTORS, BLOCK_ENDS = 64, 256  # patches whose start a program makes, and whose next vectors at a round's end
+BLOCK_ALL = 1024  # patches at a time where a program needs y of all
 SQUARE = 64  # the side of a tile of W that is made of S
 
 
@@ -366,7 +367,7 @@ def store_halves(p_halves, b_x, o_n, N):
 
 
 @triton.jit
-def row_products(p_affinity, p_halves, o_m, N, SW, BN: tl.constexpr):
+def row_products(p_affinity, p_halves, o_m, N, SW, PADDED: tl.constexpr, BN: tl.constexpr):
     """The rows o_m of W times a group, [BM, 8]."""
     o_c, m_m = tl.arange(0, 16), (o_m < N)[:, None]
     b_out = tl.zeros([o_m.shape[0], 16], tl.float32)
@@ -378,7 +379,9 @@ def row_products(p_affinity, p_halves, o_m, N, SW, BN: tl.constexpr):
         b_out = tl.dot(b_affinity, b_x, b_out, input_precision="ieee")
     if last < N:
         o_n = last + tl.arange(0, BN)
-        b_affinity = tl.load(p_affinity + o_m[:, None] * SW + o_n[None, :], mask=m_m & (o_n < N)[None, :], other=0.0)
+        o_read = o_n // 16 * 16 if PADDED else o_n  # 16 at once
+        b_affinity = tl.load(p_affinity + o_m[:, None] * SW + o_n[None, :], mask=m_m & (o_read < N)[None, :], other=0.0)
+        b_affinity = tl.where((o_n < N)[None, :], b_affinity, 0.0).to(p_affinity.dtype.element_ty)
         b_x = tl.load(p_halves + o_n[:, None] * 16 + o_c[None, :], mask=(o_n < N)[:, None], other=0.0)
         b_out = tl.dot(b_affinity, b_x, b_out, input_precision="ieee")
     return sum_halves(b_out)
@@ -414,6 +417,7 @@ def cut_first_kernel(
     N,
     SW,
     stride_ab,
+    PADDED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -422,7 +426,7 @@ def cut_first_kernel(
     i_b, i_m = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     p_vectors, p_halves = vectors_ptr + i_b * 2 * N * 8, halves_ptr + i_b * 2 * N * 16
     o_m = i_m * BM + tl.arange(0, BM)
-    b_z = row_products(affinity_ptr + i_b * stride_ab, p_halves, o_m, N, SW, BN)
+    b_z = row_products(affinity_ptr + i_b * stride_ab, p_halves, o_m, N, SW, PADDED, BN)
     b_degree = column_of(b_z, 0)
     b_z = quotient(b_z, b_degree[:, None])
     tl.store(degree_ptr + i_b * N + o_m, b_degree, mask=o_m < N)
@@ -449,6 +453,7 @@ def cut_next_kernel(
     stride_ab,
     step,
     unknown,  # whether Y is no start that was given
+    PADDED: tl.constexpr,
     SECOND: tl.constexpr,  # whether this is step 1
     LAST: tl.constexpr,  # whether it is step d
     BM: tl.constexpr,
@@ -461,7 +466,7 @@ def cut_next_kernel(
     here, there = step % 2, (step + 1) % 2
     o_m = i_m * BM + tl.arange(0, BM)
     b_degree = tl.load(degree_ptr + i_b * N + o_m, mask=o_m < N, other=0.0)
-    b_z = row_products(affinity_ptr + i_b * stride_ab, p_halves + here * N * 16, o_m, N, SW, BN)
+    b_z = row_products(affinity_ptr + i_b * stride_ab, p_halves + here * N * 16, o_m, N, SW, PADDED, BN)
     b_z = quotient(b_z, b_degree[:, None])
     b_x = load_group(p_vectors, here, o_m, N)
     if not LAST:
@@ -485,6 +490,15 @@ def cut_next_kernel(
         tl.store(p_gram, inner_products(both_groups(b_x, b_z), b_degree / N, tl.float32))
 
 
+@triton.jit
+def ritz_vector(p_vectors, p_degree, b_left, b_right, left, right, o_n, N):
+    """y at some patches, and their degrees, from the two groups' coefficients."""
+    b_degree = tl.load(p_degree + o_n, mask=o_n < N, other=0.0)
+    b_products = load_group(p_vectors, left, o_n, N) * b_left[None, :]
+    b_products += load_group(p_vectors, right, o_n, N) * b_right[None, :]
+    return tl.where(b_degree > 0, tl.sum(b_products, axis=1) * tl.sqrt(N.to(tl.float32)), 0.0), b_degree
+
+
 @triton.jit(do_not_specialize=["N", "last", "stride_db"])
 def cut_round_kernel(
     distraction_ptr,  # [B, N] bool, read where TARGET
@@ -506,49 +520,56 @@ def cut_round_kernel(
     NEW: tl.constexpr,
     BM: tl.constexpr,
     BV: tl.constexpr,
-    BP: tl.constexpr,
+    BA: tl.constexpr,
 ):
-    """The end of a round: the next Y, or y and the defocused tokens."""
-    i_b, tiles, o_p = tl.program_id(0).to(tl.int64), tl.cdiv(N, BM), tl.arange(0, 8)
+    """The end of a round for some patches: the next Y, or y and the defocused tokens."""
+    tiles, blocks, o_p = tl.cdiv(N, BM), tl.cdiv(N, BV), tl.arange(0, 8)
+    i_b, first = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BV
     p_vectors, p_halves, p_degree = vectors_ptr + i_b * 2 * N * 8, halves_ptr + i_b * 2 * N * 16, degree_ptr + i_b * N
-    p_out = out_ptr + i_b * WIDTH * N
-    b_gram = tl.reshape(sum_tiles(gram_ptr + i_b * tiles * GRAM, tiles, 32, GRAM), [16, 16])
+    b_gram = tl.reshape(sum_tiles(gram_ptr + i_b * tiles * GRAM, tiles, 64, GRAM), [16, 16])
     b_ritz = ritz_coefficients(b_gram, SQUARINGS, NEW)
-    b_top, b_bottom = tl.zeros([BV], tl.float32), tl.zeros([BV], tl.float32)
-    b_sum, b_length = tl.zeros([BV], tl.float32), tl.zeros([BV], tl.float32)
-    for start in range(0, N, BV):
-        o_n = start + tl.arange(0, BV)
-        b_lanes = both_groups(load_group(p_vectors, last % 2, o_n, N), load_group(p_vectors, (last + 1) % 2, o_n, N))
-        b_next = next_group(b_lanes, b_ritz, N)
-        if LAST:
-            b_degree = tl.load(p_degree + o_n, mask=o_n < N, other=0.0)
-            b_next = tl.where((b_degree > 0)[:, None], b_next, 0.0)
-            p_next = p_out + (o_p - 1)[None, :] * N + o_n[:, None]
-            tl.store(p_next, b_next, mask=(o_p > 0)[None, :] & (o_n < N)[:, None])
-            b_y = column_of(b_next, 1)
+    o_n, here, there = first + tl.arange(0, BV), last % 2, (last + 1) % 2
+    m_n = o_n < N
+    b_lanes = both_groups(load_group(p_vectors, here, o_n, N), load_group(p_vectors, there, o_n, N))
+    b_next = next_group(b_lanes, b_ritz, N)
+    if not LAST:
+        b_next = with_one(b_next, m_n)
+        store_group(p_vectors, 0, b_next, o_n, N)
+        store_halves(p_halves, b_next, o_n, N)
+    else:
+        # Every program finds y at all patches, for its sign, its mean and the order of those before.
+        b_left, b_right = tl.split(tl.reshape(column_of(b_ritz, 2), [8, 2]))
+        b_top, b_bottom = tl.zeros([BA], tl.float32), tl.zeros([BA], tl.float32)
+        b_sum, b_length = tl.zeros([BA], tl.float32), tl.zeros([BA], tl.float32)
+        for start in range(0, N, BA):
+            o_all = start + tl.arange(0, BA)
+            b_y, b_degree = ritz_vector(p_vectors, p_degree, b_left, b_right, here, there, o_all, N)
             b_top, b_bottom = tl.maximum(b_top, b_y), tl.minimum(b_bottom, b_y)
             b_sum += b_y
             b_length += b_degree * b_y * b_y
-        else:
-            b_next = with_one(b_next, o_n < N)
-            store_group(p_vectors, 0, b_next, o_n, N)
-            store_halves(p_halves, b_next, o_n, N)
-    if LAST:
-        p_distraction, p_target = distraction_ptr + i_b * stride_db, target_ptr + i_b * N
         scale = scale_of(b_top, b_bottom, tl.sum(b_length, axis=0), N)
-        mean = tl.div_rn(scale * tl.sum(b_sum, axis=0), N.to(tl.float32))
-        tl.debug_barrier()
-        for start in range(0, N, BP):
-            o_n = start + tl.arange(0, BP)
-            p_next, mask = p_out + (o_p - 1)[:, None] * N + o_n[None, :], (o_p > 0)[:, None] & (o_n < N)[None, :]
-            b_next = scale * tl.load(p_next, mask=mask, other=0.0)
-            tl.store(p_next, b_next, mask=mask)
-            if TARGET:
-                m_free = tl.load(p_distraction + o_n * stride_dn, mask=o_n < N, other=1) == 0
-                tl.store(p_target + o_n, m_free & (row_of(b_next, 1) > mean), mask=o_n < N)
+        b_degree = tl.load(p_degree + o_n, mask=m_n, other=0.0)
+        b_next = tl.where((b_degree > 0)[:, None], scale * b_next, 0.0)
+        p_next = out_ptr + i_b * WIDTH * N + (o_p - 1)[None, :] * N + o_n[:, None]
+        tl.store(p_next, b_next, mask=(o_p > 0)[None, :] & m_n[:, None])
         if TARGET:
-            tl.debug_barrier()
-            order_patches(p_distraction, stride_dn, p_target, 1, order_ptr + i_b * (N + 1), N, BP)
+            p_distraction, p_order = distraction_ptr + i_b * stride_db, order_ptr + i_b * (N + 1)
+            mean = tl.div_rn(scale * tl.sum(b_sum, axis=0), N.to(tl.float32))
+            b_all, b_before = tl.zeros([BA], tl.float32), tl.zeros([BA], tl.float32)
+            for start in range(0, N, BA):
+                o_all = start + tl.arange(0, BA)
+                m_free = tl.load(p_distraction + o_all * stride_dn, mask=o_all < N, other=1) == 0
+                b_y, _degree = ritz_vector(p_vectors, p_degree, b_left, b_right, here, there, o_all, N)
+                b_target = (m_free & (scale * b_y > mean)).to(tl.float32)
+                b_all += b_target
+                b_before += tl.where(o_all < first, b_target, 0.0)
+            n_target, n_before = tl.sum(b_all, axis=0).to(tl.int32), tl.sum(b_before, axis=0).to(tl.int32)
+            b_y, _degree = ritz_vector(p_vectors, p_degree, b_left, b_right, here, there, o_n, N)
+            m_taken = tl.load(p_distraction + o_n * stride_dn, mask=m_n, other=1) != 0
+            m_target = (m_taken == 0) & (scale * b_y > mean)
+            tl.store(target_ptr + i_b * N + o_n, m_target, mask=m_n)
+            tl.store(p_order, n_target, mask=first == 0)
+            store_order(p_order, m_taken, m_target, 1 + n_before, 1 + n_target + first - n_before, o_n, N)
 
 
 def whole(affinity: Tensor) -> int:
@@ -613,9 +634,11 @@ def _cut(
         "stride_ab": affinity.stride(0),
         "degree_ptr": degree,
         "sums_ptr": empty((B, tiles, SUMS.value)),
+        "PADDED": _padded(affinity),
         "BM": BLOCK_ROWS,
         "BN": BLOCK_COLUMNS if affinity.dtype != torch.float32 else BLOCK_COLUMNS // 4,
         "num_warps": 4,
+        "num_stages": 4,  # more bytes on their way, where the programs are few
     }
     wrap_triton(cut_start_kernel)[blocks](**beginning, **vectors, BV=BLOCK_VECTORS, num_warps=4)
     for i, last in enumerate(rounds):
@@ -629,7 +652,7 @@ def _cut(
                 SECOND=step == 1,
                 LAST=step == last,
             )
-        wrap_triton(cut_round_kernel)[(B,)](
+        wrap_triton(cut_round_kernel)[(B * triton.cdiv(N, BLOCK_ENDS),)](
             **vectors,
             **ended,
             last=last,
@@ -638,8 +661,8 @@ def _cut(
             LAST=i == len(rounds) - 1,
             TARGET=distraction is not None,
             BM=BLOCK_ROWS,
-            BV=256,
-            BP=1024,
+            BV=BLOCK_ENDS,
+            BA=BLOCK_ALL,
             num_warps=8,
         )
     return out, target, order

@@ -177,6 +177,22 @@ def test_masks_of_scenes(monkeypatch, whole):
     assert ((target != want).sum(dim=1) <= 1).all()
 
 
+@pytest.mark.parametrize("N", [5, 64, 126])
+def test_ends_of_rounds_in_many_programs(monkeypatch, N):
+    """Each finds the sign of y, its mean, and how many patches of T lie before its own."""
+    affinity = affinities(2, (1, N))
+    distraction = torch.arange(2 * N, device=DEVICE).view(N, 2).T % 5 == 1
+    monkeypatch.setattr(cut, "whole", lambda affinity: 0)
+    want = rfclip_kernels.defocused_tokens(affinity, distraction)
+    monkeypatch.setattr(cut, "BLOCK_ENDS", 16)
+    monkeypatch.setattr(cut, "BLOCK_ALL", 32)
+    got = rfclip_kernels.defocused_tokens(affinity, distraction)
+    torch.testing.assert_close(got[0], want[0])
+    exact = reference.defocused_tokens(affinity.double(), distraction)
+    for found in (want, got):
+        assert torch.equal(found[1], exact[1]) and torch.equal(found[2], exact[2])
+
+
 def test_an_image_without_distraction_ends_at_once():
     """It gets no target, and its order is that of the patches, whatever else is in the batch."""
     affinity = affinities(2, (3, 7))
@@ -187,9 +203,11 @@ def test_an_image_without_distraction_ends_at_once():
     assert order[0, 0] == target[0].sum() and (order[0] == -5).sum() == 1
 
 
+@pytest.mark.parametrize("whole", [256, 0], ids=["one launch", "a launch a product"])
 @pytest.mark.parametrize("grid", [(3, 7), (9, 14)])
-def test_what_rows_are_padded_with_does_not_matter(grid):
+def test_what_rows_are_padded_with_does_not_matter(monkeypatch, grid, whole):
     """It is read where rows are aligned, 16 values at once, and where they are not, it is not."""
+    monkeypatch.setattr(cut, "whole", lambda affinity: whole)
     affinity = affinities(2, grid)
     N = affinity.shape[1]
     distraction = torch.arange(N, device=DEVICE).expand(2, -1) % 5 == 1
