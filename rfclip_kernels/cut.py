@@ -45,8 +45,7 @@ FEW, DEGREES_OF_MANY = 256, (2, 5, 5)  # above so many patches, where each produ
 SHARE, LEAST, FIRST = map(tl.constexpr, (constants.SHARE, constants.LEAST, constants.FIRST))
 SUMS, GRAM = tl.constexpr(4 * 8), tl.constexpr(16 * 16)  # what the programs of the first and the last product sum up
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 128  # of W in fp16 that a program multiplies at a time; in fp32 a quarter
-BLOCK_VECTORS, BLOCK_ENDS = 64, 256  # patches whose start a program makes, and whose next vectors at a round's end
-BLOCK_ALL = 1024  # patches at a time where a program needs y of all
+BLOCK_VECTORS, BLOCK_ENDS = 64, 512  # patches whose start a program makes, and whose next vectors at a round's end
 SQUARE = 64  # the side of a tile of W that is made of S
 
 
@@ -491,12 +490,11 @@ def cut_next_kernel(
 
 
 @triton.jit
-def ritz_vector(p_vectors, p_degree, b_left, b_right, left, right, o_n, N):
-    """y at some patches, and their degrees, from the two groups' coefficients."""
+def ritz_vector(p_vectors, p_degree, b_coefficients, group, o_n, N):
+    """y at some patches, and their degrees, from Q's coefficients."""
     b_degree = tl.load(p_degree + o_n, mask=o_n < N, other=0.0)
-    b_products = load_group(p_vectors, left, o_n, N) * b_left[None, :]
-    b_products += load_group(p_vectors, right, o_n, N) * b_right[None, :]
-    return tl.where(b_degree > 0, tl.sum(b_products, axis=1) * tl.sqrt(N.to(tl.float32)), 0.0), b_degree
+    b_y = tl.sum(load_group(p_vectors, group, o_n, N) * b_coefficients[None, :], axis=1) * tl.sqrt(N.to(tl.float32))
+    return tl.where(b_degree > 0, b_y, 0.0), b_degree
 
 
 @triton.jit(do_not_specialize=["N", "last", "stride_db"])
@@ -520,7 +518,6 @@ def cut_round_kernel(
     NEW: tl.constexpr,
     BM: tl.constexpr,
     BV: tl.constexpr,
-    BA: tl.constexpr,
 ):
     """The end of a round for some patches: the next Y, or y and the defocused tokens."""
     tiles, blocks, o_p = tl.cdiv(N, BM), tl.cdiv(N, BV), tl.arange(0, 8)
@@ -538,12 +535,11 @@ def cut_round_kernel(
         store_halves(p_halves, b_next, o_n, N)
     else:
         # Every program finds y at all patches, for its sign, its mean and the order of those before.
-        b_left, b_right = tl.split(tl.reshape(column_of(b_ritz, 2), [8, 2]))
-        b_top, b_bottom = tl.zeros([BA], tl.float32), tl.zeros([BA], tl.float32)
-        b_sum, b_length = tl.zeros([BA], tl.float32), tl.zeros([BA], tl.float32)
-        for start in range(0, N, BA):
-            o_all = start + tl.arange(0, BA)
-            b_y, b_degree = ritz_vector(p_vectors, p_degree, b_left, b_right, here, there, o_all, N)
+        _zeros, b_y_of_q = tl.split(tl.reshape(column_of(b_ritz, 2), [8, 2]))
+        b_top, b_bottom = tl.zeros([BV], tl.float32), tl.zeros([BV], tl.float32)
+        b_sum, b_length = tl.zeros([BV], tl.float32), tl.zeros([BV], tl.float32)
+        for start in range(0, N, BV):
+            b_y, b_degree = ritz_vector(p_vectors, p_degree, b_y_of_q, there, start + tl.arange(0, BV), N)
             b_top, b_bottom = tl.maximum(b_top, b_y), tl.minimum(b_bottom, b_y)
             b_sum += b_y
             b_length += b_degree * b_y * b_y
@@ -555,18 +551,18 @@ def cut_round_kernel(
         if TARGET:
             p_distraction, p_order = distraction_ptr + i_b * stride_db, order_ptr + i_b * (N + 1)
             mean = tl.div_rn(scale * tl.sum(b_sum, axis=0), N.to(tl.float32))
-            b_all, b_before = tl.zeros([BA], tl.float32), tl.zeros([BA], tl.float32)
-            for start in range(0, N, BA):
-                o_all = start + tl.arange(0, BA)
+            # Its own targets come from the loop that counts all: other code might find one more or less.
+            b_all, b_before, b_own = tl.zeros([BV], tl.float32), tl.zeros([BV], tl.float32), tl.zeros([BV], tl.float32)
+            for start in range(0, N, BV):
+                o_all = start + tl.arange(0, BV)
                 m_free = tl.load(p_distraction + o_all * stride_dn, mask=o_all < N, other=1) == 0
-                b_y, _degree = ritz_vector(p_vectors, p_degree, b_left, b_right, here, there, o_all, N)
+                b_y, _degree = ritz_vector(p_vectors, p_degree, b_y_of_q, there, o_all, N)
                 b_target = (m_free & (scale * b_y > mean)).to(tl.float32)
                 b_all += b_target
-                b_before += tl.where(o_all < first, b_target, 0.0)
+                b_before += tl.where(start < first, b_target, 0.0)
+                b_own = tl.where(start == first, b_target, b_own)
             n_target, n_before = tl.sum(b_all, axis=0).to(tl.int32), tl.sum(b_before, axis=0).to(tl.int32)
-            b_y, _degree = ritz_vector(p_vectors, p_degree, b_left, b_right, here, there, o_n, N)
-            m_taken = tl.load(p_distraction + o_n * stride_dn, mask=m_n, other=1) != 0
-            m_target = (m_taken == 0) & (scale * b_y > mean)
+            m_taken, m_target = tl.load(p_distraction + o_n * stride_dn, mask=m_n, other=1) != 0, b_own > 0
             tl.store(target_ptr + i_b * N + o_n, m_target, mask=m_n)
             tl.store(p_order, n_target, mask=first == 0)
             store_order(p_order, m_taken, m_target, 1 + n_before, 1 + n_target + first - n_before, o_n, N)
@@ -638,8 +634,9 @@ def _cut(
         "BM": BLOCK_ROWS,
         "BN": BLOCK_COLUMNS if affinity.dtype != torch.float32 else BLOCK_COLUMNS // 4,
         "num_warps": 4,
-        "num_stages": 4,  # more bytes on their way, where the programs are few
     }
+    if not tables.architecture(affinity.device).startswith("gfx"):
+        products["num_stages"] = 4  # more bytes on their way, where the programs are few
     wrap_triton(cut_start_kernel)[blocks](**beginning, **vectors, BV=BLOCK_VECTORS, num_warps=4)
     for i, last in enumerate(rounds):
         wrap_triton(cut_first_kernel)[(B * tiles,)](**products)
@@ -662,7 +659,6 @@ def _cut(
             TARGET=distraction is not None,
             BM=BLOCK_ROWS,
             BV=BLOCK_ENDS,
-            BA=BLOCK_ALL,
             num_warps=8,
         )
     return out, target, order

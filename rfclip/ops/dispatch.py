@@ -84,10 +84,12 @@ class Backend(Operations):
             return None
         if len(modules) < 3 or x.dtype != computing_dtype(x) or not self._replaces(modules[1], QUICK_GELUS):
             return None
-        linears = [linear for linear in (modules[0], modules[2]) if type(linear) is nn.Linear and not hooked(linear)]
-        values = [x, *(parameter for linear in linears for parameter in (linear.weight, linear.bias))]
-        plain = (type(value) in (Tensor, nn.Parameter) and value.dtype == x.dtype for value in values)
-        return (linears[0], linears[1]) if len(linears) == 2 and all(plain) else None
+        first, last = modules[0], modules[2]
+        if type(first) is not nn.Linear or type(last) is not nn.Linear or hooked(first) or hooked(last):
+            return None
+        values = x, first.weight, first.bias, last.weight, last.bias
+        plain = (type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided for value in values)
+        return (first, last) if all(plain) and len({value.dtype for value in values}) == 1 else None
 
     def fuses(self, norm: Any) -> bool:
         """Whether kernels replace a norm: a layer norm with weight and bias, and without hooks."""

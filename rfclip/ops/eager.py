@@ -2,7 +2,7 @@
 
 What differs from the reference is the order of the work, not its result (relative error at most 1e-5 in float32):
 
-- No matrix over all heads and tokens is kept: rows are processed in tiles that stay in the cache.
+- No matrix over all heads and tokens is kept: rows are processed in tiles that stay in the caches of the threads.
 - Refocused attention on a CPU is the attention to the keys of each group, merged by the groups' shares; with many
   tokens it is a flash attention whose log-sum-exp gives the shares.
 - The graph cut filters the last block's vectors, as the kernels do.
@@ -46,8 +46,8 @@ __all__ = [
     "self_attention",
 ]
 
-TILE = 1 << 19  # numbers in a tile of attention, 2 MB in float32, of as many heads as fit
-LEAST_ROWS = 320  # of a tile, if there are so many: products of fewer rows are slower, even in the cache
+TILE = 1 << 19  # numbers in a tile of attention, 2 MB in float32, of as many heads as fit, but one or more a thread
+ROWS = 320  # in a tile of long ones, at most: products of fewer are slower, even in the cache
 VECTOR = 16  # float32 in 64 bytes
 FLASH_TOKENS = 400  # from this many on, a flash attention per group is faster than one matrix of attention
 SUMMED_LAYERS = 3  # from this many on, the proxy attention sums matrices; a flash attention each is slower
@@ -77,7 +77,7 @@ def quick_gelu(x: Tensor, inplace: bool) -> Tensor:
 
 
 def quick_gelu_mlp(x: Tensor, first: nn.Linear, last: nn.Linear) -> Tensor:
-    """last(QuickGELU(first(x))) of x [..., d], with the factors of silu(1.702 x) / 1.702 in the products."""
+    """last(QuickGELU(first(x))) of x [..., T, d], with the factors of silu(1.702 x) / 1.702 in the products."""
     hidden = torch.addmm(first.bias, x.flatten(0, -2), first.weight.T, beta=1.702, alpha=1.702)
     out = torch.addmm(last.bias, F.silu(hidden, inplace=True), last.weight.T, alpha=1 / 1.702)
     return out.unflatten(0, x.shape[:-1])
@@ -119,7 +119,9 @@ def key_similarity(k: Tensor, running: Tensor, count: int, scale: float, prefix:
         return
     running.mul_(count / (count + 1)) if count else running.zero_()
     for b, _, rows, A in _tiles(k, k, scale, prefix):
-        for head in A:
+        # Head by head a CPU is quicker; elsewhere each would be a launch, and with gradients a node.
+        summed = A if A.device.type == "cpu" and not A.requires_grad else A.sum(dim=0, keepdim=True)
+        for head in summed:
             running[b, rows].add_(head, alpha=1 / (k.shape[1] * (count + 1)))
 
 
@@ -422,7 +424,7 @@ def _tile_sides(H: int, T: int) -> tuple[int, int]:
     Each thread has a head or more, so that what it has multiplied is in its cache when it takes the softmax.
     """
     heads = min(H, max(torch.get_num_threads(), TILE // T**2))
-    most = max(LEAST_ROWS, TILE // (heads * T))
+    most = max(ROWS, TILE // (heads * T))
     return heads, math.ceil(T / math.ceil(T / most))
 
 

@@ -177,16 +177,20 @@ def test_masks_of_scenes(monkeypatch, whole):
     assert ((target != want).sum(dim=1) <= 1).all()
 
 
-@pytest.mark.parametrize("N", [5, 64, 126])
-def test_ends_of_rounds_in_many_programs(monkeypatch, N):
+@pytest.mark.parametrize(
+    ("N", "dtype"), [(1, torch.float16), (5, torch.float32), (64, torch.float16), (126, torch.float16)]
+)
+@pytest.mark.parametrize("started", [False, True], ids=["anew", "from a start"])
+def test_ends_of_rounds_in_many_programs(monkeypatch, N, dtype, started):
     """Each finds the sign of y, its mean, and how many patches of T lie before its own."""
-    affinity = affinities(2, (1, N))
-    distraction = torch.arange(2 * N, device=DEVICE).view(N, 2).T % 5 == 1
+    affinity = affinities(3, (1, N)).to(dtype)
+    distraction = torch.arange(3 * N, device=DEVICE).view(N, 3).T % 5 == 1
+    distraction[1] = False
     monkeypatch.setattr(cut, "whole", lambda affinity: 0)
-    want = rfclip_kernels.defocused_tokens(affinity, distraction)
+    start = rfclip_kernels.defocused_tokens(affinity, distraction)[0] if started else None
+    want = rfclip_kernels.defocused_tokens(affinity, distraction, start)
     monkeypatch.setattr(cut, "BLOCK_ENDS", 16)
-    monkeypatch.setattr(cut, "BLOCK_ALL", 32)
-    got = rfclip_kernels.defocused_tokens(affinity, distraction)
+    got = rfclip_kernels.defocused_tokens(affinity, distraction, start)
     torch.testing.assert_close(got[0], want[0])
     exact = reference.defocused_tokens(affinity.double(), distraction)
     for found in (want, got):

@@ -160,8 +160,10 @@ def test_an_activation_writes_over_nothing_that_is_seen(activation, seen, monkey
         torch.testing.assert_close(first.weight.grad, expected)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
 @pytest.mark.parametrize(
-    "case", ["float32", "float64", "bfloat16", "autocast", "no bias", "another layer", "layers after it"]
+    "case",
+    ["float32", "float64", "bfloat16", "autocast", "no bias", "sparse", "hook", "another layer", "layers after it"],
 )
 def test_products_that_take_the_factors_of_quick_gelu(case, monkeypatch):
     torch.manual_seed(0)
@@ -170,6 +172,10 @@ def test_products_that_take_the_factors_of_quick_gelu(case, monkeypatch):
         dtype = getattr(torch, case)
     if case == "no bias":
         layers[2] = nn.Linear(8, 4, bias=False)
+    elif case == "sparse":
+        layers[2].weight = nn.Parameter(layers[2].weight.detach().to_sparse_csr())
+    elif case == "hook":
+        layers[2].register_forward_hook(lambda module, inputs, output: 2 * output)
     elif case == "another layer":
         layers[0] = type("Adapter", (nn.Linear,), {"forward": lambda self, x: -super(type(self), self).forward(x)})(
             4, 8

@@ -35,10 +35,11 @@ def packed(size, seed=0):
     return randn(B, T, 3 * H * D, seed=seed).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4).unbind()
 
 
-@pytest.fixture(params=["flash", "tiles", "compiled"])
+@pytest.fixture(params=["matrix", "flash", "tiles", "compiled"])
 def path(request, monkeypatch):
-    """The ways to compute refocused attention: merged groups, the path for other devices, and that for compilers."""
+    """Refocused attention of groups, in one matrix or merged, and the ways of other devices and of compilers."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param == "compiled")
+    monkeypatch.setattr(implementation, "FLASH_TOKENS", 1 if request.param == "flash" else 1 << 20)
     return request.param
 
 
@@ -51,6 +52,18 @@ def test_refocused_attention(path, size, beta):
     for dis, target in ((u < 0.3, u > 0.6), (u < 0.3, u < 0), (u < 0, u > 0.6), (u < 0.05, u >= 0.05), (u < 2, u < 0)):
         want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, target, beta).detach()
         check(eager.refocused_attention(q, k, v, dis, target, beta).detach(), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_refocused_attention_in_other_dtypes(path, dtype):
+    q, k, v = (t.to(dtype) for t in packed((2, 3, 50, 16)))
+    dis = torch.arange(98).view(49, 2).T % 7 == 0
+    target = torch.arange(98).view(49, 2).T % 3 == 1
+    dis[1], target[1] = False, torch.arange(49) == 5  # one image without distraction
+    want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, target, 0.7)
+    for queries in (q, q.mT.contiguous().mT):
+        got = eager.refocused_attention(queries.requires_grad_(path == "tiles"), k, v, dis, target, 0.7)
+        check(got.detach(), want, {torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype])
 
 
 def test_a_target_with_cls(path):
@@ -82,7 +95,7 @@ def tile(request, monkeypatch):
     if request.param != "compiled":
         size, rows, threads = request.param
         monkeypatch.setattr(implementation, "TILE", size)
-        monkeypatch.setattr(implementation, "LEAST_ROWS", rows)
+        monkeypatch.setattr(implementation, "ROWS", rows)
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
 
 
