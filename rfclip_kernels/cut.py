@@ -523,7 +523,7 @@ def cut_round_kernel(
     tiles, blocks, o_p = tl.cdiv(N, BM), tl.cdiv(N, BV), tl.arange(0, 8)
     i_b, first = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BV
     p_vectors, p_halves, p_degree = vectors_ptr + i_b * 2 * N * 8, halves_ptr + i_b * 2 * N * 16, degree_ptr + i_b * N
-    b_gram = tl.reshape(sum_tiles(gram_ptr + i_b * tiles * GRAM, tiles, 64, GRAM), [16, 16])
+    b_gram = tl.reshape(sum_tiles(gram_ptr + i_b * tiles * GRAM, tiles, 32, GRAM), [16, 16])
     b_ritz = ritz_coefficients(b_gram, SQUARINGS, NEW)
     o_n, here, there = first + tl.arange(0, BV), last % 2, (last + 1) % 2
     m_n = o_n < N
