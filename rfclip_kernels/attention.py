@@ -50,15 +50,33 @@ def fp16_unit(N):
 
 
 @triton.jit
-def softmax_step(b_s, b_max, b_sum):
-    """One step of the online softmax, in base 2: b_s [BM, BN] logits; -1e30 is the maximum over nothing.
+def softmax_step(b_s, scale, b_max, b_sum):
+    """One step of the online softmax, in base 2, over logits scale b_s [BM, BN]; -1e30 is the maximum over nothing.
 
     Returns p, the new maximum and sum, and the factor for what was accumulated before.
     """
-    b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+    b_new = tl.maximum(b_max, tl.max(b_s, axis=1) * scale)
     b_shrink = tl.exp2(b_max - b_new)
-    b_p = tl.exp2(b_s - b_new[:, None])  # [BM, BN]
+    b_p = tl.exp2(tl.fma(b_s, scale, -b_new[:, None]))  # [BM, BN]
     return b_p, b_new, b_sum * b_shrink + tl.sum(b_p, axis=1), b_shrink
+
+
+@triton.jit
+def positive(scale):
+    """A scale of at least 0 as fp32 (it is fp64 from some Inductors), and not 0, so that -inf times it is -inf."""
+    return tl.maximum(tl.cast(scale, tl.float32), 1e-30)
+
+
+@triton.jit
+def key_products(b_q, p_k, stride_kt, i_k, m_d, m_n, ALL: tl.constexpr, PRECISION: tl.constexpr):
+    """The products of rows with the keys i_k, [BM, BN]: -inf outside of m_n, or else ALL are in it."""
+    if ALL:  # a mask costs two instructions for every product
+        b_s = dot(b_q, tl.load(p_k[:, None] + i_k[None, :] * stride_kt, mask=m_d[:, None], other=0.0), PRECISION)
+    else:
+        m_k = m_d[:, None] & m_n[None, :]
+        b_k = tl.load(p_k[:, None] + i_k[None, :] * stride_kt, mask=m_k, other=0.0)  # [BD, BN]
+        b_s = tl.where(m_n[None, :], dot(b_q, b_k, PRECISION), float("-inf"))
+    return b_s
 
 
 @triton.jit
@@ -86,33 +104,38 @@ def add_key(b_l, b_v, taken, b_max, b_sum, b_acc):
 
 
 @triton.jit
-def store_order(p_order, m_taken, m_target, n_before, n_others, o_n, N):
-    """Number some patches: where the next of T goes, and the next of the others. It returns how many are of T."""
-    b_target = (m_target & (o_n < N)).to(tl.int32)
-    i_place = tl.where(b_target == 1, n_before + tl.cumsum(b_target, 0), n_others + tl.cumsum(1 - b_target, 0)) - 1
-    tl.store(p_order + i_place, tl.where(m_taken, -1 - o_n, o_n), mask=o_n < N)
-    return tl.sum(b_target.to(tl.float32), axis=0).to(tl.int32)
+def store_order(p_order, m_taken, m_target, n_target, n_free, i_target, i_taken, o_n, N):
+    """Number some patches: n_target of T, what is neither in T nor S, and n_free patches later S, as -1 - n.
+
+    i_target of T and i_taken of S come before these patches; it returns how many there are up to their last one.
+    """
+    b_target, b_taken = (m_target & (o_n < N)).to(tl.int32), (m_taken & (o_n < N)).to(tl.int32)
+    b_i_target, b_i_taken = i_target + tl.cumsum(b_target, 0), i_taken + tl.cumsum(b_taken, 0)
+    b_place = tl.where(b_target == 1, b_i_target - 1, n_target + o_n - b_i_target - b_i_taken)
+    b_place = tl.where(b_taken == 1, n_free + b_i_taken - 1, b_place)
+    tl.store(p_order + b_place, tl.where(m_taken, -1 - o_n, o_n), mask=o_n < N)
+    return tl.max(b_i_target, axis=0), tl.max(b_i_taken, axis=0)
 
 
 @triton.jit
 def order_patches(p_distraction, stride_dn, p_target, stride_tn, p_order, N, BN: tl.constexpr):
-    """Number the patches of an image, those of T first: [N + 1], the count of T and then the patches, S as -1 - n."""
-    b_count = tl.zeros([BN], tl.float32)  # counts are exact in fp32
+    """Number the patches of an image: [N + 1], the count of T, and the patches as `store_order` places them."""
+    b_target, b_taken = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)  # counts are exact in fp32
     for start in range(0, N, BN):
         o_n = start + tl.arange(0, BN)
         m_taken = tl.load(p_distraction + o_n * stride_dn, mask=o_n < N, other=0) != 0
         m_target = tl.load(p_target + o_n * stride_tn, mask=o_n < N, other=0) != 0
-        b_count += tl.where(m_taken, 0.0, m_target.to(tl.float32))
-    n_target = tl.sum(b_count, axis=0).to(tl.int32)
+        b_target += tl.where(m_taken, 0.0, m_target.to(tl.float32))
+        b_taken += m_taken.to(tl.float32)
+    n_target, n_free = tl.sum(b_target, axis=0).to(tl.int32), N - tl.sum(b_taken, axis=0).to(tl.int32)
     tl.store(p_order, n_target)
-    n_before, n_others = 1, 1 + n_target  # where the next patch of T, and the next of the others, goes
+    i_target, i_taken = 0, 0
     for start in range(0, N, BN):
         o_n = start + tl.arange(0, BN)
         m_taken = tl.load(p_distraction + o_n * stride_dn, mask=o_n < N, other=0) != 0
         m_target = tl.load(p_target + o_n * stride_tn, mask=o_n < N, other=0) != 0
-        n_new = store_order(p_order, m_taken, m_target & (m_taken == 0), n_before, n_others, o_n, N)
-        n_before += n_new
-        n_others += BN - n_new
+        m_target &= m_taken == 0
+        i_target, i_taken = store_order(p_order + 1, m_taken, m_target, n_target, n_free, i_target, i_taken, o_n, N)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -130,6 +153,44 @@ def order_kernel(
     i_b = tl.program_id(0).to(tl.int64)
     p_distraction, p_target = distraction_ptr + i_b * stride_db, target_ptr + i_b * stride_tb
     order_patches(p_distraction, stride_dn, p_target, stride_tn, order_ptr + i_b * (N + 1), N, BN)
+
+
+@triton.jit
+def add_tile(
+    b_q,
+    p_k,
+    p_v,
+    stride_kt,
+    stride_vt,
+    p_order,
+    n,
+    m_d,
+    scale,
+    b_keep,
+    b_max,
+    b_sum,
+    b_sum_taken,
+    b_acc,
+    REST: tl.constexpr,
+    ALL: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One step of a run with the next n keys of an order, of which ALL the BN of a tile are there; only REST has S."""
+    m_n = tl.arange(0, BN) < n
+    i_n = tl.load(p_order + tl.arange(0, BN)) if ALL else tl.load(p_order + tl.arange(0, BN), mask=m_n, other=0)
+    i_k = tl.maximum(i_n, -1 - i_n) if REST else i_n
+    b_s = key_products(b_q, p_k, stride_kt, i_k, m_d, m_n, ALL, PRECISION)
+    b_p, b_max, b_sum, b_shrink = softmax_step(b_s, scale, b_max, b_sum)
+    if REST:  # noqa: SIM102  known to the compiler
+        if tl.load(p_order + n - 1) < 0:  # or none of the tile is of S, which comes last
+            m_taken = (i_n < 0)[None, :]
+            b_sum_taken = b_sum_taken * b_shrink + tl.sum(tl.where(m_taken, b_p, 0.0), axis=1)
+            b_p = tl.where(m_taken, b_p * b_keep[:, None], b_p)
+    m_v = m_d[None, :] if ALL else m_n[:, None] & m_d[None, :]
+    b_v = tl.load(p_v[None, :] + i_k[:, None] * stride_vt, mask=m_v, other=0.0)
+    # [BM, BN] @ [BN, BD] -> [BM, BD]
+    return b_max, b_sum, b_sum_taken, b_acc * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)
 
 
 @triton.jit(do_not_specialize=["H", "T"])
@@ -166,7 +227,7 @@ def refocused_attention_kernel(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    beta, scale = tl.cast(beta, tl.float32), tl.cast(scale, tl.float32)  # fp64 from some Inductors
+    beta, scale = tl.cast(beta, tl.float32), positive(scale)  # fp64 from some Inductors
     i_b, i_h, i_m = image_head_rows(H, T, BM)
     o_m = i_m * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
@@ -194,33 +255,94 @@ def refocused_attention_kernel(
         b_max_rest, b_sum_rest, b_acc_rest = add_key(b_l, b_v_one, in_target == 0, b_max_rest, b_sum_rest, b_acc_rest)
     # The rows of the prefix, and every row of an image without target, stay as they are.
     b_beta = tl.where((o_m >= PREFIX) & with_target, beta, 0.0)  # [BM]
-    for start in range(0, n_target, BN):
-        o_n = start + tl.arange(0, BN)
-        m_n = o_n < n_target
-        i_k = PREFIX + tl.load(p_order + o_n, mask=m_n, other=0)
-        m_k = m_d[:, None] & m_n[None, :]
-        b_k = tl.load(p_k[:, None] + i_k[None, :] * stride_kt, mask=m_k, other=0.0)  # [BD, BN]
-        # [BM, BD] @ [BD, BN] -> [BM, BN]
-        b_s = tl.where(m_n[None, :], dot(b_q, b_k, PRECISION) * scale, float("-inf"))
-        b_p, b_max, b_sum, b_shrink = softmax_step(b_s, b_max, b_sum)
-        b_v = tl.load(p_v[None, :] + i_k[:, None] * stride_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
-        b_acc = b_acc * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
-
+    b_keep = 1 - b_beta  # of S
     b_sum_taken = tl.zeros([BM], tl.float32)  # of S alone
-    for start in range(n_target, N, BN):
-        o_n = start + tl.arange(0, BN)
-        m_n = o_n < N
-        i_n = tl.load(p_order + o_n, mask=m_n, other=0)
-        m_taken = i_n < 0
-        i_k = PREFIX + tl.where(m_taken, -1 - i_n, i_n)
-        m_k = m_d[:, None] & m_n[None, :]
-        b_k = tl.load(p_k[:, None] + i_k[None, :] * stride_kt, mask=m_k, other=0.0)
-        b_s = tl.where(m_n[None, :], dot(b_q, b_k, PRECISION) * scale, float("-inf"))
-        b_p, b_max_rest, b_sum_rest, b_shrink = softmax_step(b_s, b_max_rest, b_sum_rest)
-        b_sum_taken = b_sum_taken * b_shrink + tl.sum(tl.where(m_taken[None, :], b_p, 0.0), axis=1)
-        b_p = tl.where(m_taken[None, :], b_p * (1 - b_beta)[:, None], b_p)
-        b_v = tl.load(p_v[None, :] + i_k[:, None] * stride_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
-        b_acc_rest = b_acc_rest * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)
+    last, last_rest = n_target // BN * BN, n_target + (N - n_target) // BN * BN
+    p_k, p_v = p_k + PREFIX * stride_kt, p_v + PREFIX * stride_vt
+    for start in range(0, last, BN):
+        b_max, b_sum, _taken, b_acc = add_tile(
+            b_q,
+            p_k,
+            p_v,
+            stride_kt,
+            stride_vt,
+            p_order + start,
+            BN,
+            m_d,
+            scale,
+            b_keep,
+            b_max,
+            b_sum,
+            b_sum_taken,
+            b_acc,
+            False,
+            True,
+            BN,
+            PRECISION,
+        )
+    if last < n_target:
+        b_max, b_sum, _taken, b_acc = add_tile(
+            b_q,
+            p_k,
+            p_v,
+            stride_kt,
+            stride_vt,
+            p_order + last,
+            n_target - last,
+            m_d,
+            scale,
+            b_keep,
+            b_max,
+            b_sum,
+            b_sum_taken,
+            b_acc,
+            False,
+            False,
+            BN,
+            PRECISION,
+        )
+    for start in range(n_target, last_rest, BN):
+        b_max_rest, b_sum_rest, b_sum_taken, b_acc_rest = add_tile(
+            b_q,
+            p_k,
+            p_v,
+            stride_kt,
+            stride_vt,
+            p_order + start,
+            BN,
+            m_d,
+            scale,
+            b_keep,
+            b_max_rest,
+            b_sum_rest,
+            b_sum_taken,
+            b_acc_rest,
+            True,
+            True,
+            BN,
+            PRECISION,
+        )
+    if last_rest < N:
+        b_max_rest, b_sum_rest, b_sum_taken, b_acc_rest = add_tile(
+            b_q,
+            p_k,
+            p_v,
+            stride_kt,
+            stride_vt,
+            p_order + last_rest,
+            N - last_rest,
+            m_d,
+            scale,
+            b_keep,
+            b_max_rest,
+            b_sum_rest,
+            b_sum_taken,
+            b_acc_rest,
+            True,
+            False,
+            BN,
+            PRECISION,
+        )
 
     b_top = tl.maximum(b_max, b_max_rest)
     b_target, b_rest = tl.exp2(b_max - b_top), tl.exp2(b_max_rest - b_top)
@@ -229,6 +351,44 @@ def refocused_attention_kernel(
     b_out = b_out / (b_sum * b_target + b_sum_rest * b_rest)[:, None]
     p_out = out_ptr + ((i_b * T + o_m[:, None]) * H + i_h) * D + o_d[None, :]
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_q)
+
+
+@triton.jit
+def attend(
+    b_q,
+    p_k,
+    p_v,
+    p_bias,
+    stride_kt,
+    stride_vt,
+    stride_bn,
+    o_n,
+    T,
+    gw,
+    m_biased,
+    m_d,
+    scale,
+    b_max,
+    b_sum,
+    b_acc,
+    BIAS: tl.constexpr,
+    PREFIX: tl.constexpr,
+    ALL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One step with the keys o_n, of which ALL are less than T."""
+    m_n = o_n < T
+    b_s = key_products(b_q, p_k, stride_kt, o_n, m_d, m_n, ALL, PRECISION)
+    if BIAS != "none":
+        i_n = o_n - PREFIX
+        to_n = -(i_n // gw * (2 * gw - 1) + i_n % gw) if BIAS == "offsets" else i_n * stride_bn
+        m_bias = m_biased[:, None] if ALL else m_biased[:, None] & m_n[None, :]
+        b_bias = tl.load(p_bias[:, None] + to_n[None, :], mask=m_bias, other=0.0).to(tl.float32)
+        b_s, scale = tl.fma(b_s, scale, b_bias * LOG2E), 1.0
+    b_p, b_max, b_sum, b_shrink = softmax_step(b_s, scale, b_max, b_sum)
+    m_v = m_d[None, :] if ALL else m_n[:, None] & m_d[None, :]
+    b_v = tl.load(p_v[None, :] + o_n[:, None] * stride_vt, mask=m_v, other=0.0)
+    return b_max, b_sum, b_acc * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)
 
 
 @triton.jit(do_not_specialize=["H", "T"])
@@ -279,11 +439,12 @@ def self_attention_kernel(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    scale, factor = tl.cast(scale, tl.float32), tl.cast(factor, tl.float32)  # fp64 from some Inductors
+    scale, factor = positive(scale), tl.cast(factor, tl.float32)  # fp64 from some Inductors
     first = PREFIX if DROP else 0
     i_b, i_h, i_m = image_head_rows(H, T - first, BM)
     if SCALES:
-        scale = tl.load(scales_ptr + i_b * stride_sb).to(tl.float32) * LOG2E
+        signed_scale = tl.load(scales_ptr + i_b * stride_sb).to(tl.float32) * LOG2E
+        scale = positive(tl.abs(signed_scale))
     o_m = first + i_m * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
@@ -301,6 +462,8 @@ def self_attention_kernel(
     b_out = tl.zeros([BM, BD], tl.float32)
     for _layer in range(0, L):
         b_q = tl.load(p_q[None, :] + o_m[:, None] * stride_qt, mask=m_m, other=0.0)  # [BM, BD]
+        if SCALES:
+            b_q = (b_q.to(tl.float32) * tl.where(signed_scale < 0, -1.0, 1.0)).to(b_q.dtype)
         b_acc = tl.zeros([BM, BD], tl.float32) + b_first[None, :]
         if PREFIX > 0:  # the first key needs no step, which would cost registers
             b_max, b_sum = key_logits(b_q, p_k, m_d, scale), tl.full([BM], 1.0, tl.float32)
@@ -310,20 +473,53 @@ def self_attention_kernel(
             b_l = key_logits(b_q, p_k + i * stride_kt, m_d, scale)
             b_v_one = tl.load(p_v + i * stride_vt, mask=m_d & (DROP == 0), other=0.0).to(tl.float32)  # [BD]
             b_max, b_sum, b_acc = add_key(b_l, b_v_one, True, b_max, b_sum, b_acc)
-        for start in range(PREFIX, T, BN):
-            o_n = start + tl.arange(0, BN)
-            m_n = o_n < T
-            m_k = m_d[:, None] & m_n[None, :]
-            b_k = tl.load(p_k[:, None] + o_n[None, :] * stride_kt, mask=m_k, other=0.0)  # [BD, BN]
-            b_s = dot(b_q, b_k, PRECISION) * scale
-            if BIAS != "none":
-                i_n = o_n - PREFIX
-                to_n = -(i_n // gw * (2 * gw - 1) + i_n % gw) if BIAS == "offsets" else i_n * stride_bn
-                m_bias = m_biased[:, None] & m_n[None, :]
-                b_s += tl.load(p_bias[:, None] + to_n[None, :], mask=m_bias, other=0.0).to(tl.float32) * LOG2E
-            b_p, b_max, b_sum, b_shrink = softmax_step(tl.where(m_n[None, :], b_s, float("-inf")), b_max, b_sum)
-            b_v = tl.load(p_v[None, :] + o_n[:, None] * stride_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
-            b_acc = b_acc * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)
+        last = PREFIX + (T - PREFIX) // BN * BN
+        for start in range(PREFIX, last, BN):
+            b_max, b_sum, b_acc = attend(
+                b_q,
+                p_k,
+                p_v,
+                p_bias,
+                stride_kt,
+                stride_vt,
+                stride_bn,
+                start + tl.arange(0, BN),
+                T,
+                gw,
+                m_biased,
+                m_d,
+                scale,
+                b_max,
+                b_sum,
+                b_acc,
+                BIAS,
+                PREFIX,
+                True,
+                PRECISION,
+            )
+        if last < T:
+            b_max, b_sum, b_acc = attend(
+                b_q,
+                p_k,
+                p_v,
+                p_bias,
+                stride_kt,
+                stride_vt,
+                stride_bn,
+                last + tl.arange(0, BN),
+                T,
+                gw,
+                m_biased,
+                m_d,
+                scale,
+                b_max,
+                b_sum,
+                b_acc,
+                BIAS,
+                PREFIX,
+                False,
+                PRECISION,
+            )
         b_out += b_acc / b_sum[:, None]
         p_q += stride_ql
         p_k += stride_kl
@@ -389,9 +585,9 @@ def proxy_attention_kernel(
                 b_q = tl.load(p_q, mask=m_m[:, None] & (o_k < D)[None, :], other=0.0)  # [BM, BK]
                 p_other = p_layer + o_n[None, :] * stride_kt + o_k[:, None] * stride_kd
                 b_k = tl.load(p_other, mask=(o_k < D)[:, None] & m_n[None, :], other=0.0)  # [BK, BN]
-                b_s += dot(b_q, b_k, PRECISION) * scale
-            b_lse = tl.load(p_sums, mask=m_m, other=0.0)
-            b_p += tl.exp2(b_s - b_lse[:, None] * LOG2E)
+                b_s += dot(b_q, b_k, PRECISION)
+            b_lse = tl.load(p_sums, mask=m_m, other=0.0) * LOG2E
+            b_p += tl.exp2(tl.fma(b_s, scale, -b_lse[:, None]))
             p_layer += stride_kl
             p_sums += stride_sl
         m_v = m_n[:, None] & m_d[None, :]

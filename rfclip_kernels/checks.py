@@ -85,7 +85,8 @@ def number(name: str, value: float, low: float = float("-inf"), high: float = fl
     """A finite number within bounds, as a float."""
     finite = isinstance(value, Real) and float("-inf") < value < float("inf")  # compilers cannot trace math.isfinite
     if not finite or not low <= value <= high:
-        within = f" in [{low}, {high}]" if high < float("inf") else ""
+        within = f" of at least {low}" if low > float("-inf") else ""
+        within = f" in [{low}, {high}]" if high < float("inf") else within
         raise ValueError(f"{name} must be a number{within}, got {value!r}")
     return float(value)
 
@@ -114,7 +115,7 @@ def heads(scale: float | None, prefix: int, **tensors: Tensor) -> tuple[dict[str
 
 def attention_scale(scale: float | None, D: int) -> float:
     """The factor of the logits, D ** -0.5 by default."""
-    return number("scale", D**-0.5 if scale is None else scale)
+    return number("scale", D**-0.5 if scale is None else scale, 0)
 
 
 def offset_table(bias: Tensor, N: int) -> None:

@@ -553,19 +553,23 @@ def cut_round_kernel(
             mean = tl.div_rn(scale * tl.sum(b_sum, axis=0), N.to(tl.float32))
             # Its own targets come from the loop that counts all: other code might find one more or less.
             b_all, b_before, b_own = tl.zeros([BV], tl.float32), tl.zeros([BV], tl.float32), tl.zeros([BV], tl.float32)
+            b_taken, b_taken_before = tl.zeros([BV], tl.float32), tl.zeros([BV], tl.float32)
             for start in range(0, N, BV):
                 o_all = start + tl.arange(0, BV)
-                m_free = tl.load(p_distraction + o_all * stride_dn, mask=o_all < N, other=1) == 0
+                m_taken = tl.load(p_distraction + o_all * stride_dn, mask=o_all < N, other=0) != 0
                 b_y, _degree = ritz_vector(p_vectors, p_degree, b_y_of_q, there, o_all, N)
-                b_target = (m_free & (scale * b_y > mean)).to(tl.float32)
+                b_target = ((o_all < N) & (m_taken == 0) & (scale * b_y > mean)).to(tl.float32)
                 b_all += b_target
+                b_taken += m_taken.to(tl.float32)
                 b_before += tl.where(start < first, b_target, 0.0)
+                b_taken_before += tl.where(start < first, m_taken.to(tl.float32), 0.0)
                 b_own = tl.where(start == first, b_target, b_own)
-            n_target, n_before = tl.sum(b_all, axis=0).to(tl.int32), tl.sum(b_before, axis=0).to(tl.int32)
-            m_taken, m_target = tl.load(p_distraction + o_n * stride_dn, mask=m_n, other=1) != 0, b_own > 0
+            n_target, n_free = tl.sum(b_all, axis=0).to(tl.int32), N - tl.sum(b_taken, axis=0).to(tl.int32)
+            i_target, i_taken = tl.sum(b_before, axis=0).to(tl.int32), tl.sum(b_taken_before, axis=0).to(tl.int32)
+            m_taken, m_target = tl.load(p_distraction + o_n * stride_dn, mask=m_n, other=0) != 0, b_own > 0
             tl.store(target_ptr + i_b * N + o_n, m_target, mask=m_n)
             tl.store(p_order, n_target, mask=first == 0)
-            store_order(p_order, m_taken, m_target, 1 + n_before, 1 + n_target + first - n_before, o_n, N)
+            store_order(p_order + 1, m_taken, m_target, n_target, n_free, i_target, i_taken, o_n, N)
 
 
 def whole(affinity: Tensor) -> int:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .attention import BLOCK_PATCHES, LOG2E, constants, dot, image_head_rows, precision
+from .attention import BLOCK_PATCHES, LOG2E, constants, dot, image_head_rows, positive, precision
 from .distraction import dimensions, list_marked, mean_of_neighbours, neighbours
 from .launch import check_launch, interpreted, on_device, operator, strides, wrap_triton
 from .similarity import row_logsumexp
@@ -53,7 +53,7 @@ def received_attention_kernel(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    scale = tl.cast(scale, tl.float32)  # fp64 from some Inductors
+    scale = positive(scale)
     N = T - PREFIX
     i_b, i_h, i_m = image_head_rows(H, N, BM)
     p_list = list_ptr + tl.program_id(0).to(tl.int64) * N
@@ -76,7 +76,7 @@ def received_attention_kernel(
         i_n = tl.load(p_list + o_n, mask=m_n, other=0) if CHOOSE else o_n
         m_k = m_d[:, None] & m_n[None, :]
         b_k = tl.load(p_k[:, None] + (PREFIX + i_n[None, :]) * stride_kt, mask=m_k, other=0.0)  # [BD, BN]
-        b_p = tl.exp2(dot(b_q, b_k, PRECISION) * scale - b_lse[:, None])  # [BM, BN]
+        b_p = tl.exp2(tl.fma(dot(b_q, b_k, PRECISION), scale, -b_lse[:, None]))  # [BM, BN]
         tl.store(p_sums + i_n, tl.sum(tl.where(m_m[:, None], b_p, 0.0), axis=0), mask=m_n)
 
 

@@ -243,7 +243,7 @@ class Operations:
 
         Args:
             q, k: queries and keys [B, H, T, D] of the same floating-point dtype.
-            scale: factor of the logits, D ** -0.5 by default.
+            scale: factor of the logits, at least 0, D ** -0.5 by default.
             prefix: the number of leading tokens that are not patches, T > prefix.
 
         Returns:
@@ -595,8 +595,8 @@ class Operations:
         Returns:
             vectors [B, R, N], float32 or float64, of which the first is y, and others, if there are any, help the next
             layer; the defocused tokens, bool [B, N]; and the order of the patches for `refocused_attention`, int32
-            [B, N + 1]: the number of defocused tokens, those tokens, and all others in ascending order, distraction
-            tokens n as -1 - n. What is returned for an image without distraction is not specified.
+            [B, N + 1]: the number of defocused tokens, those tokens, those that are neither, and distraction tokens n
+            as -1 - n, each in ascending order. What is returned for an image without distraction is not specified.
         """
         sizes = tensor_sizes("affinity", affinity, "B N N")
         tensor_sizes("distraction", distraction, "B N", sizes, torch.bool)
@@ -675,7 +675,7 @@ class Operations:
             bias: floating-point, the same for all heads; the rows and columns of the prefix have none. The logit of
                 patches i and j gets bias[row_i - row_j + gh - 1, column_i - column_j + gw - 1] of [2 gh - 1, 2 gw - 1]
                 with gh * gw = N, which is for all images, or bias[b, i, j] of [B, N, N].
-            scale: a factor of the logits, D ** -0.5 by default, or one for each image, floating-point [B].
+            scale: a factor of the logits, at least 0, D ** -0.5 by default; or any for each image, floating-point [B].
             prefix: as in `received_attention`.
             factor: of what is added.
             out: to what it is added, [B, H, T, D] of the inputs' dtype; nothing by default.

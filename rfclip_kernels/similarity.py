@@ -14,7 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import LOG2E, constants, dot, fp16_unit, image_head_rows, key_logits, softmax_step
+from .attention import (
+    LOG2E,
+    constants,
+    dot,
+    fp16_unit,
+    image_head_rows,
+    key_logits,
+    key_products,
+    positive,
+    softmax_step,
+)
 from .launch import check_launch, on_device, operator, strides, wrap_triton
 from .operations import affinity_dtype
 
@@ -28,12 +38,13 @@ def row_logsumexp(b_q, p_k, m_d, T, scale, stride_kt, PREFIX: tl.constexpr, BN: 
         b_new = tl.maximum(b_max, b_l)
         b_sum = b_sum * tl.exp2(b_max - b_new) + tl.exp2(b_l - b_new)
         b_max = b_new
-    for start in range(PREFIX, T, BN):
-        o_n = start + tl.arange(0, BN)
-        m_n = o_n < T
-        b_k = tl.load(p_k[:, None] + o_n[None, :] * stride_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
-        b_s = tl.where(m_n[None, :], dot(b_q, b_k, PRECISION) * scale, float("-inf"))
-        _p, b_max, b_sum, _shrink = softmax_step(b_s, b_max, b_sum)
+    last, o_n = PREFIX + (T - PREFIX) // BN * BN, tl.arange(0, BN)
+    for start in range(PREFIX, last, BN):
+        b_s = key_products(b_q, p_k, stride_kt, start + o_n, m_d, o_n >= 0, True, PRECISION)
+        _p, b_max, b_sum, _shrink = softmax_step(b_s, scale, b_max, b_sum)
+    if last < T:
+        b_s = key_products(b_q, p_k, stride_kt, last + o_n, m_d, last + o_n < T, False, PRECISION)
+        _p, b_max, b_sum, _shrink = softmax_step(b_s, scale, b_max, b_sum)
     return b_max + tl.log2(b_sum)
 
 
@@ -61,7 +72,7 @@ def row_logsumexp_kernel(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    scale = tl.cast(scale, tl.float32)  # fp64 from some Inductors
+    scale = positive(scale)
     i_b, i_h, i_m = image_head_rows(H, T, BM)
     o_m = i_m * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
@@ -126,11 +137,11 @@ def key_similarity_kernel(
             b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)  # [BM, BK]
             p_other = p_k + o_n[None, :] * stride_kt + o_d[:, None] * stride_kd
             b_k = tl.load(p_other, mask=(o_d < D)[:, None] & m_n[None, :], other=0.0)  # [BK, BN]
-            b_s += dot(b_q, b_k, PRECISION) * scale
-        b_lse_m = tl.load(p_lse + o_m, mask=m_m, other=0.0)
-        b_lse_n = tl.load(p_lse + o_n, mask=m_n, other=0.0)
-        b_row = tl.exp2(b_s - b_lse_m[:, None] * LOG2E)
-        b_column = tl.exp2(b_s - b_lse_n[None, :] * LOG2E)
+            b_s += dot(b_q, b_k, PRECISION)
+        b_lse_m = tl.load(p_lse + o_m, mask=m_m, other=0.0) * LOG2E
+        b_lse_n = tl.load(p_lse + o_n, mask=m_n, other=0.0) * LOG2E
+        b_row = tl.exp2(tl.fma(b_s, scale, -b_lse_m[:, None]))
+        b_column = tl.exp2(tl.fma(b_s, scale, -b_lse_n[None, :]))
         if SYMMETRIC:  # one sum, which costs fewer registers
             b_mean += b_row + b_column
         else:

@@ -220,7 +220,7 @@ def defocused_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = fiedler_vector(affinity.to(computing_dtype(affinity)) / affinity_unit(affinity.shape[1]), None)
     target = defocus_mask(y, distraction, threshold)
-    patches = torch.argsort(~target, dim=-1, stable=True)
+    patches = torch.argsort((~target).int() + distraction.int(), dim=-1, stable=True)
     order = torch.where(distraction.gather(-1, patches), -1 - patches, patches)
     return y[:, None], target, torch.cat([target.sum(dim=-1, keepdim=True), order], dim=-1).int()
 

@@ -230,6 +230,7 @@ ERRORS = {
     "beta-large": (lambda f: f.refocused_attention(Q, Q, Q, M, M, 1.5), "beta", "[0, 1]", "got 1.5"),
     "beta-nan": (lambda f: f.refocused_attention(Q, Q, Q, M, M, math.nan), "beta", "[0, 1]", "got nan"),
     "scale-nan": (lambda f: f.received_attention(Q, Q, scale=math.nan), "scale must be a number", "nan"),
+    "scale-negative": (lambda f: f.key_normalizers(Q, scale=-0.1), "scale must be a number of at least 0", "-0.1"),
     "scale-text": (lambda f: f.proxy_attention(Q[None], Q, scale="auto"), "scale must be a number", "'auto'"),
     "count-negative": (lambda f: f.key_similarity(Q, S, -1), "count", "at least 0", "got -1"),
     "count-fractional": (lambda f: f.key_similarity(Q, S, 1.0), "count must be an integer", "got 1.0"),
