@@ -194,9 +194,13 @@ def sum_halves(b_both):
 
 @triton.jit
 def moments(b_y, b_z, b_degree):
-    """The inner products of Y with Z, with itself and with 1, over some rows: [8] each, the first of 1."""
-    b_weighted = b_y * b_degree[:, None]
-    return tl.sum(b_weighted * b_z, axis=0), tl.sum(b_weighted * b_y, axis=0), tl.sum(b_weighted, axis=0)
+    """The inner products of Y with Z, with itself and with 1, over some rows: [8] each, the first of 1.
+
+    Products are rounded, which 0 is added for: each lane would add up its own exact one, and get another sum.
+    """
+    b_weighted = tl.fma(b_y, b_degree[:, None], 0.0)
+    b_products, b_lengths = tl.fma(b_weighted, b_z, 0.0), tl.fma(b_weighted, b_y, 0.0)
+    return tl.sum(b_products, axis=0), tl.sum(b_lengths, axis=0), tl.sum(b_weighted, axis=0)
 
 
 @triton.jit
