@@ -87,10 +87,16 @@ def image_head_rows(H, T, BM: tl.constexpr):
 
 
 @triton.jit
+def product(b_x, b_y):
+    """b_x b_y, rounded, which 0 is added for: each lane would add up its own exact one, and get another sum."""
+    return tl.fma(b_x, b_y, 0.0)
+
+
+@triton.jit
 def key_logits(b_q, p_k, m_d, scale):
     """The logits of the one key that p_k points to: [BM]."""
     b_k = tl.load(p_k, mask=m_d, other=0.0).to(tl.float32)  # [BD]
-    return tl.sum(b_q.to(tl.float32) * b_k[None, :], axis=1) * scale
+    return tl.sum(product(b_q.to(tl.float32), b_k[None, :]), axis=1) * scale
 
 
 @triton.jit

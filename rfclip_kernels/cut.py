@@ -34,7 +34,7 @@ from torch import Tensor
 
 from . import cut_constants as constants
 from . import tiles as tables
-from .attention import fp16_unit, order_patches, ordered_patches, store_order
+from .attention import fp16_unit, order_patches, ordered_patches, product, store_order
 from .defocus import launch_defocus_mask
 from .launch import check_launch, on_device, operator, strides, wrap_triton
 from .similarity import empty_affinity
@@ -194,12 +194,9 @@ def sum_halves(b_both):
 
 @triton.jit
 def moments(b_y, b_z, b_degree):
-    """The inner products of Y with Z, with itself and with 1, over some rows: [8] each, the first of 1.
-
-    Products are rounded, which 0 is added for: each lane would add up its own exact one, and get another sum.
-    """
-    b_weighted = tl.fma(b_y, b_degree[:, None], 0.0)
-    b_products, b_lengths = tl.fma(b_weighted, b_z, 0.0), tl.fma(b_weighted, b_y, 0.0)
+    """The inner products of Y with Z, with itself and with 1, over some rows: [8] each, the first of 1."""
+    b_weighted = product(b_y, b_degree[:, None])
+    b_products, b_lengths = product(b_weighted, b_z), product(b_weighted, b_y)
     return tl.sum(b_products, axis=0), tl.sum(b_lengths, axis=0), tl.sum(b_weighted, axis=0)
 
 
