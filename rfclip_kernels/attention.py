@@ -5,9 +5,9 @@ the prefix unless it is in T):
 
     out = o_R + (1 - beta) o_S + (1 + beta m_S / m_T) o_T,   m_G the softmax mass of a group and o_G its sum of p v
 
-One launch orders the patches of each image, T first, and the next sweeps them as keys in two runs of an online softmax.
-Only T's factor depends on the whole row, so the second run adds S and R to one accumulator: two accumulators are
-enough. The runs merge through their maxima and sums. What S loses goes to T as `beta m_S` times T's own softmax, which
+One launch orders the patches of each image, T first and S last, and the next sweeps them as keys in two runs of an
+online softmax. Only T's factor depends on the whole row, so the second run adds R and S to one accumulator: two
+accumulators are enough. Only the tiles with some of S weight their columns, and only a run's last tile has a mask. The runs merge through their maxima and sums. What S loses goes to T as `beta m_S` times T's own softmax, which
 needs no division by a mass that might underflow, and rows keep summing to 1 by construction. The keys of the prefix
 start a run, so that the tiles hold the N keys of the patches.
 
@@ -68,18 +68,6 @@ def positive(scale):
 
 
 @triton.jit
-def key_products(b_q, p_k, stride_kt, i_k, m_d, m_n, ALL: tl.constexpr, PRECISION: tl.constexpr):
-    """The products of rows with the keys i_k, [BM, BN]: -inf outside of m_n, or else ALL are in it."""
-    if ALL:  # a mask costs two instructions for every product
-        b_s = dot(b_q, tl.load(p_k[:, None] + i_k[None, :] * stride_kt, mask=m_d[:, None], other=0.0), PRECISION)
-    else:
-        m_k = m_d[:, None] & m_n[None, :]
-        b_k = tl.load(p_k[:, None] + i_k[None, :] * stride_kt, mask=m_k, other=0.0)  # [BD, BN]
-        b_s = tl.where(m_n[None, :], dot(b_q, b_k, PRECISION), float("-inf"))
-    return b_s
-
-
-@triton.jit
 def image_head_rows(H, T, BM: tl.constexpr):
     """The image, the head and the block of rows of a program; all are on the grid's first axis, which has no limit."""
     i_bh, blocks = tl.program_id(0) // tl.cdiv(T, BM), tl.cdiv(T, BM)
@@ -88,7 +76,10 @@ def image_head_rows(H, T, BM: tl.constexpr):
 
 @triton.jit
 def product(b_x, b_y):
-    """b_x b_y, rounded, which 0 is added for: each lane would add up its own exact one, and get another sum."""
+    """b_x b_y, rounded before it is summed over lanes, as adding 0 does.
+
+    Fused into the sum, a lane's own product would be exact, and the sums of the lanes would differ.
+    """
     return tl.fma(b_x, b_y, 0.0)
 
 
@@ -172,31 +163,30 @@ def add_tile(
     n,
     m_d,
     scale,
-    b_keep,
+    b_kept,
     b_max,
     b_sum,
     b_sum_taken,
     b_acc,
-    REST: tl.constexpr,
-    ALL: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One step of a run with the next n keys of an order, of which ALL the BN of a tile are there; only REST has S."""
+    """One step of a run with the next BN keys of an order, or the last n, of which those of S come last."""
     m_n = tl.arange(0, BN) < n
-    i_n = tl.load(p_order + tl.arange(0, BN)) if ALL else tl.load(p_order + tl.arange(0, BN), mask=m_n, other=0)
-    i_k = tl.maximum(i_n, -1 - i_n) if REST else i_n
-    b_s = key_products(b_q, p_k, stride_kt, i_k, m_d, m_n, ALL, PRECISION)
+    i_n = tl.load(p_order + tl.arange(0, BN), mask=m_n, other=0)  # patch 0 in place of none
+    i_k = tl.maximum(i_n, -1 - i_n)
+    b_k = tl.load(p_k[:, None] + i_k[None, :] * stride_kt, mask=m_d[:, None], other=0.0)  # [BD, BN]
+    b_s = dot(b_q, b_k, PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
+    if n < BN:  # in every tile, this would be an instruction for each product
+        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
     b_p, b_max, b_sum, b_shrink = softmax_step(b_s, scale, b_max, b_sum)
-    if REST:  # noqa: SIM102  known to the compiler
-        if tl.load(p_order + n - 1) < 0:  # or none of the tile is of S, which comes last
-            m_taken = (i_n < 0)[None, :]
-            b_sum_taken = b_sum_taken * b_shrink + tl.sum(tl.where(m_taken, b_p, 0.0), axis=1)
-            b_p = tl.where(m_taken, b_p * b_keep[:, None], b_p)
-    m_v = m_d[None, :] if ALL else m_n[:, None] & m_d[None, :]
-    b_v = tl.load(p_v[None, :] + i_k[:, None] * stride_vt, mask=m_v, other=0.0)
-    # [BM, BN] @ [BN, BD] -> [BM, BD]
-    return b_max, b_sum, b_sum_taken, b_acc * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)
+    if tl.load(p_order + tl.minimum(n, BN) - 1) < 0:
+        m_taken = (i_n < 0)[None, :]
+        b_sum_taken = b_sum_taken * b_shrink + tl.sum(tl.where(m_taken, b_p, 0.0), axis=1)
+        b_p = tl.where(m_taken, b_p * b_kept[:, None], b_p)
+    b_v = tl.load(p_v[None, :] + i_k[:, None] * stride_vt, mask=m_d[None, :], other=0.0)
+    b_acc = b_acc * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
+    return b_max, b_sum, b_sum_taken, b_acc
 
 
 @triton.jit(do_not_specialize=["H", "T"])
@@ -261,94 +251,18 @@ def refocused_attention_kernel(
         b_max_rest, b_sum_rest, b_acc_rest = add_key(b_l, b_v_one, in_target == 0, b_max_rest, b_sum_rest, b_acc_rest)
     # The rows of the prefix, and every row of an image without target, stay as they are.
     b_beta = tl.where((o_m >= PREFIX) & with_target, beta, 0.0)  # [BM]
-    b_keep = 1 - b_beta  # of S
-    b_sum_taken = tl.zeros([BM], tl.float32)  # of S alone
-    last, last_rest = n_target // BN * BN, n_target + (N - n_target) // BN * BN
+    b_kept, b_sum_taken = 1 - b_beta, tl.zeros([BM], tl.float32)  # of S
     p_k, p_v = p_k + PREFIX * stride_kt, p_v + PREFIX * stride_vt
-    for start in range(0, last, BN):
+    for start in range(0, n_target, BN):
         b_max, b_sum, _taken, b_acc = add_tile(
-            b_q,
-            p_k,
-            p_v,
-            stride_kt,
-            stride_vt,
-            p_order + start,
-            BN,
-            m_d,
-            scale,
-            b_keep,
-            b_max,
-            b_sum,
-            b_sum_taken,
-            b_acc,
-            False,
-            True,
-            BN,
-            PRECISION,
-        )
-    if last < n_target:
-        b_max, b_sum, _taken, b_acc = add_tile(
-            b_q,
-            p_k,
-            p_v,
-            stride_kt,
-            stride_vt,
-            p_order + last,
-            n_target - last,
-            m_d,
-            scale,
-            b_keep,
-            b_max,
-            b_sum,
-            b_sum_taken,
-            b_acc,
-            False,
-            False,
-            BN,
-            PRECISION,
-        )
-    for start in range(n_target, last_rest, BN):
+            b_q, p_k, p_v, stride_kt, stride_vt, p_order + start, n_target - start, m_d, scale, b_kept,
+            b_max, b_sum, b_sum_taken, b_acc, BN, PRECISION,
+        )  # fmt: skip
+    for start in range(n_target, N, BN):
         b_max_rest, b_sum_rest, b_sum_taken, b_acc_rest = add_tile(
-            b_q,
-            p_k,
-            p_v,
-            stride_kt,
-            stride_vt,
-            p_order + start,
-            BN,
-            m_d,
-            scale,
-            b_keep,
-            b_max_rest,
-            b_sum_rest,
-            b_sum_taken,
-            b_acc_rest,
-            True,
-            True,
-            BN,
-            PRECISION,
-        )
-    if last_rest < N:
-        b_max_rest, b_sum_rest, b_sum_taken, b_acc_rest = add_tile(
-            b_q,
-            p_k,
-            p_v,
-            stride_kt,
-            stride_vt,
-            p_order + last_rest,
-            N - last_rest,
-            m_d,
-            scale,
-            b_keep,
-            b_max_rest,
-            b_sum_rest,
-            b_sum_taken,
-            b_acc_rest,
-            True,
-            False,
-            BN,
-            PRECISION,
-        )
+            b_q, p_k, p_v, stride_kt, stride_vt, p_order + start, N - start, m_d, scale, b_kept,
+            b_max_rest, b_sum_rest, b_sum_taken, b_acc_rest, BN, PRECISION,
+        )  # fmt: skip
 
     b_top = tl.maximum(b_max, b_max_rest)
     b_target, b_rest = tl.exp2(b_max - b_top), tl.exp2(b_max_rest - b_top)
@@ -357,44 +271,6 @@ def refocused_attention_kernel(
     b_out = b_out / (b_sum * b_target + b_sum_rest * b_rest)[:, None]
     p_out = out_ptr + ((i_b * T + o_m[:, None]) * H + i_h) * D + o_d[None, :]
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_q)
-
-
-@triton.jit
-def attend(
-    b_q,
-    p_k,
-    p_v,
-    p_bias,
-    stride_kt,
-    stride_vt,
-    stride_bn,
-    o_n,
-    T,
-    gw,
-    m_biased,
-    m_d,
-    scale,
-    b_max,
-    b_sum,
-    b_acc,
-    BIAS: tl.constexpr,
-    PREFIX: tl.constexpr,
-    ALL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One step with the keys o_n, of which ALL are less than T."""
-    m_n = o_n < T
-    b_s = key_products(b_q, p_k, stride_kt, o_n, m_d, m_n, ALL, PRECISION)
-    if BIAS != "none":
-        i_n = o_n - PREFIX
-        to_n = -(i_n // gw * (2 * gw - 1) + i_n % gw) if BIAS == "offsets" else i_n * stride_bn
-        m_bias = m_biased[:, None] if ALL else m_biased[:, None] & m_n[None, :]
-        b_bias = tl.load(p_bias[:, None] + to_n[None, :], mask=m_bias, other=0.0).to(tl.float32)
-        b_s, scale = tl.fma(b_s, scale, b_bias * LOG2E), 1.0
-    b_p, b_max, b_sum, b_shrink = softmax_step(b_s, scale, b_max, b_sum)
-    m_v = m_d[None, :] if ALL else m_n[:, None] & m_d[None, :]
-    b_v = tl.load(p_v[None, :] + o_n[:, None] * stride_vt, mask=m_v, other=0.0)
-    return b_max, b_sum, b_acc * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)
 
 
 @triton.jit(do_not_specialize=["H", "T"])
@@ -479,53 +355,21 @@ def self_attention_kernel(
             b_l = key_logits(b_q, p_k + i * stride_kt, m_d, scale)
             b_v_one = tl.load(p_v + i * stride_vt, mask=m_d & (DROP == 0), other=0.0).to(tl.float32)  # [BD]
             b_max, b_sum, b_acc = add_key(b_l, b_v_one, True, b_max, b_sum, b_acc)
-        last = PREFIX + (T - PREFIX) // BN * BN
-        for start in range(PREFIX, last, BN):
-            b_max, b_sum, b_acc = attend(
-                b_q,
-                p_k,
-                p_v,
-                p_bias,
-                stride_kt,
-                stride_vt,
-                stride_bn,
-                start + tl.arange(0, BN),
-                T,
-                gw,
-                m_biased,
-                m_d,
-                scale,
-                b_max,
-                b_sum,
-                b_acc,
-                BIAS,
-                PREFIX,
-                True,
-                PRECISION,
-            )
-        if last < T:
-            b_max, b_sum, b_acc = attend(
-                b_q,
-                p_k,
-                p_v,
-                p_bias,
-                stride_kt,
-                stride_vt,
-                stride_bn,
-                last + tl.arange(0, BN),
-                T,
-                gw,
-                m_biased,
-                m_d,
-                scale,
-                b_max,
-                b_sum,
-                b_acc,
-                BIAS,
-                PREFIX,
-                False,
-                PRECISION,
-            )
+        for start in range(PREFIX, T, BN):
+            o_n = start + tl.arange(0, BN)
+            i_k = tl.minimum(o_n, T - 1)  # the last key in place of none
+            b_k = tl.load(p_k[:, None] + i_k[None, :] * stride_kt, mask=m_d[:, None], other=0.0)  # [BD, BN]
+            b_s, unit = dot(b_q, b_k, PRECISION), scale
+            if BIAS != "none":
+                i_n = i_k - PREFIX
+                to_n = -(i_n // gw * (2 * gw - 1) + i_n % gw) if BIAS == "offsets" else i_n * stride_bn
+                b_bias = tl.load(p_bias[:, None] + to_n[None, :], mask=m_biased[:, None], other=0.0).to(tl.float32)
+                b_s, unit = tl.fma(b_s, scale, b_bias * LOG2E), 1.0
+            if start + BN > T:  # in every tile, this would be an instruction for each product
+                b_s = tl.where((o_n < T)[None, :], b_s, float("-inf"))
+            b_p, b_max, b_sum, b_shrink = softmax_step(b_s, unit, b_max, b_sum)
+            b_v = tl.load(p_v[None, :] + i_k[:, None] * stride_vt, mask=m_d[None, :], other=0.0)
+            b_acc = b_acc * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)
         b_out += b_acc / b_sum[:, None]
         p_q += stride_ql
         p_k += stride_kl

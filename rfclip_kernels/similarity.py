@@ -21,7 +21,6 @@ from .attention import (
     fp16_unit,
     image_head_rows,
     key_logits,
-    key_products,
     positive,
     softmax_step,
 )
@@ -38,12 +37,12 @@ def row_logsumexp(b_q, p_k, m_d, T, scale, stride_kt, PREFIX: tl.constexpr, BN: 
         b_new = tl.maximum(b_max, b_l)
         b_sum = b_sum * tl.exp2(b_max - b_new) + tl.exp2(b_l - b_new)
         b_max = b_new
-    last, o_n = PREFIX + (T - PREFIX) // BN * BN, tl.arange(0, BN)
-    for start in range(PREFIX, last, BN):
-        b_s = key_products(b_q, p_k, stride_kt, start + o_n, m_d, o_n >= 0, True, PRECISION)
-        _p, b_max, b_sum, _shrink = softmax_step(b_s, scale, b_max, b_sum)
-    if last < T:
-        b_s = key_products(b_q, p_k, stride_kt, last + o_n, m_d, last + o_n < T, False, PRECISION)
+    for start in range(PREFIX, T, BN):
+        o_n = start + tl.arange(0, BN)
+        i_k = tl.minimum(o_n, T - 1)  # the last key in place of none
+        b_s = dot(b_q, tl.load(p_k[:, None] + i_k[None, :] * stride_kt, mask=m_d[:, None], other=0.0), PRECISION)
+        if start + BN > T:  # in every tile, this would be an instruction for each product
+            b_s = tl.where((o_n < T)[None, :], b_s, float("-inf"))
         _p, b_max, b_sum, _shrink = softmax_step(b_s, scale, b_max, b_sum)
     return b_max + tl.log2(b_sum)
 
