@@ -7,7 +7,8 @@ the prefix unless it is in T):
 
 One launch orders the patches of each image, T first and S last, and the next sweeps them as keys in two runs of an
 online softmax. Only T's factor depends on the whole row, so the second run adds R and S to one accumulator: two
-accumulators are enough. Only the tiles with some of S weight their columns, and only a run's last tile has a mask. The runs merge through their maxima and sums. What S loses goes to T as `beta m_S` times T's own softmax, which
+accumulators are enough. Columns are weighted only in tiles that have some of S, and masked only in the last tile of a
+run. The runs merge through their maxima and sums. What S loses goes to T as `beta m_S` times T's own softmax, which
 needs no division by a mass that might underflow, and rows keep summing to 1 by construction. The keys of the prefix
 start a run, so that the tiles hold the N keys of the patches.
 
