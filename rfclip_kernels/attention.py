@@ -54,7 +54,8 @@ def fp16_unit(N):
 def softmax_step(b_s, scale, b_max, b_sum):
     """One step of the online softmax, in base 2, over logits scale b_s [BM, BN]; -1e30 is the maximum over nothing.
 
-    Returns p, the new maximum and sum, and the factor for what was accumulated before.
+    Returns p, the new maximum and sum, and the factor for what was accumulated before. All is finite for logits up to
+    2^28, where the rounding of a maximum, which p does not share, comes to no more than fp16 holds.
     """
     b_new = tl.maximum(b_max, tl.max(b_s, axis=1) * scale)
     b_shrink = tl.exp2(b_max - b_new)
@@ -65,7 +66,8 @@ def softmax_step(b_s, scale, b_max, b_sum):
 @triton.jit
 def positive(scale):
     """A scale of at least 0 as fp32 (it is fp64 from some Inductors), and not 0, so that -inf times it is -inf."""
-    return tl.maximum(tl.cast(scale, tl.float32), 1e-30)
+    scale = tl.cast(scale, tl.float32)
+    return tl.where(scale < 1e-30, 1e-30, scale)
 
 
 @triton.jit
@@ -77,9 +79,9 @@ def image_head_rows(H, T, BM: tl.constexpr):
 
 @triton.jit
 def product(b_x, b_y):
-    """b_x b_y, rounded before it is summed over lanes, as adding 0 does.
+    """b_x b_y, rounded before it is summed over lanes: no compiler fuses an fma that adds 0 into the sum.
 
-    Fused into the sum, a lane's own product would be exact, and the sums of the lanes would differ.
+    Fused, a lane's own product would be exact, and the sums of the lanes would differ.
     """
     return tl.fma(b_x, b_y, 0.0)
 
@@ -103,9 +105,9 @@ def add_key(b_l, b_v, taken, b_max, b_sum, b_acc):
 
 @triton.jit
 def store_order(p_order, m_taken, m_target, n_target, n_free, i_target, i_taken, o_n, N):
-    """Number some patches: n_target of T, what is neither in T nor S, and n_free patches later S, as -1 - n.
+    """Number some patches: the n_target of T first, then what is in neither, and from place n_free on S, as -1 - n.
 
-    i_target of T and i_taken of S come before these patches; it returns how many there are up to their last one.
+    i_target of T and i_taken of S come before these patches; it returns both counts with these patches included.
     """
     b_target, b_taken = (m_target & (o_n < N)).to(tl.int32), (m_taken & (o_n < N)).to(tl.int32)
     b_i_target, b_i_taken = i_target + tl.cumsum(b_target, 0), i_taken + tl.cumsum(b_taken, 0)

@@ -14,16 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import (
-    LOG2E,
-    constants,
-    dot,
-    fp16_unit,
-    image_head_rows,
-    key_logits,
-    positive,
-    softmax_step,
-)
+from .attention import LOG2E, constants, dot, fp16_unit, image_head_rows, key_logits, positive, softmax_step
 from .launch import check_launch, on_device, operator, strides, wrap_triton
 from .operations import affinity_dtype
 

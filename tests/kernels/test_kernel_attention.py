@@ -85,6 +85,17 @@ def test_scores_from_minus_sixty_to_sixty(dtype):
         check(rfclip_kernels.refocused_attention(q, k, v, dis, target, 0.7, scale=1.0), want, dtype)
 
 
+def test_scales_of_zero_and_nan():
+    """Without a scale all logits are alike, and what is not a number gives none."""
+    q, k, v = (randn(2, 1, 37, 32, seed=seed) for seed in range(3))
+    dis, target = masks(2, 36, "some")
+    want = reference.refocused_attention(q.double(), k.double(), v.double(), dis, target, 0.7, scale=0.0)
+    check(rfclip_kernels.refocused_attention(q, k, v, dis, target, 0.7, scale=0.0), want, torch.float32)
+    got = rfclip_kernels.self_attention(q, k, v, scale=torch.tensor([0.0, math.nan], device=DEVICE))
+    check(got[0], v[0].double().mean(dim=1, keepdim=True).expand_as(v[0]), torch.float32)
+    assert got[1].isnan().all()
+
+
 def test_packed_projections_are_read_in_place_and_written_as_the_output_projection_reads():
     packed = randn(2, 20, 3 * 64, seed=6)
     q, k, v = packed.unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)
