@@ -77,7 +77,7 @@ gpu-bundle:
 
 $(READY): pyproject.toml Makefile tools/environment.py tools/requirements-torch.txt
 	$(PYTHON) tools/environment.py .venv
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev]"
 	touch $@
 
 $(OLDEST)/ready: pyproject.toml $(READY)

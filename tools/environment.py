@@ -38,7 +38,8 @@ def create(folder: Path) -> None:
         packages = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
         Path(packages, "present.pth").write_text(found + "\n", "utf-8")
     else:
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--requirement", PAIR], check=True)
+        install = (python, "-m", "pip", "install", "--quiet", "--no-compile")  # Python compiles what it imports
+        subprocess.run([*install, "--requirement", PAIR], check=True)
 
 
 if __name__ == "__main__":
