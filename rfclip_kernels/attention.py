@@ -107,9 +107,10 @@ def add_key(b_l, b_v, taken, b_max, b_sum, b_acc):
 def store_order(p_order, m_taken, m_target, n_target, n_free, i_target, i_taken, o_n, N):
     """Number some patches: the n_target of T first, then what is in neither, and from place n_free on S, as -1 - n.
 
-    i_target of T and i_taken of S come before these patches; it returns both counts with these patches included.
+    i_target of T and i_taken of S come before these patches; it returns both counts with these patches included. The
+    masks are false where there is no patch.
     """
-    b_target, b_taken = (m_target & (o_n < N)).to(tl.int32), (m_taken & (o_n < N)).to(tl.int32)
+    b_target, b_taken = m_target.to(tl.int32), m_taken.to(tl.int32)
     b_i_target, b_i_taken = i_target + tl.cumsum(b_target, 0), i_taken + tl.cumsum(b_taken, 0)
     b_place = tl.where(b_target == 1, b_i_target - 1, n_target + o_n - b_i_target - b_i_taken)
     b_place = tl.where(b_taken == 1, n_free + b_i_taken - 1, b_place)
@@ -125,7 +126,7 @@ def order_patches(p_distraction, stride_dn, p_target, stride_tn, p_order, N, BN:
         o_n = start + tl.arange(0, BN)
         m_taken = tl.load(p_distraction + o_n * stride_dn, mask=o_n < N, other=0) != 0
         m_target = tl.load(p_target + o_n * stride_tn, mask=o_n < N, other=0) != 0
-        b_target += tl.where(m_taken, 0.0, m_target.to(tl.float32))
+        b_target += (m_target & (m_taken == 0)).to(tl.float32)
         b_taken += m_taken.to(tl.float32)
     n_target, n_free = tl.sum(b_target, axis=0).to(tl.int32), N - tl.sum(b_taken, axis=0).to(tl.int32)
     tl.store(p_order, n_target)
@@ -174,7 +175,11 @@ def add_tile(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One step of a run with the next BN keys of an order, or the last n, of which those of S come last."""
+    """One step of a run with the next BN keys of an order, or the last n, of which those of S come last.
+
+    T's run has none of S, but takes the same step: a load that the branch waits for makes the compiler start all loads
+    a tile earlier.
+    """
     m_n = tl.arange(0, BN) < n
     i_n = tl.load(p_order + tl.arange(0, BN), mask=m_n, other=0)  # patch 0 in place of none
     i_k = tl.maximum(i_n, -1 - i_n)
